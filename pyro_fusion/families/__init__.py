@@ -1,0 +1,72 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Exponential families: natural and mean parameters, log-normaliser, conversions, pairwise KL.
+
+Pure tensor mathematics: knows torch and the distributions, nothing of fusion. One file per group
+of families; ``factor.py`` takes distributions apart, ``pairwise.py`` computes divergences.
+"""
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_fusion.families import gamma, gaussian, simplex, wishart  # noqa: F401  (register)
+from pyro_fusion.families.base import (
+    Family,
+    Params,
+    family_named,
+    family_names,
+    family_of,
+    register_family,
+)
+from pyro_fusion.families.factor import Factor
+from pyro_fusion.families.pairwise import as_factor, kl, pairwise_kl
+from pyro_fusion.families.transforms import register_transform
+
+__all__ = [
+    "Factor",
+    "Family",
+    "Params",
+    "as_factor",
+    "family_named",
+    "family_names",
+    "family_of",
+    "from_mean_params",
+    "from_natural_params",
+    "kl",
+    "log_normalizer",
+    "mean_params",
+    "natural_params",
+    "pairwise_kl",
+    "register_family",
+    "register_transform",
+]
+
+
+def natural_params(d: Distribution) -> Tensor:
+    """Natural parameters of ``d`` as one vector per batch element: ``[*batch_shape, P]``,
+    float64. Event axes made by ``Independent`` are flattened into ``P``."""
+    return as_factor(d).natural
+
+
+def mean_params(d: Distribution) -> Tensor:
+    """Mean parameters ``E[T(x)]`` of ``d``: ``[*batch_shape, P]``, float64."""
+    return as_factor(d).mean
+
+
+def log_normalizer(d: Distribution) -> Tensor:
+    """Log-normaliser ``A(η)`` of ``d``: ``[*batch_shape]``, float64."""
+    return as_factor(d).log_normalizer
+
+
+def from_natural_params(like: Distribution, eta: Tensor) -> Distribution:
+    """The distribution with natural parameters ``eta`` (``[*batch_shape, P]``, any batch shape)
+    and the family, transforms, event shape and dtype of ``like``."""
+    return as_factor(like).from_natural(torch.as_tensor(eta)).distribution()
+
+
+def from_mean_params(like: Distribution, mu: Tensor) -> Distribution:
+    """The distribution with mean parameters ``mu`` (``[*batch_shape, P]``, any batch shape)
+    and the family, transforms, event shape and dtype of ``like``."""
+    return as_factor(like).from_mean(torch.as_tensor(mu)).distribution()

@@ -1,0 +1,355 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Distributions taken apart into family, parameters, transforms and axes, and put together again.
+
+Everything that fusion does to a distribution (index, permute, stack, convert, pool) is done on a
+:class:`Factor`, so no other file needs to know ``Independent``, ``TransformedDistribution``,
+``ExpandedDistribution`` or ``MaskedDistribution``.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import pyro.distributions as dist
+import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
+from torch import Tensor
+from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
+from torch.distributions import transforms as tt
+
+from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
+from pyro_fusion.families.base import Family, Params, family_of
+from pyro_fusion.families.transforms import describe, flatten, is_elementwise
+
+__all__ = ["Factor"]
+
+# Bases behind these transforms have a class of their own, with a mean and a readable repr.
+_NAMED: dict[tuple[type, type], Callable[..., dist.TorchDistribution]] = {
+    (dist.Normal, tt.ExpTransform): dist.LogNormal,
+    (dist.Gamma, tt.PowerTransform): dist.InverseGamma,
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Factor:
+    """A distribution as family + parameters + transforms.
+
+    The axes of the parameters' common batch shape come first; the leading ``batch_dim`` of them
+    are batch axes of the distribution, the others are event axes made by ``Independent``; the
+    family's own event axes follow. ``family.event_dim`` and the event axes of the value differ
+    only behind a transform that changes shapes.
+    """
+
+    family: Family
+    params: Params
+    transforms: tuple[Transform, ...]
+    batch_dim: int
+
+    # -- taking apart and putting together ---------------------------------------------------
+
+    @classmethod
+    def of(cls, d: Distribution) -> "Factor":
+        """Take a distribution apart. Values are copied (detached), never shared.
+
+        :raises UnsupportedFamilyError: if no family is registered for what is inside.
+        """
+        transforms: tuple[Transform, ...] = ()
+        base = d
+        while True:
+            if isinstance(base, MaskedDistribution):
+                _require_full(base._mask)
+            elif isinstance(base, TransformedDistribution):
+                transforms = tuple(_plain(t) for t in flatten(base.transforms)) + transforms
+            elif not isinstance(base, Independent | ExpandedDistribution):
+                break
+            base = base.base_dist
+        for t in transforms:
+            if not t.bijective:
+                raise UnsupportedFamilyError(
+                    f"{type(d).__name__} is a {type(base).__name__} behind {type(t).__name__}, "
+                    "which is not a bijection"
+                )
+        family = family_of(base)
+        params = {k: v.detach() for k, v in family.params(base).items()}
+        factor = _absorb_affine(cls(family, params, transforms, len(d.batch_shape)))
+        # Independent made the rightmost axes; expansion, which knows only batch axes, the others.
+        made_events = len(d.event_shape) - family.event_dim - factor._added_axes()
+        inner = factor.base_shape
+        factor = factor.expand(d.batch_shape + inner[len(inner) - made_events :])
+        return factor.map(torch.clone)
+
+    def _added_axes(self) -> int:
+        return sum(t.codomain.event_dim - t.domain.event_dim for t in self.transforms)
+
+    def distribution(self, validate_args: bool | None = None) -> dist.TorchDistribution:
+        """Put together: a Pyro distribution with the batch and event shape that came in."""
+        independent = len(self.base_shape) - self.batch_dim
+        named = self._named()
+        if named is not None:
+            d = named(**self.params, validate_args=validate_args)
+            return d.to_event(independent) if independent else d
+        d = self.family.build(self.params, validate_args)
+        if independent:
+            d = d.to_event(independent)
+        if self.transforms:
+            parts = [t.with_cache() for t in self.transforms]
+            d = dist.TransformedDistribution(d, parts, validate_args=validate_args)
+        return d
+
+    def _named(self) -> Callable[..., dist.TorchDistribution] | None:
+        if len(self.transforms) != 1:
+            return None
+        (t,) = self.transforms
+        if isinstance(t, tt.PowerTransform) and float(t.exponent) != -1:
+            return None
+        return _NAMED.get((self.family.distribution, type(t)))
+
+    # -- shapes ------------------------------------------------------------------------------
+
+    @property
+    def base_shape(self) -> torch.Size:
+        """Batch shape of the bare family: batch axes, then axes made events by Independent."""
+        return self.family.batch_shape(self.params)
+
+    @property
+    def batch_shape(self) -> torch.Size:
+        """Batch shape of the distribution."""
+        return self.base_shape[: self.batch_dim]
+
+    @property
+    def shape(self) -> torch.Size:
+        """``batch_shape + event_shape`` of the distribution."""
+        shape = self.base_shape + self.family.event_shape(self.params)
+        for t in self.transforms:
+            shape = torch.Size(t.forward_shape(shape))
+        return shape
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """Event shape of the distribution."""
+        return self.shape[self.batch_dim :]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the parameters."""
+        return next(iter(self.params.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(iter(self.params.values())).device
+
+    @property
+    def separable_axes(self) -> int:
+        """How many leading axes of :attr:`shape` index independent sub-factors."""
+        if all(is_elementwise(t) for t in self.transforms):
+            return len(self.base_shape)
+        joint = max(t.codomain.event_dim for t in self.transforms)
+        return min(len(self.base_shape), len(self.shape) - joint)
+
+    def structure(self) -> tuple[object, ...]:
+        """What two factors must share to be fused, but for sizes of axes: comparable by ``==``."""
+        return (self.family.name, tuple(str(describe(t)) for t in self.transforms))
+
+    # -- the same distribution in other coordinates --------------------------------------------
+
+    def _double(self) -> Params:
+        return {k: v.double() for k, v in self.params.items()}
+
+    def _sum(self, x: Tensor) -> Tensor:
+        n = len(self.base_shape) - self.batch_dim
+        return x.flatten(self.batch_dim).sum(-1) if n else x
+
+    def _flat(self, x: Tensor) -> Tensor:
+        return x.flatten(self.batch_dim)
+
+    @cached_property
+    def natural(self) -> Tensor:
+        """Natural parameters, ``[*batch_shape, P]``, float64."""
+        return self._flat(self.family.natural(self._double()))
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """Mean parameters, ``[*batch_shape, P]``, float64."""
+        return self._flat(self.family.mean(self._double()))
+
+    @cached_property
+    def log_normalizer(self) -> Tensor:
+        """Log-normaliser, ``[*batch_shape]``, float64."""
+        return self._sum(self.family.log_normalizer(self._double()))
+
+    def from_natural(self, eta: Tensor) -> "Factor":
+        """A factor of this structure with natural parameters ``eta``: ``[*batch, P]``."""
+        return self._from(eta, self.family.from_natural)
+
+    def from_mean(self, mu: Tensor) -> "Factor":
+        """A factor of this structure with mean parameters ``mu``: ``[*batch, P]``."""
+        return self._from(mu, self.family.from_mean)
+
+    def _from(self, flat: Tensor, convert: Callable[[Tensor, torch.Size], Params]) -> "Factor":
+        rest = self.base_shape[self.batch_dim :]
+        size = flat.shape[-1] // math.prod(rest)
+        shaped = flat.double().reshape(flat.shape[:-1] + rest + (size,))
+        params = convert(shaped, self.family.event_shape(self.params))
+        params = {k: v.to(self.dtype) for k, v in params.items()}
+        return replace(self, params=params, batch_dim=flat.dim() - 1)
+
+    # -- location: KL and barycentres do not change under a common shift ------------------------
+
+    def location(self) -> Tensor | None:
+        """The location parameter in float64, or None if the family has none."""
+        name = self.family.location
+        return None if name is None else self.params[name].double()
+
+    def shift(self, origin: Tensor | None, sign: float = -1.0) -> "Factor":
+        """The factor of ``x - origin`` (``x + origin`` for ``sign=1``), in float64."""
+        name = self.family.location
+        if origin is None or name is None:
+            return self
+        params = self._double()
+        params[name] = params[name] + sign * origin
+        return replace(self, params=params)
+
+    # -- axes ----------------------------------------------------------------------------------
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> "Factor":
+        """Apply ``fn`` to every parameter."""
+        return replace(self, params={k: fn(v) for k, v in self.params.items()})
+
+    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Factor":
+        """Move and cast the parameters."""
+        return self.map(lambda v: v.to(device=device, dtype=dtype))
+
+    def expand(self, base_shape: Sequence[int]) -> "Factor":
+        """Expand the parameters to a larger :attr:`base_shape`."""
+        params = {}
+        for name, event_dim in self.family.parameters.items():
+            v = self.params[name]
+            params[name] = v.expand(tuple(base_shape) + v.shape[v.dim() - event_dim :])
+        return replace(self, params=params)
+
+    def index_select(self, axis: int, index: Tensor) -> "Factor":
+        """Keep ``index`` along ``axis`` of :attr:`shape` (non-negative)."""
+        if axis < self.separable_axes:
+            return self.map(lambda v: v.index_select(axis, index.to(v.device)))
+        self._require_bare(axis)
+        params = self.family.index_event(
+            self.params, axis - len(self.shape), index.to(self.device)
+        )
+        return replace(self, params=params)
+
+    def pad(self, axis: int, index: Tensor, size: int, fill: Tensor) -> "Factor":
+        """Scatter a family's event ``axis`` to ``size`` places, with ``fill`` elsewhere."""
+        self._require_bare(axis)
+        params = self.family.pad_event(self.params, axis - len(self.shape), index, size, fill)
+        return replace(self, params=params)
+
+    def _require_bare(self, axis: int) -> None:
+        if self.transforms:
+            names = ", ".join(type(t).__name__ for t in self.transforms)
+            raise StructureError(
+                f"axis {axis} lies behind {names}, which is not equivariant under permutations"
+            )
+
+    def with_batch(self, *axes: int) -> "Factor":
+        """Make ``axes`` of :attr:`shape` the batch axes, in this order; the other separable axes
+        become event axes, which changes nothing in a product of independent parts."""
+        rest = [i for i in range(len(self.base_shape)) if i not in axes]
+        order = [*axes, *rest]
+        n = len(order)
+        moved = self.map(lambda v: v.permute(order + list(range(n, v.dim()))))
+        return replace(moved, batch_dim=len(axes))
+
+    def like(self, batch_dim: int, axes: Sequence[int]) -> "Factor":
+        """Undo :meth:`with_batch`: ``axes`` as given there, ``batch_dim`` of the original."""
+        rest = [i for i in range(len(self.base_shape)) if i not in axes]
+        order = [*axes, *rest]
+        inverse = [order.index(i) for i in range(len(order))]
+        n = len(order)
+        moved = self.map(lambda v: v.permute(inverse + list(range(n, v.dim()))))
+        return replace(moved, batch_dim=batch_dim)
+
+    @staticmethod
+    def cat(factors: Sequence["Factor"]) -> "Factor":
+        """Concatenate along the first axis."""
+        first = factors[0]
+        params = {k: torch.cat([f.params[k] for f in factors]) for k in first.params}
+        return replace(first, params=params)
+
+    def check(self) -> None:
+        """Check every parameter.
+
+        :raises ParameterError: naming the parameter, what was expected and what came.
+        """
+        for name, value in self.params.items():
+            if not value.is_floating_point():
+                raise ParameterError(f"{name} must be floating point, got {value.dtype}")
+            if not bool(torch.isfinite(value).all()):
+                bad = value[~torch.isfinite(value)][0].item()
+                raise ParameterError(f"{name} must be finite, got {bad}")
+        try:
+            built = self.family.build(self.params, validate_args=True)
+        except (ValueError, AssertionError, RuntimeError) as e:
+            raise ParameterError(_first_line(e)) from e
+        if built.batch_shape != self.base_shape:
+            raise ParameterError(
+                f"parameters broadcast to {tuple(built.batch_shape)}, "
+                f"expected {tuple(self.base_shape)}"
+            )
+        if not bool(torch.isfinite(self.log_normalizer).all()):
+            raise ParameterError("the log-normaliser is not finite: a singular scale")
+
+
+def _first_line(e: Exception) -> str:
+    return " ".join(str(e).split())[:300]
+
+
+def _require_full(mask: bool | Tensor) -> None:
+    if not bool(torch.as_tensor(mask).all()):
+        raise UnsupportedFamilyError(
+            "a factor that is partly masked out is no posterior over its whole site; "
+            "remove the mask or block the site"
+        )
+
+
+def _scalar(t: Transform, value: float | Tensor) -> float:
+    values = torch.as_tensor(value).flatten()
+    if bool((values != values[0]).any()):
+        raise UnsupportedFamilyError(
+            f"{type(t).__name__} with arguments that differ along an axis is not one bijection "
+            "for all components"
+        )
+    return float(values[0])
+
+
+def _plain(t: Transform) -> Transform:
+    """Transforms that hold tensors, with plain numbers instead: the same on every device."""
+    if isinstance(t, tt.PowerTransform):
+        # torch reads exponent.sign(), so this one has to be a tensor.
+        return tt.PowerTransform(torch.tensor(_scalar(t, t.exponent)))
+    return t
+
+
+def _affine(t: tt.AffineTransform) -> tt.AffineTransform:
+    return tt.AffineTransform(_scalar(t, t.loc), _scalar(t, t.scale))
+
+
+def _absorb_affine(factor: Factor) -> Factor:
+    """An affine map of a Normal is a Normal: parties may differ in it, so it is no transform."""
+    transforms, params = list(factor.transforms), dict(factor.params)
+    while (
+        transforms
+        and isinstance(transforms[0], tt.AffineTransform)
+        and factor.family.distribution is dist.Normal
+    ):
+        t = transforms.pop(0)
+        params["loc"] = params["loc"] * t.scale + t.loc
+        params["scale"] = (params["scale"] * t.scale).abs()
+    params = dict(zip(params, torch.broadcast_tensors(*params.values()), strict=True)) if (
+        len(transforms) < len(factor.transforms)
+    ) else params
+    plain = tuple(_affine(t) if isinstance(t, tt.AffineTransform) else t for t in transforms)
+    return replace(factor, params=params, transforms=plain)

@@ -1,0 +1,151 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Gamma (and through a power transform InverseGamma), Exponential, Poisson, NormalGamma."""
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_fusion.distributions import NormalGamma
+from pyro_fusion.families.base import Family, Params, register_family
+from pyro_fusion.families.special import gamma_concentration, log_minus_digamma
+
+
+def _expected_log(concentration: Tensor, rate: Tensor) -> Tensor:
+    """``E[log x]`` of a Gamma; the difference from ``log E[x]`` keeps its digits."""
+    return (concentration / rate).log() - log_minus_digamma(concentration)
+
+
+class _Scalar(Family):
+    event_dim = 0
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return torch.Size()
+
+
+@register_family(torch.distributions.Gamma)
+class GammaFamily(_Scalar):
+    """``T(x) = (log x, x)``, ``η = (concentration - 1, -rate)``."""
+
+    distribution = dist.Gamma
+    parameters = {"concentration": 0, "rate": 0}
+
+    def statistics(self, value: Tensor) -> Tensor:
+        return torch.stack([value.log(), value], -1)
+
+    def natural(self, params: Params) -> Tensor:
+        return torch.stack([params["concentration"] - 1, -params["rate"]], -1)
+
+    def mean(self, params: Params) -> Tensor:
+        c, r = params["concentration"], params["rate"]
+        return torch.stack([_expected_log(c, r), c / r], -1)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        c, r = params["concentration"], params["rate"]
+        return torch.lgamma(c) - c * r.log()
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"concentration": eta[..., 0] + 1, "rate": -eta[..., 1]}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        c = gamma_concentration(mu[..., 1].log() - mu[..., 0])
+        return {"concentration": c, "rate": c / mu[..., 1]}
+
+
+@register_family(torch.distributions.Exponential)
+class ExponentialFamily(_Scalar):
+    """``T(x) = x``, ``η = -rate``."""
+
+    distribution = dist.Exponential
+    parameters = {"rate": 0}
+
+    def statistics(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(-1)
+
+    def natural(self, params: Params) -> Tensor:
+        return -params["rate"].unsqueeze(-1)
+
+    def mean(self, params: Params) -> Tensor:
+        return 1 / params["rate"].unsqueeze(-1)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return -params["rate"].log()
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"rate": -eta[..., 0]}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        return {"rate": 1 / mu[..., 0]}
+
+
+@register_family(torch.distributions.Poisson)
+class PoissonFamily(_Scalar):
+    """``T(x) = x``, ``η = log rate``, ``h(x) = 1/x!``."""
+
+    distribution = dist.Poisson
+    parameters = {"rate": 0}
+
+    def statistics(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(-1)
+
+    def natural(self, params: Params) -> Tensor:
+        return params["rate"].log().unsqueeze(-1)
+
+    def mean(self, params: Params) -> Tensor:
+        return params["rate"].unsqueeze(-1)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return params["rate"]
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"rate": eta[..., 0].exp()}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        return {"rate": mu[..., 0]}
+
+
+@register_family()
+class NormalGammaFamily(Family):
+    """``T(m, τ) = (τm, -τm²/2, -τ, log τ)``,
+    ``η = (κ loc, κ, rate + κ loc²/2, shape - 1/2)`` with ``κ = concentration``."""
+
+    distribution = NormalGamma
+    event_dim = 1
+    parameters = {"loc": 0, "concentration": 0, "shape": 0, "rate": 0}
+    location = "loc"
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return torch.Size([2])
+
+    def statistics(self, value: Tensor) -> Tensor:
+        m, t = value.unbind(-1)
+        return torch.stack([t * m, -t * m**2 / 2, -t, t.log()], -1)
+
+    def natural(self, params: Params) -> Tensor:
+        m, k = params["loc"], params["concentration"]
+        return torch.stack([k * m, k, params["rate"] + k * m**2 / 2, params["shape"] - 0.5], -1)
+
+    def mean(self, params: Params) -> Tensor:
+        m, k, a, b = (params[n] for n in ("loc", "concentration", "shape", "rate"))
+        precision = a / b
+        return torch.stack(
+            [precision * m, -(1 / k + precision * m**2) / 2, -precision, _expected_log(a, b)], -1
+        )
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        k, a, b = (params[n] for n in ("concentration", "shape", "rate"))
+        return -k.log() / 2 + 0.5 * math.log(2 * math.pi) + torch.lgamma(a) - a * b.log()
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        km, k, b, a = eta.unbind(-1)
+        m = km / k
+        return {"loc": m, "concentration": k, "shape": a + 0.5, "rate": b - k * m**2 / 2}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        tm, tmm, t, log_t = mu.unbind(-1)
+        m = -tm / t
+        a = gamma_concentration((-t).log() - log_t)
+        return {"loc": m, "concentration": 1 / (-2 * tmm + t * m**2), "shape": a, "rate": -a / t}

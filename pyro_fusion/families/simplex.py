@@ -1,0 +1,160 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Dirichlet and Beta, Categorical and Bernoulli."""
+
+import pyro.distributions as dist
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pyro_fusion.families.base import Family, Params, register_family
+from pyro_fusion.families.special import dirichlet_concentration, log_minus_digamma
+
+
+def _expected_log(alpha: Tensor) -> Tensor:
+    """``ψ(α_k) - ψ(Σα)``."""
+    total = alpha.sum(-1, keepdim=True)
+    return (alpha / total).log() - log_minus_digamma(alpha) + log_minus_digamma(total)
+
+
+def _log_beta(alpha: Tensor) -> Tensor:
+    return torch.lgamma(alpha).sum(-1) - torch.lgamma(alpha.sum(-1))
+
+
+@register_family(torch.distributions.Dirichlet)
+class DirichletFamily(Family):
+    """``T(x) = log x``, ``η = concentration - 1``."""
+
+    distribution = dist.Dirichlet
+    event_dim = 1
+    parameters = {"concentration": 1}
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return params["concentration"].shape[-1:]
+
+    def statistics(self, value: Tensor) -> Tensor:
+        return value.log()
+
+    def natural(self, params: Params) -> Tensor:
+        return params["concentration"] - 1
+
+    def mean(self, params: Params) -> Tensor:
+        return _expected_log(params["concentration"])
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return _log_beta(params["concentration"])
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"concentration": eta + 1}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        return {"concentration": dirichlet_concentration(mu)}
+
+    def index_event(self, params: Params, axis: int, index: Tensor) -> Params:
+        # The composition of a subset of parts is again Dirichlet (aggregation property).
+        return {"concentration": params["concentration"].index_select(-1, index)}
+
+    def pad_event(self, params: Params, axis: int, index: Tensor, size: int, fill: Tensor) -> Params:
+        alpha = params["concentration"]
+        return {"concentration": _scatter_last(alpha, index, size, fill)}
+
+
+@register_family(torch.distributions.Beta)
+class BetaFamily(Family):
+    """``T(x) = (log x, log(1-x))``, ``η = (concentration1 - 1, concentration0 - 1)``."""
+
+    distribution = dist.Beta
+    event_dim = 0
+    parameters = {"concentration1": 0, "concentration0": 0}
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return torch.Size()
+
+    @staticmethod
+    def _alpha(params: Params) -> Tensor:
+        return torch.stack([params["concentration1"], params["concentration0"]], -1)
+
+    def statistics(self, value: Tensor) -> Tensor:
+        return torch.stack([value.log(), torch.log1p(-value)], -1)
+
+    def natural(self, params: Params) -> Tensor:
+        return self._alpha(params) - 1
+
+    def mean(self, params: Params) -> Tensor:
+        return _expected_log(self._alpha(params))
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return _log_beta(self._alpha(params))
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"concentration1": eta[..., 0] + 1, "concentration0": eta[..., 1] + 1}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        return self.from_natural(dirichlet_concentration(mu) - 1, event_shape)
+
+
+@register_family(torch.distributions.Categorical)
+class CategoricalFamily(Family):
+    """``T(x) = onehot(x)``, ``η = logits`` (not minimal: a common shift changes nothing)."""
+
+    distribution = dist.Categorical
+    event_dim = 0
+    parameters = {"logits": 1}
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return torch.Size()
+
+    def statistics(self, value: Tensor) -> Tensor:
+        raise NotImplementedError("the number of categories cannot be read from a draw")
+
+    def natural(self, params: Params) -> Tensor:
+        return params["logits"]
+
+    def mean(self, params: Params) -> Tensor:
+        return torch.softmax(params["logits"], -1)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return torch.logsumexp(params["logits"], -1)
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"logits": torch.log_softmax(eta, -1)}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        return {"logits": mu.log()}
+
+
+@register_family(torch.distributions.Bernoulli)
+class BernoulliFamily(Family):
+    """``T(x) = x``, ``η = logits``."""
+
+    distribution = dist.Bernoulli
+    event_dim = 0
+    parameters = {"logits": 0}
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return torch.Size()
+
+    def statistics(self, value: Tensor) -> Tensor:
+        return value.unsqueeze(-1)
+
+    def natural(self, params: Params) -> Tensor:
+        return params["logits"].unsqueeze(-1)
+
+    def mean(self, params: Params) -> Tensor:
+        return torch.sigmoid(params["logits"]).unsqueeze(-1)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return F.softplus(params["logits"])
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        return {"logits": eta[..., 0]}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        return {"logits": torch.logit(mu[..., 0])}
+
+
+def _scatter_last(values: Tensor, index: Tensor, size: int, fill: Tensor) -> Tensor:
+    result = fill.to(values).expand(values.shape[:-1] + (size,)).clone()
+    result[..., index] = values
+    return result

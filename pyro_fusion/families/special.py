@@ -1,0 +1,181 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Special functions and the one root finder behind every mean-to-natural conversion that has no
+closed form.
+
+All of them reduce to a scalar monotone equation per batch element, so a safeguarded Newton with
+a bracket is enough: it cannot diverge, whatever the parameters.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "decreasing_root",
+    "gamma_concentration",
+    "log_minus_digamma",
+    "dirichlet_concentration",
+    "mvdigamma",
+    "pack_symmetric",
+    "unpack_symmetric",
+    "wishart_df",
+]
+
+# From here on the asymptotic series of digamma is exact to double precision.
+_ASYMPTOTIC = 20.0
+
+
+def log_minus_digamma(c: Tensor) -> Tensor:
+    """``log c - ψ(c)`` without the cancellation that the difference has at large ``c``."""
+    big = c.clamp(min=_ASYMPTOTIC)
+    i = 1 / big
+    i2 = i * i
+    tail = i2 * (1 / 12 - i2 * (1 / 120 - i2 * (1 / 252 - i2 * (1 / 240 - i2 / 132))))
+    return torch.where(c > _ASYMPTOTIC, i / 2 + tail, c.log() - torch.digamma(c))
+
+
+def _log_minus_digamma_slope(c: Tensor) -> Tensor:
+    """``-c d/dc (log c - ψ(c)) = c ψ'(c) - 1``, positive, also without cancellation."""
+    big = c.clamp(min=_ASYMPTOTIC)
+    i = 1 / big
+    i2 = i * i
+    tail = i2 * (1 / 6 - i2 * (1 / 30 - i2 * (1 / 42 - i2 * (1 / 30 - i2 * 5 / 66))))
+    return torch.where(c > _ASYMPTOTIC, i / 2 + tail, c * torch.polygamma(1, c) - 1)
+
+
+def decreasing_root(
+    f: Callable[[Tensor], tuple[Tensor, Tensor]],
+    start: Tensor,
+    lower: float,
+    upper: float,
+    max_iterations: int = 200,
+) -> Tensor:
+    """The root of a decreasing function, elementwise, by Newton steps inside a shrinking bracket.
+
+    :param f: maps ``x`` to ``(value, derivative)``, each of the shape of ``start``.
+    :param start: initial guess.
+    :param lower, upper: a bracket that holds every root; a root outside of it comes back as the
+        bracket's end.
+    """
+    lo = torch.full_like(start, lower)
+    hi = torch.full_like(start, upper)
+    x = start.clamp(lower, upper)
+    for _ in range(max_iterations):
+        value, slope = f(x)
+        lo = torch.where(value > 0, x, lo)
+        hi = torch.where(value < 0, x, hi)
+        step = x - value / slope
+        # A step that leaves the bracket (or is NaN) is replaced by bisection.
+        new = torch.where((step >= lo) & (step <= hi), step, (lo + hi) / 2)
+        new = torch.where(value == 0, x, new)
+        done = (new - x).abs() <= 4e-16 * (1 + x.abs())
+        x = new
+        if bool(done.all()):
+            break
+    return x
+
+
+def gamma_concentration(s: Tensor) -> Tensor:
+    """Solve ``log c - ψ(c) = s`` for ``c``; ``s = log E[x] - E[log x] > 0``.
+
+    Newton in ``log c`` on the logarithm of both sides, which is nearly linear (slope -1 at both
+    ends), from Minka's starting point (*Estimating a Gamma distribution*, 2002).
+    """
+    s = s.clamp(min=1e-17)
+    start = (3 - s + ((s - 3) ** 2 + 24 * s).sqrt()) / (12 * s)
+    log_s = s.log()
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        c = x.exp()
+        u = log_minus_digamma(c)
+        return u.log() - log_s, -_log_minus_digamma_slope(c) / u
+
+    return decreasing_root(f, start.log(), -60.0, 40.0).exp()
+
+
+def _wishart_terms(df: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """``D log(ν/2) - ψ_D(ν/2)`` and its derivative in ``ν``."""
+    i = torch.arange(dim, dtype=df.dtype, device=df.device)
+    half = (df.unsqueeze(-1) - i) / 2
+    value = log_minus_digamma(half) - torch.log1p(-i / df.unsqueeze(-1))
+    # d/dν of each term: 1/ν - ψ'(h)/2 = -(hψ'(h) - 1)/(2h) + 1/ν - 1/(2h)
+    slope = -_log_minus_digamma_slope(half) / (2 * half) - i / (2 * half * df.unsqueeze(-1))
+    return value.sum(-1), slope.sum(-1)
+
+
+def wishart_df(s: Tensor, dim: int) -> Tensor:
+    """Solve ``D log(ν/2) - ψ_D(ν/2) = s`` for ``ν > D - 1``; ``s = log|E Λ| - E log|Λ| > 0``."""
+    s = s.clamp(min=1e-17)
+    log_s = s.log()
+
+    def f(x: Tensor) -> tuple[Tensor, Tensor]:
+        excess = x.exp()
+        value, slope = _wishart_terms(excess + (dim - 1), dim)
+        return value.log() - log_s, slope * excess / value
+
+    start = (dim * (dim + 1) / (2 * s)).log()
+    return decreasing_root(f, start, -60.0, 40.0).exp() + (dim - 1)
+
+
+def _log_ratio(t: Tensor, a: Tensor) -> Tensor:
+    """Solve ``ψ(a e^r) - ψ(a) = t`` for ``r``, elementwise; ``t <= 0``."""
+    rhs = t - log_minus_digamma(a)
+    z = rhs + a.log()
+    guess = torch.where(z >= -2.22, z.clamp(max=700).exp() + 0.5, -1 / (z + 0.5772156649))
+
+    def f(r: Tensor) -> tuple[Tensor, Tensor]:
+        c = a * r.exp()
+        return rhs - r + log_minus_digamma(c), -(1 + _log_minus_digamma_slope(c))
+
+    return decreasing_root(f, (guess / a).log().clamp(max=0.0), -750.0, 1.0, 60)
+
+
+def dirichlet_concentration(t: Tensor) -> Tensor:
+    """Solve ``ψ(α_k) - ψ(Σα) = t_k`` for ``α``, ``t = E[log x]``: ``[..., K] -> [..., K]``.
+
+    Given the total ``a = Σα`` each ``α_k`` follows by inverting digamma, so there is one scalar
+    equation, ``Σ_k α_k(a) = a``, with exactly one root. Source: the fixed point of Minka,
+    *Estimating a Dirichlet distribution* (2000), solved by Newton instead of iteration.
+    """
+    size = t.shape[-1]
+    slack = -torch.expm1(torch.logsumexp(t, -1)).clamp(max=-1e-17)
+    start = ((size - 1) / (2 * slack)).log()
+
+    def f(y: Tensor) -> tuple[Tensor, Tensor]:
+        a = y.exp().unsqueeze(-1)
+        r = _log_ratio(t, a)
+        share = torch.softmax(r, -1)
+        ratio = (1 + _log_minus_digamma_slope(a)) / (1 + _log_minus_digamma_slope(a * r.exp()))
+        return torch.logsumexp(r, -1), (share * (ratio - 1)).sum(-1)
+
+    a = decreasing_root(f, start, -60.0, 40.0).exp().unsqueeze(-1)
+    return a * _log_ratio(t, a).exp()
+
+
+def mvdigamma(x: Tensor, dim: int) -> Tensor:
+    """``Σ_{i<dim} ψ(x - i/2)``, the derivative of ``torch.mvlgamma``."""
+    i = torch.arange(dim, dtype=x.dtype, device=x.device)
+    return torch.digamma(x.unsqueeze(-1) - i / 2).sum(-1)
+
+
+def pack_symmetric(matrix: Tensor) -> Tensor:
+    """``[..., D, D] -> [..., D(D+1)/2]``, off-diagonal entries times √2, so that inner products
+    of packed matrices are traces of the products."""
+    dim = matrix.shape[-1]
+    i, j = torch.tril_indices(dim, dim, device=matrix.device)
+    scale = math.sqrt(2) ** (i != j).to(matrix.dtype)
+    return matrix[..., i, j] * scale
+
+
+def unpack_symmetric(packed: Tensor, dim: int) -> Tensor:
+    """Inverse of :func:`pack_symmetric`."""
+    i, j = torch.tril_indices(dim, dim, device=packed.device)
+    scale = math.sqrt(0.5) ** (i != j).to(packed.dtype)
+    matrix = packed.new_zeros(packed.shape[:-1] + (dim, dim))
+    matrix[..., i, j] = packed * scale
+    matrix[..., j, i] = packed * scale
+    return matrix

@@ -1,0 +1,150 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Wishart and NormalWishart."""
+
+import math
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_fusion.distributions import NormalWishart
+from pyro_fusion.families.base import Family, Params, register_family
+from pyro_fusion.families.special import (
+    mvdigamma,
+    pack_symmetric,
+    unpack_symmetric,
+    wishart_df,
+)
+
+
+def _log_det(tril: Tensor) -> Tensor:
+    return 2 * tril.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+
+
+def _expected_log_det(df: Tensor, tril: Tensor) -> Tensor:
+    dim = tril.shape[-1]
+    return mvdigamma(df / 2, dim) + dim * math.log(2) + _log_det(tril)
+
+
+def _log_normalizer(df: Tensor, tril: Tensor) -> Tensor:
+    dim = tril.shape[-1]
+    return df / 2 * (dim * math.log(2) + _log_det(tril)) + torch.mvlgamma(df / 2, dim)
+
+
+def _from_mean(half_negative: Tensor, half_log_det: Tensor) -> tuple[Tensor, Tensor]:
+    """``(-E[Λ]/2, E[log|Λ|]/2) -> (df, scale_tril)``."""
+    tril = torch.linalg.cholesky(-2 * half_negative)
+    df = wishart_df(_log_det(tril) - 2 * half_log_det, tril.shape[-1])
+    return df, tril / df[..., None, None].sqrt()
+
+
+def _inverse_tril(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of the inverse."""
+    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
+
+
+@register_family(torch.distributions.Wishart)
+class WishartFamily(Family):
+    """``T(Λ) = (-Λ/2, log|Λ|/2)``, ``η = (V⁻¹, df - D - 1)``."""
+
+    distribution = dist.Wishart
+    event_dim = 2
+    parameters = {"df": 0, "scale_tril": 2}
+
+    def event_shape(self, params: Params) -> torch.Size:
+        return params["scale_tril"].shape[-2:]
+
+    def statistics(self, value: Tensor) -> Tensor:
+        half_log_det = torch.linalg.slogdet(value).logabsdet / 2
+        return torch.cat([pack_symmetric(-value / 2), half_log_det.unsqueeze(-1)], -1)
+
+    def natural(self, params: Params) -> Tensor:
+        df, tril = params["df"], params["scale_tril"]
+        degrees = df - tril.shape[-1] - 1
+        return torch.cat([pack_symmetric(torch.cholesky_inverse(tril)), degrees[..., None]], -1)
+
+    def mean(self, params: Params) -> Tensor:
+        df, tril = params["df"], params["scale_tril"]
+        expected = df[..., None, None] * (tril @ tril.mT)
+        half_log_det = _expected_log_det(df, tril) / 2
+        return torch.cat([pack_symmetric(-expected / 2), half_log_det.unsqueeze(-1)], -1)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        return _log_normalizer(params["df"], params["scale_tril"])
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        dim = event_shape[-1]
+        tril = _inverse_tril(unpack_symmetric(eta[..., :-1], dim))
+        return {"df": eta[..., -1] + dim + 1, "scale_tril": tril}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        df, tril = _from_mean(unpack_symmetric(mu[..., :-1], event_shape[-1]), mu[..., -1])
+        return {"df": df, "scale_tril": tril}
+
+
+@register_family()
+class NormalWishartFamily(Family):
+    """``T(m, Λ) = (Λm, -mᵀΛm/2, -Λ/2, log|Λ|/2)``,
+    ``η = (κ loc, κ, V⁻¹ + κ loc locᵀ, df - D)`` with ``κ = concentration``."""
+
+    distribution = NormalWishart
+    event_dim = 2
+    parameters = {"loc": 1, "concentration": 0, "df": 0, "scale_tril": 2}
+    location = "loc"
+
+    def event_shape(self, params: Params) -> torch.Size:
+        dim = params["loc"].shape[-1]
+        return torch.Size([dim, dim + 1])
+
+    @staticmethod
+    def _join(first: Tensor, second: Tensor, matrix: Tensor, last: Tensor) -> Tensor:
+        return torch.cat(
+            [first, second.unsqueeze(-1), pack_symmetric(matrix), last.unsqueeze(-1)], -1
+        )
+
+    @staticmethod
+    def _split(flat: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        matrix = unpack_symmetric(flat[..., dim + 1 : -1], dim)
+        return flat[..., :dim], flat[..., dim], matrix, flat[..., -1]
+
+    def statistics(self, value: Tensor) -> Tensor:
+        m, precision = value[..., 0], value[..., 1:]
+        pm = (precision @ m.unsqueeze(-1)).squeeze(-1)
+        half_log_det = torch.linalg.slogdet(precision).logabsdet / 2
+        return self._join(pm, -(m * pm).sum(-1) / 2, -precision / 2, half_log_det)
+
+    def natural(self, params: Params) -> Tensor:
+        m, k, df, tril = (params[n] for n in self.parameters)
+        km = k.unsqueeze(-1) * m
+        matrix = torch.cholesky_inverse(tril) + km.unsqueeze(-1) * m.unsqueeze(-2)
+        return self._join(km, k, matrix, df - m.shape[-1])
+
+    def mean(self, params: Params) -> Tensor:
+        m, k, df, tril = (params[n] for n in self.parameters)
+        precision = df[..., None, None] * (tril @ tril.mT)
+        pm = (precision @ m.unsqueeze(-1)).squeeze(-1)
+        quadratic = m.shape[-1] / k + (m * pm).sum(-1)
+        return self._join(pm, -quadratic / 2, -precision / 2, _expected_log_det(df, tril) / 2)
+
+    def log_normalizer(self, params: Params) -> Tensor:
+        dim = params["loc"].shape[-1]
+        normal = dim / 2 * (math.log(2 * math.pi) - params["concentration"].log())
+        return normal + _log_normalizer(params["df"], params["scale_tril"])
+
+    def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
+        dim = event_shape[0]
+        km, k, matrix, degrees = self._split(eta, dim)
+        m = km / k.unsqueeze(-1)
+        tril = _inverse_tril(matrix - km.unsqueeze(-1) * m.unsqueeze(-2))
+        return {"loc": m, "concentration": k, "df": degrees + dim, "scale_tril": tril}
+
+    def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
+        dim = event_shape[0]
+        pm, quadratic, half_negative, half_log_det = self._split(mu, dim)
+        df, tril = _from_mean(half_negative, half_log_det)
+        root = tril * df[..., None, None].sqrt()
+        m = torch.cholesky_solve(pm.unsqueeze(-1), root).squeeze(-1)
+        k = dim / (-2 * quadratic - (m * pm).sum(-1))
+        return {"loc": m, "concentration": k, "df": df, "scale_tril": tril}

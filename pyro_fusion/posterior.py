@@ -1,0 +1,340 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""``Posterior``: what one party hands over, and what fusion returns. Named mean-field factors
+with labelled axes. Files are in ``serialization.py``, guides in ``readers/pyro.py`` (in) and
+``guide.py`` (out)."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_fusion.errors import FusionError, StructureError
+from pyro_fusion.families import Factor, as_factor
+from pyro_fusion.families.projection import (
+    dirichlet_from_stick_breaking,
+    is_stick_breaking,
+    to_marginals,
+)
+
+if TYPE_CHECKING:
+    from pyro_fusion.guide import PosteriorGuide
+
+__all__ = ["Axes", "Posterior"]
+
+Axes = Mapping[str, Sequence[str | None] | str]
+
+# Replacing a joint Normal by its marginals is reported when it loses more than this per dimension.
+_NATS_PER_DIMENSION = 0.1
+
+
+class Posterior:
+    """A product of named factors, ``q(z) = Π_site q_site(z_site)``.
+
+    :param factors: site name -> distribution: an exponential family, perhaps behind a bijection,
+        :class:`~torch.distributions.Independent`, or expanded. Values are copied.
+    :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``;
+        missing trailing entries are None. Axes of one label index the same components, which
+        have no order; sites without a label are shared.
+    :param plates: site name -> the names of the plates of its batch axes, for the guide that
+        :meth:`to_guide` makes. By default a batch axis' plate is called like its label.
+    :raises StructureError: for a label of a site that is not there, too many labels, one label
+        with two sizes, or an axis whose components cannot be told apart.
+    :raises ParameterError: for NaN, infinite or out-of-range parameters.
+    :raises UnsupportedFamilyError: for a distribution that is no registered family.
+
+    A labelled axis must index separable components. Where it does not, the factor is projected by
+    moment matching: a stick-breaking simplex onto a Dirichlet, a MultivariateNormal whose event
+    axis is labelled onto its marginals.
+
+    Example::
+
+        Posterior(
+            {"loc": Normal(loc, scale).to_event(1), "weights": Dirichlet(alpha)},
+            axes={"loc": ("component", None), "weights": ("component",)},
+        )
+    """
+
+    def __init__(
+        self,
+        factors: Mapping[str, Distribution | Factor],
+        axes: Axes | None = None,
+        *,
+        plates: Mapping[str, Sequence[str | None]] | None = None,
+    ) -> None:
+        if not factors:
+            raise StructureError("a posterior needs at least one factor, got none")
+        for what, mapping in (("axes", axes), ("plates", plates)):
+            unknown = set(mapping or {}) - set(factors)
+            if unknown:
+                raise StructureError(
+                    f"{what} names sites {sorted(unknown)} that the posterior does not have; "
+                    f"its sites are {sorted(factors)}"
+                )
+        self._factors: dict[str, Factor] = {}
+        self._axes: dict[str, tuple[str | None, ...]] = {}
+        for site, d in factors.items():
+            self._factors[site], self._axes[site] = _checked(site, d, (axes or {}).get(site, ()))
+        self._plates = {
+            site: tuple((plates or {}).get(site, self._axes[site][: f.batch_dim]))
+            for site, f in self._factors.items()
+        }
+        for site, f in self._factors.items():
+            if len(self._plates[site]) != f.batch_dim:
+                raise StructureError(
+                    f"site '{site}': {len(self._plates[site])} plates for batch shape "
+                    f"{tuple(f.batch_shape)}"
+                )
+        self._sizes = self._check_sizes()
+
+    def _check_sizes(self) -> dict[str, int]:
+        seen: dict[str, tuple[str, int]] = {}
+        for site, f in self._factors.items():
+            for label, size in zip(self._axes[site], f.shape, strict=True):
+                if label is None:
+                    continue
+                other, expected = seen.setdefault(label, (site, size))
+                if size != expected:
+                    raise StructureError(
+                        f"label '{label}' has size {size} at site '{site}' (shape "
+                        f"{tuple(f.shape)}) but size {expected} at site '{other}' (shape "
+                        f"{tuple(self._factors[other].shape)})"
+                    )
+        return {label: size for label, (_, size) in seen.items()}
+
+    # -- reading -------------------------------------------------------------------------------
+
+    @classmethod
+    def from_guide(cls, guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+        """Read a Pyro guide; see :func:`pyro_fusion.readers.pyro.from_guide`."""
+        from pyro_fusion.readers.pyro import from_guide
+
+        return from_guide(guide, *args, **kwargs)
+
+    @property
+    def factors(self) -> Mapping[str, dist.TorchDistribution]:
+        """Site name -> Pyro distribution (copies: changing one changes nothing here)."""
+        return MappingProxyType({k: f.distribution() for k, f in self._factors.items()})
+
+    @property
+    def decomposed(self) -> Mapping[str, Factor]:
+        """Site name -> the factor taken apart into family, parameters and transforms."""
+        return MappingProxyType(self._factors)
+
+    @property
+    def axes(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Site name -> one label or None for each axis of ``batch_shape + event_shape``."""
+        return MappingProxyType(self._axes)
+
+    @property
+    def plates(self) -> Mapping[str, tuple[str | None, ...]]:
+        """Site name -> one plate name or None for each batch axis."""
+        return MappingProxyType(self._plates)
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """All labels, in order of first appearance."""
+        return tuple(self._sizes)
+
+    def components(self, label: str) -> int:
+        """The number of components along ``label``.
+
+        :raises StructureError: if no site has that label.
+        """
+        if label not in self._sizes:
+            raise StructureError(
+                f"no site has the label '{label}'; the labels are {sorted(self._sizes)}"
+            )
+        return self._sizes[label]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the first factor's parameters."""
+        return next(iter(self._factors.values())).dtype
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first factor's parameters."""
+        return next(iter(self._factors.values())).device
+
+    # -- transforming --------------------------------------------------------------------------
+
+    def _replace(self, factors: Mapping[str, Factor]) -> Posterior:
+        return Posterior(factors, self._axes, plates=self._plates)
+
+    def select(self, label: str, index: Sequence[int] | Tensor) -> Posterior:
+        """Keep the components ``index`` along ``label``, in that order.
+
+        :raises StructureError: for an unknown label, or an index out of range or empty.
+        """
+        size = self.components(label)
+        chosen = torch.as_tensor(index, dtype=torch.long).reshape(-1)
+        if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= size:
+            raise StructureError(
+                f"label '{label}' has components 0 to {size - 1}, got index {chosen.tolist()}"
+            )
+        result = {}
+        for site, f in self._factors.items():
+            for axis, other in enumerate(self._axes[site]):
+                if other == label:
+                    f = f.index_select(axis, chosen)
+            result[site] = f
+        return self._replace(result)
+
+    def permute(self, label: str, permutation: Sequence[int] | Tensor) -> Posterior:
+        """Reorder the components along ``label``: component ``i`` of the result was component
+        ``permutation[i]``.
+
+        :raises StructureError: if that is no permutation.
+        """
+        size = self.components(label)
+        order = torch.as_tensor(permutation, dtype=torch.long).reshape(-1)
+        if order.sort().values.tolist() != list(range(size)):
+            raise StructureError(
+                f"expected a permutation of the {size} components of '{label}', "
+                f"got {order.tolist()}"
+            )
+        return self.select(label, order)
+
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> Posterior:
+        """Move to a device, cast to a dtype, or both."""
+        return self._replace({k: f.to(device, dtype) for k, f in self._factors.items()})
+
+    # -- as a distribution ---------------------------------------------------------------------
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
+        """Draw every site: ``sample_shape + batch_shape + event_shape`` each."""
+        with torch.no_grad():
+            return {k: d.sample(torch.Size(sample_shape)) for k, d in self.factors.items()}
+
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """The joint log-density of ``values``, each ``sample_shape + batch_shape + event_shape``;
+        the result has shape ``sample_shape``.
+
+        :raises StructureError: if a site is missing or unknown.
+        """
+        if set(values) != set(self._factors):
+            raise StructureError(
+                f"expected a value for each of {sorted(self._factors)}, got {sorted(values)}"
+            )
+        total: Tensor | None = None
+        for site, d in self.factors.items():
+            term = d.log_prob(values[site])
+            n = len(d.batch_shape)
+            term = term.flatten(term.dim() - n).sum(-1) if n else term
+            total = term if total is None else total + term
+        assert total is not None
+        return total
+
+    def to_guide(self) -> PosteriorGuide:
+        """A Pyro guide with trainable parameters: for ``Predictive``, or to start an ``SVI``."""
+        from pyro_fusion.guide import PosteriorGuide
+
+        return PosteriorGuide(self)
+
+    # -- files -----------------------------------------------------------------------------------
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write one safetensors file; never pickled. An existing file is replaced at once or not
+        at all."""
+        from pyro_fusion.serialization import write
+
+        write(path, self._factors, self._axes, self._plates)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Posterior:
+        """Read a file that :meth:`save` wrote. Nothing in it is executed.
+
+        :raises FileFormatError: if the file is damaged, of another format or version, or holds
+            anything that is no valid posterior.
+        """
+        from pyro_fusion.errors import FileFormatError
+        from pyro_fusion.serialization import read
+
+        factors, axes, plates = read(path)
+        try:
+            return cls(factors, axes, plates=plates)
+        except FusionError as e:
+            raise FileFormatError(f"{os.fspath(path)}: {e}") from e
+
+    # -- printing --------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        counts = ", ".join(f"{n} × {label}" for label, n in self._sizes.items())
+        head = f"Posterior({counts})" if counts else "Posterior"
+        rows = [
+            (site, _describe(f), str(list(f.shape)), _describe_axes(self._axes[site]))
+            for site, f in self._factors.items()
+        ]
+        widths = [max(len(r[i]) for r in rows) for i in range(4)]
+        lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
+        return "\n".join([head, *(line.rstrip() for line in lines)])
+
+
+def _describe(f: Factor) -> str:
+    d = f.distribution(validate_args=False)
+    while isinstance(d, dist.Independent):
+        d = d.base_dist
+    if not isinstance(d, dist.TransformedDistribution) or type(d) is not dist.TransformedDistribution:
+        return type(d).__name__
+    return f"{f.family.name} → " + " → ".join(
+        type(t).__name__.removesuffix("Transform") for t in f.transforms
+    )
+
+
+def _describe_axes(axes: tuple[str | None, ...]) -> str:
+    return "(" + ", ".join(a or "·" for a in axes) + ")" if any(axes) else "shared"
+
+
+def _checked(
+    site: str, d: Distribution | Factor, labels: Sequence[str | None] | str
+) -> tuple[Factor, tuple[str | None, ...]]:
+    """Take one site apart, check it, and make its labelled axes separable."""
+    labels = (labels,) if isinstance(labels, str) else tuple(labels)
+    if any(not (label is None or (isinstance(label, str) and label)) for label in labels):
+        raise StructureError(f"site '{site}': labels must be names or None, got {labels}")
+    try:
+        f = as_factor(d)
+        if len(labels) > len(f.shape):
+            raise StructureError(
+                f"{len(labels)} labels {labels} for shape {tuple(f.shape)} "
+                "(batch_shape + event_shape)"
+            )
+        axes = labels + (None,) * (len(f.shape) - len(labels))
+        f.check()
+        joint = [i for i in range(f.separable_axes, len(axes)) if axes[i] is not None]
+        if joint:
+            f = _separated(site, f, joint)
+    except FusionError as e:
+        raise type(e)(f"site '{site}': {e}") from e
+    return f, axes
+
+
+def _separated(site: str, f: Factor, joint: list[int]) -> Factor:
+    if is_stick_breaking(f):
+        return dirichlet_from_stick_breaking(f)
+    elementwise = f.separable_axes == len(f.base_shape)
+    if f.family.name == "MultivariateNormal" and elementwise:
+        marginal, lost = to_marginals(f)
+        if lost > _NATS_PER_DIMENSION * f.shape[-1]:
+            warnings.warn(
+                f"site '{site}': labelling the event axis of a MultivariateNormal keeps only its "
+                f"marginals, which loses {lost:.1f} nats of correlation",
+                stacklevel=4,
+            )
+        return marginal
+    # Raises if the family has no separable event axes, or a transform is in the way.
+    for axis in joint:
+        f.index_select(axis, torch.arange(f.shape[axis]))
+    return f
