@@ -101,14 +101,26 @@ class Family(ABC):
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         """Inverse of :meth:`mean`: ``[*batch_shape, P] ->`` parameters."""
 
+    def kl(self, p: Params, q: Params) -> Tensor:
+        """``KL(p ‖ q)`` of equal batch shapes: ``-> [*batch_shape]``.
+
+        The Bregman divergence of ``A``. Families whose log-normaliser is large where divergences
+        are small (concentrations of 1e8, say) override it with a form in which nothing cancels.
+        """
+        inner = ((self.natural(q) - self.natural(p)) * self.mean(p)).sum(-1)
+        return self.log_normalizer(q) - self.log_normalizer(p) - inner
+
     def index_event(self, params: Params, axis: int, index: Tensor) -> Params:
         """The marginal (or restriction) to ``index`` along event axis ``axis`` (negative)."""
         raise StructureError(
             f"the event axes of {self.name} cannot be labelled: its components are not separable"
         )
 
-    def pad_event(self, params: Params, axis: int, index: Tensor, size: int, fill: Tensor) -> Params:
-        """Scatter along event axis ``axis`` (negative) to ``size`` places; ``fill`` elsewhere."""
+    def pad_event(
+        self, params: Params, axis: int, index: Tensor, size: int, fill: Tensor | None
+    ) -> Params:
+        """Scatter along event axis ``axis`` (negative) to ``size`` places. Elsewhere goes the
+        parameter ``fill``, by default the family's idea of having seen nothing."""
         raise StructureError(
             f"a {self.name} factor with a labelled event axis cannot be carried along: parties "
             "that lack a component have no natural value there. Use a Dirichlet, or a batch axis"

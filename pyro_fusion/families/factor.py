@@ -8,10 +8,10 @@ Everything that fusion does to a distribution (index, permute, stack, convert, p
 ``ExpandedDistribution`` or ``MaskedDistribution``.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import pyro.distributions as dist
 import torch
@@ -31,6 +31,9 @@ _NAMED: dict[tuple[type, type], Callable[..., dist.TorchDistribution]] = {
     (dist.Normal, tt.ExpTransform): dist.LogNormal,
     (dist.Gamma, tt.PowerTransform): dist.InverseGamma,
 }
+
+# Wrappers whose batch shape may be larger than that of what they wrap.
+_WIDENING = ExpandedDistribution | MaskedDistribution
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,33 +59,15 @@ class Factor:
 
         :raises UnsupportedFamilyError: if no family is registered for what is inside.
         """
-        transforms: tuple[Transform, ...] = ()
-        base = d
-        while True:
-            if isinstance(base, MaskedDistribution):
-                _require_full(base._mask)
-            elif isinstance(base, TransformedDistribution):
-                transforms = tuple(_plain(t) for t in flatten(base.transforms)) + transforms
-            elif not isinstance(base, Independent | ExpandedDistribution):
-                break
-            base = base.base_dist
-        for t in transforms:
+        factor = _absorb_affine(_take_apart(d))
+        for t in factor.transforms:
             if not t.bijective:
                 raise UnsupportedFamilyError(
-                    f"{type(d).__name__} is a {type(base).__name__} behind {type(t).__name__}, "
+                    f"{type(d).__name__} is a {factor.family.name} behind {type(t).__name__}, "
                     "which is not a bijection"
                 )
-        family = family_of(base)
-        params = {k: v.detach() for k, v in family.params(base).items()}
-        factor = _absorb_affine(cls(family, params, transforms, len(d.batch_shape)))
-        # Independent made the rightmost axes; expansion, which knows only batch axes, the others.
-        made_events = len(d.event_shape) - family.event_dim - factor._added_axes()
-        inner = factor.base_shape
-        factor = factor.expand(d.batch_shape + inner[len(inner) - made_events :])
-        return factor.map(torch.clone)
-
-    def _added_axes(self) -> int:
-        return sum(t.codomain.event_dim - t.domain.event_dim for t in self.transforms)
+        dtype = functools.reduce(torch.promote_types, (v.dtype for v in factor.params.values()))
+        return factor.map(lambda v: v.detach().to(dtype, copy=True))
 
     def distribution(self, validate_args: bool | None = None) -> dist.TorchDistribution:
         """Put together: a Pyro distribution with the batch and event shape that came in."""
@@ -166,20 +151,25 @@ class Factor:
     def _flat(self, x: Tensor) -> Tensor:
         return x.flatten(self.batch_dim)
 
-    @cached_property
+    @functools.cached_property
     def natural(self) -> Tensor:
         """Natural parameters, ``[*batch_shape, P]``, float64."""
         return self._flat(self.family.natural(self._double()))
 
-    @cached_property
+    @functools.cached_property
     def mean(self) -> Tensor:
         """Mean parameters, ``[*batch_shape, P]``, float64."""
         return self._flat(self.family.mean(self._double()))
 
-    @cached_property
+    @functools.cached_property
     def log_normalizer(self) -> Tensor:
         """Log-normaliser, ``[*batch_shape]``, float64."""
         return self._sum(self.family.log_normalizer(self._double()))
+
+    def divergence(self, other: "Factor") -> Tensor:
+        """``KL(self ‖ other)`` by the family's formula, ``[*batch_shape]``, float64. Both have one
+        structure and one :attr:`base_shape`."""
+        return self._sum(self.family.kl(self._double(), other._double()))
 
     def from_natural(self, eta: Tensor) -> "Factor":
         """A factor of this structure with natural parameters ``eta``: ``[*batch, P]``."""
@@ -241,10 +231,12 @@ class Factor:
         )
         return replace(self, params=params)
 
-    def pad(self, axis: int, index: Tensor, size: int, fill: Tensor) -> "Factor":
-        """Scatter a family's event ``axis`` to ``size`` places, with ``fill`` elsewhere."""
+    def pad(self, axis: int, index: Tensor, size: int, fill: Tensor | None = None) -> "Factor":
+        """Scatter a family's event ``axis`` to ``size`` places; see :meth:`Family.pad_event`."""
         self._require_bare(axis)
-        params = self.family.pad_event(self.params, axis - len(self.shape), index, size, fill)
+        params = self.family.pad_event(
+            self.params, axis - len(self.shape), index.to(self.device), size, fill
+        )
         return replace(self, params=params)
 
     def _require_bare(self, axis: int) -> None:
@@ -287,11 +279,14 @@ class Factor:
         for name, value in self.params.items():
             if not value.is_floating_point():
                 raise ParameterError(f"{name} must be floating point, got {value.dtype}")
+            if value.dtype != self.dtype:
+                raise ParameterError(f"{name} must be {self.dtype} like the rest, got {value.dtype}")
             if not bool(torch.isfinite(value).all()):
                 bad = value[~torch.isfinite(value)][0].item()
                 raise ParameterError(f"{name} must be finite, got {bad}")
         try:
             built = self.family.build(self.params, validate_args=True)
+            normalizer = self.log_normalizer
         except (ValueError, AssertionError, RuntimeError) as e:
             raise ParameterError(_first_line(e)) from e
         if built.batch_shape != self.base_shape:
@@ -299,12 +294,30 @@ class Factor:
                 f"parameters broadcast to {tuple(built.batch_shape)}, "
                 f"expected {tuple(self.base_shape)}"
             )
-        if not bool(torch.isfinite(self.log_normalizer).all()):
+        if not bool(torch.isfinite(normalizer).all()):
             raise ParameterError("the log-normaliser is not finite: a singular scale")
 
 
 def _first_line(e: Exception) -> str:
     return " ".join(str(e).split())[:300]
+
+
+def _take_apart(d: Distribution) -> Factor:
+    """``d`` from the inside out, its parameters as they are."""
+    if not isinstance(d, Independent | TransformedDistribution | _WIDENING):
+        family = family_of(d)
+        return Factor(family, family.params(d), (), len(d.batch_shape))
+    inner = _take_apart(d.base_dist)
+    if isinstance(d, MaskedDistribution):
+        _require_full(d._mask)
+    if isinstance(d, _WIDENING):
+        # They know only batch axes; what Independent made events inside stays as it is.
+        inner = inner.expand(d.batch_shape + inner.base_shape[inner.batch_dim :])
+    elif isinstance(d, TransformedDistribution):
+        outer = tuple(_plain(t) for t in flatten(d.transforms))
+        inner = replace(inner, transforms=inner.transforms + outer)
+    # Independent and transforms turn the rightmost batch axes into event axes.
+    return replace(inner, batch_dim=len(d.batch_shape))
 
 
 def _require_full(mask: bool | Tensor) -> None:
@@ -327,6 +340,13 @@ def _scalar(t: Transform, value: float | Tensor) -> float:
 
 def _plain(t: Transform) -> Transform:
     """Transforms that hold tensors, with plain numbers instead: the same on every device."""
+    if isinstance(t, tt._InverseTransform):
+        inner = t.inv
+        if isinstance(inner, tt.AffineTransform):
+            return tt.AffineTransform(-inner.loc / inner.scale, 1 / inner.scale)
+        if isinstance(inner, tt.PowerTransform):
+            return _plain(tt.PowerTransform(1 / inner.exponent))
+        return t
     if isinstance(t, tt.PowerTransform):
         # torch reads exponent.sign(), so this one has to be a tensor.
         return tt.PowerTransform(torch.tensor(_scalar(t, t.exponent)))

@@ -8,10 +8,16 @@ import math
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
 
 from pyro_fusion.distributions import NormalGamma
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import gamma_concentration, log_minus_digamma
+from pyro_fusion.families.special import (
+    excess,
+    gamma_concentration,
+    log_minus_digamma,
+    stirling_kl,
+)
 
 
 def _expected_log(concentration: Tensor, rate: Tensor) -> Tensor:
@@ -54,6 +60,12 @@ class GammaFamily(_Scalar):
         c = gamma_concentration(mu[..., 1].log() - mu[..., 0])
         return {"concentration": c, "rate": c / mu[..., 1]}
 
+    def kl(self, p: Params, q: Params) -> Tensor:
+        # By way of the Gamma with the mean of p and the concentration of q.
+        c, r = q["concentration"], q["rate"]
+        different_mean = c * excess(p["concentration"] * r, c * p["rate"])
+        return different_mean + stirling_kl(p["concentration"], c)
+
 
 @register_family(torch.distributions.Exponential)
 class ExponentialFamily(_Scalar):
@@ -79,6 +91,9 @@ class ExponentialFamily(_Scalar):
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"rate": 1 / mu[..., 0]}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        return excess(q["rate"], p["rate"])
 
 
 @register_family(torch.distributions.Poisson)
@@ -106,16 +121,23 @@ class PoissonFamily(_Scalar):
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"rate": mu[..., 0]}
 
+    def kl(self, p: Params, q: Params) -> Tensor:
+        return p["rate"] * excess(q["rate"], p["rate"])
+
 
 @register_family()
 class NormalGammaFamily(Family):
     """``T(m, τ) = (τm, -τm²/2, -τ, log τ)``,
-    ``η = (κ loc, κ, rate + κ loc²/2, shape - 1/2)`` with ``κ = concentration``."""
+    ``η = (κ loc, κ, rate + κ loc²/2, gamma_shape - 1/2)`` with ``κ = concentration``."""
 
     distribution = NormalGamma
     event_dim = 1
-    parameters = {"loc": 0, "concentration": 0, "shape": 0, "rate": 0}
+    parameters = {"loc": 0, "concentration": 0, "gamma_shape": 0, "rate": 0}
     location = "loc"
+
+    def build(self, params: Params, validate_args: bool | None = None) -> Distribution:
+        in_order = (params[name] for name in self.parameters)
+        return NormalGamma(*in_order, validate_args=validate_args)
 
     def event_shape(self, params: Params) -> torch.Size:
         return torch.Size([2])
@@ -126,26 +148,29 @@ class NormalGammaFamily(Family):
 
     def natural(self, params: Params) -> Tensor:
         m, k = params["loc"], params["concentration"]
-        return torch.stack([k * m, k, params["rate"] + k * m**2 / 2, params["shape"] - 0.5], -1)
+        return torch.stack([k * m, k, params["rate"] + k * m**2 / 2, params["gamma_shape"] - 0.5], -1)
 
     def mean(self, params: Params) -> Tensor:
-        m, k, a, b = (params[n] for n in ("loc", "concentration", "shape", "rate"))
+        m, k, a, b = (params[n] for n in ("loc", "concentration", "gamma_shape", "rate"))
         precision = a / b
         return torch.stack(
             [precision * m, -(1 / k + precision * m**2) / 2, -precision, _expected_log(a, b)], -1
         )
 
     def log_normalizer(self, params: Params) -> Tensor:
-        k, a, b = (params[n] for n in ("concentration", "shape", "rate"))
+        k, a, b = (params[n] for n in ("concentration", "gamma_shape", "rate"))
         return -k.log() / 2 + 0.5 * math.log(2 * math.pi) + torch.lgamma(a) - a * b.log()
 
     def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
         km, k, b, a = eta.unbind(-1)
         m = km / k
-        return {"loc": m, "concentration": k, "shape": a + 0.5, "rate": b - k * m**2 / 2}
+        return {"loc": m, "concentration": k, "gamma_shape": a + 0.5, "rate": b - k * m**2 / 2}
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         tm, tmm, t, log_t = mu.unbind(-1)
         m = -tm / t
         a = gamma_concentration((-t).log() - log_t)
-        return {"loc": m, "concentration": 1 / (-2 * tmm + t * m**2), "shape": a, "rate": -a / t}
+        return {"loc": m, "concentration": 1 / (-2 * tmm + t * m**2), "gamma_shape": a, "rate": -a / t}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        return kl_divergence(self.build(p, False), self.build(q, False))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import pack_symmetric, unpack_symmetric
+from pyro_fusion.families.special import excess, pack_symmetric, unpack_symmetric
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -48,6 +48,10 @@ class NormalFamily(Family):
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"loc": mu[..., 0], "scale": (mu[..., 1] - mu[..., 0] ** 2).sqrt()}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        z = (p["loc"] - q["loc"]) / q["scale"]
+        return (excess(p["scale"] ** 2, q["scale"] ** 2) + z**2) / 2
 
 
 @register_family(
@@ -96,6 +100,16 @@ class MultivariateNormalFamily(Family):
         loc = mu[..., :dim]
         covariance = unpack_symmetric(mu[..., dim:], dim) - loc.unsqueeze(-1) * loc.unsqueeze(-2)
         return {"loc": loc, "scale_tril": torch.linalg.cholesky(covariance)}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        tril_p, tril_q = p["scale_tril"], q["scale_tril"]
+        ratio = torch.linalg.solve_triangular(tril_q, tril_p, upper=False)
+        shift = (p["loc"] - q["loc"]).unsqueeze(-1)
+        z = torch.linalg.solve_triangular(tril_q, shift, upper=False).squeeze(-1)
+        diagonal = excess(
+            tril_p.diagonal(dim1=-2, dim2=-1) ** 2, tril_q.diagonal(dim1=-2, dim2=-1) ** 2
+        )
+        return (diagonal.sum(-1) + ratio.tril(-1).square().sum((-2, -1)) + (z**2).sum(-1)) / 2
 
     def index_event(self, params: Params, axis: int, index: Tensor) -> Params:
         tril = params["scale_tril"]

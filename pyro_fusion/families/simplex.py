@@ -9,7 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import dirichlet_concentration, log_minus_digamma
+from pyro_fusion.families.special import (
+    dirichlet_concentration,
+    excess,
+    log_minus_digamma,
+    stirling_kl,
+)
 
 
 def _expected_log(alpha: Tensor) -> Tensor:
@@ -20,6 +25,16 @@ def _expected_log(alpha: Tensor) -> Tensor:
 
 def _log_beta(alpha: Tensor) -> Tensor:
     return torch.lgamma(alpha).sum(-1) - torch.lgamma(alpha.sum(-1))
+
+
+def _kl(alpha: Tensor, beta: Tensor) -> Tensor:
+    """``KL(Dirichlet(α) ‖ Dirichlet(β))``: what the means differ by, ``Σβ`` times a Categorical
+    KL, and what the concentrations do. The terms in ``log Γ``, which cancel, never appear."""
+    alpha_sum, beta_sum = alpha.sum(-1), beta.sum(-1)
+    weights = beta / beta_sum.unsqueeze(-1)
+    means = (weights * excess(alpha / alpha_sum.unsqueeze(-1), weights)).sum(-1)
+    spread = stirling_kl(alpha, beta).sum(-1) - stirling_kl(alpha_sum, beta_sum)
+    return beta_sum * means + spread
 
 
 @register_family(torch.distributions.Dirichlet)
@@ -51,13 +66,23 @@ class DirichletFamily(Family):
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"concentration": dirichlet_concentration(mu)}
 
+    def kl(self, p: Params, q: Params) -> Tensor:
+        return _kl(p["concentration"], q["concentration"])
+
     def index_event(self, params: Params, axis: int, index: Tensor) -> Params:
         # The composition of a subset of parts is again Dirichlet (aggregation property).
         return {"concentration": params["concentration"].index_select(-1, index)}
 
-    def pad_event(self, params: Params, axis: int, index: Tensor, size: int, fill: Tensor) -> Params:
+    def pad_event(
+        self, params: Params, axis: int, index: Tensor, size: int, fill: Tensor | None
+    ) -> Params:
         alpha = params["concentration"]
-        return {"concentration": _scatter_last(alpha, index, size, fill)}
+        if fill is None:
+            # One count, a uniform prior's, but no more than what the party gives any part.
+            fill = alpha.amin(-1, keepdim=True).clamp(max=1)
+        result = fill.to(alpha).expand((*alpha.shape[:-1], size)).clone()
+        result[..., index] = alpha
+        return {"concentration": result}
 
 
 @register_family(torch.distributions.Beta)
@@ -91,7 +116,11 @@ class BetaFamily(Family):
         return {"concentration1": eta[..., 0] + 1, "concentration0": eta[..., 1] + 1}
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
-        return self.from_natural(dirichlet_concentration(mu) - 1, event_shape)
+        c1, c0 = dirichlet_concentration(mu).unbind(-1)
+        return {"concentration1": c1, "concentration0": c0}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        return _kl(self._alpha(p), self._alpha(q))
 
 
 @register_family(torch.distributions.Categorical)
@@ -153,8 +182,3 @@ class BernoulliFamily(Family):
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"logits": torch.logit(mu[..., 0])}
 
-
-def _scatter_last(values: Tensor, index: Tensor, size: int, fill: Tensor) -> Tensor:
-    result = fill.to(values).expand(values.shape[:-1] + (size,)).clone()
-    result[..., index] = values
-    return result

@@ -16,11 +16,13 @@ from torch import Tensor
 
 __all__ = [
     "decreasing_root",
+    "dirichlet_concentration",
+    "excess",
     "gamma_concentration",
     "log_minus_digamma",
-    "dirichlet_concentration",
     "mvdigamma",
     "pack_symmetric",
+    "stirling_kl",
     "unpack_symmetric",
     "wishart_df",
 ]
@@ -45,6 +47,38 @@ def _log_minus_digamma_slope(c: Tensor) -> Tensor:
     i2 = i * i
     tail = i2 * (1 / 6 - i2 * (1 / 30 - i2 * (1 / 42 - i2 * (1 / 30 - i2 * 5 / 66))))
     return torch.where(c > _ASYMPTOTIC, i / 2 + tail, c * torch.polygamma(1, c) - 1)
+
+
+def excess(x: Tensor, y: Tensor) -> Tensor:
+    """``x/y - 1 - log(x/y)``, never negative, without cancellation where ``x`` is near ``y``."""
+    gap = (x - y) / y
+    return gap - torch.where(gap < -0.5, (x / y).log(), gap.clamp(min=-0.5).log1p())
+
+
+def _stirling_rest(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What Stirling leaves of ``log Γ(x)``, and its derivative:
+    ``r(x) = log Γ(x) - (x - 1/2) log x + x - log(2π)/2``."""
+    small, big = x.clamp(max=_ASYMPTOTIC), x.clamp(min=_ASYMPTOTIC)
+    value = torch.lgamma(small) - (small - 0.5) * small.log() + small - 0.5 * math.log(2 * math.pi)
+    slope = torch.digamma(small) - small.log() + 0.5 / small
+    i = 1 / big
+    i2 = i * i
+    tail = i * (1 / 12 - i2 * (1 / 360 - i2 * (1 / 1260 - i2 / 1680)))
+    tail_slope = -i2 * (1 / 12 - i2 * (1 / 120 - i2 * (1 / 252 - i2 / 240)))
+    large = x > _ASYMPTOTIC
+    return torch.where(large, tail, value), torch.where(large, tail_slope, slope)
+
+
+def stirling_kl(a: Tensor, b: Tensor) -> Tensor:
+    """KL between Gammas of concentrations ``a`` and ``b`` and one mean.
+
+    It is the part that stays small of the Bregman divergence of ``log Γ``,
+    ``log Γ(b) - log Γ(a) - (b - a) ψ(a) = b (a/b - 1 - log(a/b)) + stirling_kl(a, b)``:
+    by Stirling's formula what grows with the concentrations cancels on paper.
+    """
+    rest_a, slope_a = _stirling_rest(a)
+    rest_b, _ = _stirling_rest(b)
+    return excess(b, a) / 2 + (rest_b - rest_a - (b - a) * slope_a)
 
 
 def decreasing_root(

@@ -8,7 +8,8 @@ KL and both KL barycentres are unchanged by a bijection, provided that it is the
 sides. Many torch transforms compare by identity, so they are compared by description here.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ for _t in (
     tt.CorrCholeskyTransform,
     tt.LowerCholeskyTransform,
     tt.PositiveDefiniteTransform,
+    pt.CorrMatrixCholeskyTransform,
     pt.OrderedTransform,
     pt.SoftplusLowerCholeskyTransform,
     pt.UnitLowerCholeskyTransform,
@@ -61,8 +63,8 @@ def flatten(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
             result.extend(flatten(t.parts))
         elif isinstance(t, tt.IndependentTransform):
             result.extend(flatten([t.base_transform]))
-        elif getattr(t, "_inv", None) is not None and isinstance(t, tt._InverseTransform):
-            raise UnsupportedFamilyError(f"inverse transforms such as {t} are not supported")
+        elif isinstance(t, tt._InverseTransform) and isinstance(t.inv, tt.IndependentTransform):
+            result.extend(flatten([t.inv.base_transform.inv]))
         else:
             result.append(t)
     return tuple(result)
@@ -71,6 +73,10 @@ def flatten(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
 def is_elementwise(t: Transform) -> bool:
     """Whether ``t`` acts on each number alone, so that axes keep their meaning through it."""
     return t.domain.event_dim == 0 and t.codomain.event_dim == 0
+
+
+# After the name of a transform: its inverse.
+_INVERSE = ".inv"
 
 
 def _plain(value: Any) -> Any:
@@ -84,6 +90,9 @@ def describe(t: Transform) -> list[Any]:
 
     :raises UnsupportedFamilyError: for a type that is not known; see :func:`register_transform`.
     """
+    if isinstance(t, tt._InverseTransform):
+        name, arguments = describe(t.inv)
+        return [name + _INVERSE, arguments]
     name = type(t).__name__
     if _KNOWN.get(name, (None,))[0] is not type(t):
         raise UnsupportedFamilyError(
@@ -101,16 +110,28 @@ def rebuild(description: Sequence[Any]) -> Transform:
     :raises TypeError, ValueError: for arguments that do not fit it.
     """
     name, arguments = description
-    if name not in _KNOWN:
-        raise UnsupportedFamilyError(f"unknown transform {name!r}")
-    cls, expected = _KNOWN[name]
+    if not isinstance(name, str) or not isinstance(arguments, Mapping):
+        raise TypeError("a transform is described by its name and its arguments")
+    bare = name.removesuffix(_INVERSE)
+    if bare not in _KNOWN:
+        raise UnsupportedFamilyError(f"unknown transform {name[:50]!r}")
+    cls, expected = _KNOWN[bare]
     if set(arguments) != set(expected):
-        raise ValueError(f"{name} takes {list(expected)}, got {sorted(arguments)}")
+        raise ValueError(f"{bare} takes {list(expected)}, got {sorted(arguments)}")
     make: Callable[..., Transform] = cls
-    return make(**{k: _argument(cls, v) for k, v in arguments.items()})
+    t = make(**{k: _argument(f"{k} of {bare}", v) for k, v in arguments.items()})
+    return t if bare == name else t.inv
 
 
-def _argument(cls: type[Transform], value: Any) -> Any:
-    if cls is tt.ReshapeTransform:
+def _argument(what: str, value: Any) -> Any:
+    """A number or a tuple of sizes as :func:`describe` writes them; nothing else is let through
+    to the constructors of transforms, most of which check nothing."""
+    if isinstance(value, list):
+        if not all(type(v) is int and 0 < v < 1 << 31 for v in value) or len(value) > 16:
+            raise ValueError(f"{what} must be a list of at most 16 sizes")
         return torch.Size(value)
-    return torch.tensor(value) if isinstance(value, list) else value
+    if type(value) not in (int, float) or not math.isfinite(value):
+        raise ValueError(f"{what} must be a finite number")
+    if value == 0 and not what.startswith("loc"):
+        raise ValueError(f"{what} must not be zero")
+    return float(value)

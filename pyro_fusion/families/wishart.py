@@ -4,10 +4,13 @@
 """Wishart and NormalWishart."""
 
 import math
+import warnings
+from collections.abc import Sequence
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+from torch.distributions import Distribution, kl_divergence
 
 from pyro_fusion.distributions import NormalWishart
 from pyro_fusion.families.base import Family, Params, register_family
@@ -45,13 +48,40 @@ def _inverse_tril(matrix: Tensor) -> Tensor:
     return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
 
 
+class Wishart(dist.Wishart):
+    """The Wishart as it is in Pyro, but for its sampler: torch's takes regular draws for singular
+    ones, warns of each and draws it again."""
+
+    def rsample(
+        self, sample_shape: Sequence[int] = (), max_try_correction: int | None = None
+    ) -> Tensor:
+        """Draw ``sample_shape + batch_shape + (D, D)``, with gradients."""
+        # The precision matrix of a NormalWishart is Wishart.
+        joint = _as_normal_wishart({"df": self.df, "scale_tril": self.scale_tril})
+        return joint.rsample(torch.Size(sample_shape))[..., 1:]
+
+
+def _as_normal_wishart(params: Params) -> NormalWishart:
+    df, tril = params["df"], params["scale_tril"]
+    return NormalWishart(
+        tril.new_zeros(tril.shape[:-1]), torch.ones_like(df), df, scale_tril=tril,
+        validate_args=False,
+    )  # fmt: skip
+
+
 @register_family(torch.distributions.Wishart)
 class WishartFamily(Family):
     """``T(Λ) = (-Λ/2, log|Λ|/2)``, ``η = (V⁻¹, df - D - 1)``."""
 
-    distribution = dist.Wishart
+    distribution = Wishart
     event_dim = 2
     parameters = {"df": 0, "scale_tril": 2}
+
+    def build(self, params: Params, validate_args: bool | None = None) -> Distribution:
+        with warnings.catch_warnings():
+            # Of df < D, which is a Wishart like any other.
+            warnings.filterwarnings("ignore", message="Low df values")
+            return Wishart(**params, validate_args=validate_args)
 
     def event_shape(self, params: Params) -> torch.Size:
         return params["scale_tril"].shape[-2:]
@@ -82,6 +112,10 @@ class WishartFamily(Family):
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         df, tril = _from_mean(unpack_symmetric(mu[..., :-1], event_shape[-1]), mu[..., -1])
         return {"df": df, "scale_tril": tril}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        # What the two add to the Wishart is the same, so its divergence is zero.
+        return kl_divergence(_as_normal_wishart(p), _as_normal_wishart(q))
 
 
 @register_family()
@@ -148,3 +182,6 @@ class NormalWishartFamily(Family):
         m = torch.cholesky_solve(pm.unsqueeze(-1), root).squeeze(-1)
         k = dim / (-2 * quadratic - (m * pm).sum(-1))
         return {"loc": m, "concentration": k, "df": df, "scale_tril": tril}
+
+    def kl(self, p: Params, q: Params) -> Tensor:
+        return kl_divergence(self.build(p, False), self.build(q, False))

@@ -1,0 +1,42 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fuse posteriors: several parties' Pyro guides into one, without their data."""
+
+from pyro_fusion._version import __version__
+from pyro_fusion.distributions import NormalGamma, NormalWishart
+from pyro_fusion.errors import (
+    FileFormatError,
+    FusionError,
+    GuideError,
+    ParameterError,
+    StructureError,
+    UnsupportedFamilyError,
+)
+from pyro_fusion.families import pairwise_kl, register_family
+from pyro_fusion.fuse import Fusion, Matching, fuse
+from pyro_fusion.guide import PosteriorGuide
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.priors import GroupNorm, IndianBuffet, Parametric
+
+__all__ = [
+    "FileFormatError",
+    "Fusion",
+    "FusionError",
+    "GroupNorm",
+    "GuideError",
+    "IndianBuffet",
+    "Matching",
+    "NormalGamma",
+    "NormalWishart",
+    "ParameterError",
+    "Parametric",
+    "Posterior",
+    "PosteriorGuide",
+    "StructureError",
+    "UnsupportedFamilyError",
+    "__version__",
+    "fuse",
+    "pairwise_kl",
+    "register_family",
+]

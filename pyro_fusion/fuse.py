@@ -1,0 +1,509 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""``fuse()``: local posteriors in, one posterior out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_fusion.barycenter import Pooling, pooling_named
+from pyro_fusion.dispersion import estimate_dispersion, temper
+from pyro_fusion.em import EMResult, MatchingProblem, expectation_maximization, starts
+from pyro_fusion.errors import ParameterError, StructureError
+from pyro_fusion.families import Factor
+from pyro_fusion.guide import PosteriorGuide
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.priors import AssignmentPrior, IndianBuffet
+from pyro_fusion.structure import (
+    Roles,
+    atom_base,
+    base_factors,
+    base_fill,
+    check_parties,
+    check_weights,
+    site_roles,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Fusion", "Matching", "fuse"]
+
+Base = Posterior | Mapping[str, Distribution] | Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How the components along one label became atoms.
+
+    :ivar label: the label.
+    :ivar assignment: per party a LongTensor ``[L_s]``: the atom of each component.
+    :ivar num_atoms: K. Atoms are numbered by falling popularity.
+    :ivar popularity: how many parties have each atom, LongTensor ``[K]``.
+    :ivar objective: F after the start and after each iteration; never rises.
+    :ivar dispersion: T.
+    :ivar prior: the prior of the assignment, with its parameters as estimated.
+    :ivar converged: whether coordinate ascent stopped by itself.
+    :ivar restarts: the objective that each start ended in.
+    """
+
+    label: str
+    assignment: list[Tensor]
+    num_atoms: int
+    popularity: Tensor
+    objective: list[float]
+    dispersion: float
+    prior: AssignmentPrior
+    converged: bool
+    restarts: list[float]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The result of :func:`fuse`.
+
+    :ivar posterior: the fused posterior.
+    :ivar pooling: name of the pooling.
+    :ivar matchings: label -> :class:`Matching`; empty if no site has a label.
+    :ivar shared_objective: the divergence of the sites without a label, a constant.
+    :ivar party_names: names of the parties, for tables and plots.
+    """
+
+    posterior: Posterior
+    pooling: str
+    matchings: Mapping[str, Matching]
+    shared_objective: float
+    party_names: tuple[str, ...]
+
+    @cached_property
+    def guide(self) -> PosteriorGuide:
+        """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``."""
+        return self.posterior.to_guide()
+
+    def _only(self) -> Matching:
+        if len(self.matchings) != 1:
+            raise StructureError(
+                f"expected one label, this fusion has {sorted(self.matchings)}: "
+                "use fusion.matchings[label]"
+            )
+        return next(iter(self.matchings.values()))
+
+    @property
+    def assignment(self) -> list[Tensor]:
+        """Per party a LongTensor ``[L_s]``: which atom each component became."""
+        return self._only().assignment
+
+    @property
+    def num_atoms(self) -> int:
+        """K, the number of atoms."""
+        return self._only().num_atoms
+
+    @property
+    def popularity(self) -> Tensor:
+        """How many parties have each atom, LongTensor ``[K]``."""
+        return self._only().popularity
+
+    @property
+    def dispersion(self) -> float:
+        """T, as given or estimated."""
+        return self._only().dispersion
+
+    @property
+    def converged(self) -> bool:
+        """Whether every label's assignment converged."""
+        return all(m.converged for m in self.matchings.values())
+
+    @property
+    def objective(self) -> list[float]:
+        """F after the start and after each iteration; never rises. Labels are done in turn."""
+        traces = [m.objective for m in self.matchings.values()]
+        total = sum(t[0] for t in traces) + self.shared_objective
+        result = [total]
+        for trace in traces:
+            result.extend(total - trace[0] + f for f in trace[1:])
+            total += trace[-1] - trace[0]
+        return result
+
+    def summary(self) -> str:
+        """A table to print: one block per label, one row per atom."""
+        shared = [s for s, axes in self.posterior.axes.items() if not any(axes)]
+        lines = [f"Fusion of {len(self.party_names)} parties, {self.pooling} pooling"]
+        if shared:
+            lines.append(f"shared sites: {', '.join(shared)}")
+        for m in self.matchings.values():
+            state = "converged" if m.converged else "NOT converged"
+            lines += [
+                "",
+                f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
+                f"({m.prior}, dispersion {m.dispersion:.4g})",
+                f"objective {m.objective[-1]:.6g}, {state} after {len(m.objective) - 1} "
+                f"iterations, best of {len(m.restarts)} starts",
+                "",
+                "  atom  parties  from (party:component)",
+            ]
+            for k in range(m.num_atoms):
+                members = [
+                    f"{name}:{int(i)}"
+                    for name, a in zip(self.party_names, m.assignment, strict=True)
+                    for i in (a == k).nonzero()
+                ]
+                shown = " ".join(members[:12]) + (" …" if len(members) > 12 else "")
+                lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw which party's component became which atom; see
+        :func:`pyro_fusion.plotting.plot_assignment`. Needs matplotlib."""
+        from pyro_fusion.plotting import plot_assignment
+
+        return plot_assignment(self, ax=ax)
+
+    def __repr__(self) -> str:
+        what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())
+        return f"Fusion({len(self.party_names)} parties, {self.pooling}: {what or 'shared sites'})"
+
+
+def fuse(
+    posteriors: Sequence[Posterior | Callable[..., Any]],
+    pooling: str | Pooling = "inclusive",
+    prior: AssignmentPrior | None = None,
+    *,
+    weights: Sequence[float] | Tensor | None = None,
+    base: Base | None = None,
+    dispersion: float | None = None,
+    seed: int = 0,
+    restarts: int = 9,
+    max_iterations: int = 100,
+    progress: bool = False,
+) -> Fusion:
+    r"""Fuse local posteriors into one, without the data.
+
+    Components along each label are assigned to atoms of a global model, and each atom is the
+    barycentre of its components, so that
+
+    .. math:: F = \sum_s \sum_l w_s D(k_{sl}; s, l) / T + \sum_k \varphi(m_k)
+
+    is as small as coordinate ascent from several starts can make it. Sites without a label are
+    pooled directly; mixture weights and transition matrices follow the assignment.
+
+    :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
+        no arguments (else ``Posterior.from_guide(guide, *args)``).
+    :param pooling: ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread),
+        ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool) or ``"product"`` (Bayes' rule
+        for independent data; needs the prior).
+    :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default),
+        :class:`~pyro_fusion.GroupNorm` or :class:`~pyro_fusion.Parametric`.
+    :param weights: one non-negative weight per party, used relative to their mean.
+    :param base: the prior of the local models, for ``product``: a mapping of sites to
+        distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
+        that needs no arguments. By default that of the first guide's own model.
+    :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
+        the assignment with messages tempered by 1/T and then pools the messages as they are.
+    :param seed: of the random starts; the same seed gives the same result.
+    :param restarts: starts beyond the first; the best is kept.
+    :param max_iterations: of coordinate ascent, per start.
+    :param progress: show a progress bar over the starts.
+    :raises StructureError: if parties do not fit together; names both, the site and what differs.
+    :raises ParameterError: for weights, base or other arguments out of range.
+
+    Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
+    with one direction of the divergence in both steps.
+    """
+    prior = IndianBuffet() if prior is None else prior
+    how = pooling_named(pooling)
+    if dispersion is not None and not 0 < dispersion < float("inf"):
+        raise ParameterError(f"dispersion must be positive and finite, got {dispersion}")
+    if restarts < 0 or max_iterations < 1:
+        raise ParameterError(
+            f"expected restarts >= 0 and max_iterations >= 1, got {restarts} and {max_iterations}"
+        )
+    parties, guides = _read(posteriors)
+    w = check_weights(weights, len(parties))
+    check_parties(parties)
+    roles = site_roles(parties[0])
+    _check_num_atoms(parties, roles, prior)
+    given: dict[str, Factor] = {}
+    if how.needs_base and len(parties) > 1:
+        given = _base(base, guides)
+    task = _Task(parties, w, how, prior, given, roles, dispersion, seed, restarts, max_iterations)
+    names = tuple(str(s) for s in range(len(parties)))
+    return task.run(names, progress)
+
+
+def _read(inputs: Sequence[Any]) -> tuple[list[Posterior], list[Any]]:
+    if isinstance(inputs, Posterior) or callable(inputs):
+        raise StructureError("expected a list of posteriors or guides, got a single one")
+    inputs = list(inputs)
+    if not inputs:
+        raise StructureError("expected at least one posterior or guide, got an empty list")
+    guides = [g for g in inputs if not isinstance(g, Posterior)]
+    for s, g in enumerate(inputs):
+        if not isinstance(g, Posterior) and not callable(g):
+            raise StructureError(
+                f"party {s}: expected a Posterior or a Pyro guide, got {type(g).__name__}"
+            )
+    if guides:
+        from pyro_fusion.readers.pyro import check_not_shared
+
+        check_not_shared(guides)
+    parties = []
+    for s, g in enumerate(inputs):
+        try:
+            parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g))
+        except (StructureError, ParameterError) as e:
+            raise type(e)(f"party {s}: {e}") from e
+    return parties, guides
+
+
+def _check_num_atoms(parties: list[Posterior], roles: Roles, prior: AssignmentPrior) -> None:
+    if prior.num_atoms is None:
+        return
+    for label in roles.matched:
+        for s, p in enumerate(parties):
+            if p.components(label) > prior.num_atoms:
+                raise StructureError(
+                    f"party {s} has {p.components(label)} components along '{label}', but the "
+                    f"prior allows only {prior.num_atoms} atoms"
+                )
+
+
+def _base(base: Base | None, guides: list[Any]) -> dict[str, Factor]:
+    if base is not None:
+        return base_factors(base)
+    if guides:
+        from pyro_fusion.readers.pyro import prior_from_guide
+
+        return dict(prior_from_guide(guides[0]).decomposed)
+    raise ParameterError(
+        "pooling 'product' divides out the prior of the local models: give it as `base` "
+        "(site -> distribution, or the Pyro model)"
+    )
+
+
+@dataclass(frozen=True)
+class _Task:
+    parties: list[Posterior]
+    weights: Tensor
+    pooling: Pooling
+    prior: AssignmentPrior
+    base: dict[str, Factor]
+    roles: Roles
+    dispersion: float | None
+    seed: int
+    restarts: int
+    max_iterations: int
+
+    def run(self, names: tuple[str, ...], progress: bool) -> Fusion:
+        first = self.parties[0]
+        matchings: dict[str, Matching] = {}
+        factors: dict[str, Factor] = {}
+        shared = 0.0
+        for label in self.roles.matched:
+            matchings[label], atoms = self.match(label, progress)
+            factors.update(atoms)
+        for site, label in self.roles.carried.items():
+            factors[site] = self.carry(site, matchings[label])
+        for site in self.roles.shared:
+            factors[site], divergence = self.share(site)
+            shared += divergence
+        if len(self.parties) == 1:
+            posterior = first
+        else:
+            ordered = {site: factors[site].to(dtype=f.dtype) for site, f in first.decomposed.items()}
+            posterior = Posterior(ordered, first.axes, plates=first.plates)
+        return Fusion(posterior, self.pooling.name, matchings, shared, names)
+
+    # -- sites with a label ------------------------------------------------------------------------
+
+    def match(self, label: str, progress: bool) -> tuple[Matching, dict[str, Factor]]:
+        sites = self.roles.matched[label]
+        sizes = tuple(p.components(label) for p in self.parties)
+        local = {
+            site: Factor.cat([p.decomposed[site].with_batch(axis) for p in self.parties]).to(
+                dtype=torch.float64
+            )
+            for site, axis in sites.items()
+        }
+        device = next(iter(local.values())).device
+        weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(device)
+        if len(sizes) == 1:
+            return _alone(label, sizes[0], self.prior), {}
+        base = {
+            site: atom_base(site, self.base, local[site], axis).to(dtype=torch.float64)
+            for site, axis in sites.items()
+            if self.pooling.needs_base
+        }
+        scale = self.dispersion or estimate_dispersion(local, sizes, self.pooling)
+        order, ordered_sizes = _canonical_order(local, sizes, self.weights)
+        problem = MatchingProblem(
+            {site: f.index_select(0, order) for site, f in local.items()},
+            ordered_sizes,
+            weights[order],
+            self.pooling,
+            base,
+            scale,
+        )
+        if self.pooling.needs_base:
+            problem = _tempered(problem)
+        best, ends = self.search(problem, progress)
+        groups = torch.empty_like(best.groups)
+        groups[order] = best.groups.to(groups.device)
+        groups, popularity = _by_popularity(groups, best.num_atoms)
+        atoms = {
+            site: self.pooling.barycenter(
+                f, groups.to(device), best.num_atoms, weights, base.get(site)
+            ).like(self.parties[0].decomposed[site].batch_dim, (sites[site],))
+            for site, f in local.items()
+        }
+        matching = Matching(
+            label,
+            list(groups.split(sizes)),
+            best.num_atoms,
+            popularity,
+            best.objective,
+            scale,
+            best.prior,
+            best.converged,
+            ends,
+        )
+        return matching, atoms
+
+    def search(self, problem: MatchingProblem, progress: bool) -> tuple[EMResult, list[float]]:
+        """Coordinate ascent from every start; the best result and where each start ended."""
+        from tqdm import tqdm
+
+        best: EMResult | None = None
+        ends = []
+        begin = starts(problem, self.prior, self.restarts, self.seed)
+        bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not progress)
+        for start in bar:
+            result = expectation_maximization(problem, self.prior, start, self.max_iterations)
+            ends.append(result.objective[-1])
+            if best is None or result.objective[-1] < best.objective[-1]:
+                best = result
+        assert best is not None
+        return best, ends
+
+    def carry(self, site: str, matching: Matching) -> Factor:
+        """Pool a site that follows the assignment of its label."""
+        axes = self.parties[0].axes[site]
+        separable = self.parties[0].decomposed[site].separable_axes
+        places = [i for i, a in enumerate(axes) if a == matching.label]
+        rows = [i for i in places if i < separable]
+        if len(rows) > 1:
+            raise StructureError(
+                f"site '{site}': label '{matching.label}' on {len(rows)} batch axes is not "
+                "supported; one of them must be the event axis of a Dirichlet"
+            )
+        fill = base_fill(site, self.base)
+        local = []
+        for p, a in zip(self.parties, matching.assignment, strict=True):
+            f = p.decomposed[site].to(dtype=torch.float64)
+            for i in places:
+                if i not in rows:
+                    f = f.pad(i, a, matching.num_atoms, fill)
+            f = f.with_batch(*rows)
+            local.append(f if rows else _unsqueeze(f))
+        stacked = Factor.cat(local)
+        base = None
+        if self.pooling.needs_base:
+            if fill is None:
+                raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
+            one = stacked.index_select(0, torch.zeros(1, dtype=torch.long, device=stacked.device))
+            base = one.map(lambda v: torch.full_like(v, float(fill)))
+        if rows:
+            groups = torch.cat(matching.assignment).to(stacked.device)
+            sizes = torch.tensor([len(a) for a in matching.assignment])
+            weights = self.weights.repeat_interleave(sizes).to(stacked.device)
+            pooled = self.pooling.barycenter(stacked, groups, matching.num_atoms, weights, base)
+            return pooled.like(self.parties[0].decomposed[site].batch_dim, rows)
+        return self._pool_all(stacked, base).like(self.parties[0].decomposed[site].batch_dim, ())
+
+    # -- sites without a label ---------------------------------------------------------------------
+
+    def share(self, site: str) -> tuple[Factor, float]:
+        """Pool a shared site; also its divergence."""
+        if len(self.parties) == 1:
+            return self.parties[0].decomposed[site], 0.0
+        local = Factor.cat(
+            [_unsqueeze(p.decomposed[site].to(dtype=torch.float64)) for p in self.parties]
+        )
+        base = None
+        if self.pooling.needs_base:
+            base = atom_base(site, self.base, local, None).to(dtype=torch.float64)
+        pooled = self._pool_all(local, base)
+        atom = _unsqueeze(pooled)
+        weights = self.weights.to(local.device)
+        cost = (self.pooling.cost(atom, local, base).squeeze(0) * weights).sum()
+        divergence = float(cost + self.pooling.opening(atom, base).sum())
+        return pooled.like(self.parties[0].decomposed[site].batch_dim, ()), divergence
+
+    def _pool_all(self, local: Factor, base: Factor | None) -> Factor:
+        groups = torch.zeros(len(self.parties), dtype=torch.long, device=local.device)
+        weights = self.weights.to(local.device)
+        pooled = self.pooling.barycenter(local, groups, 1, weights, base)
+        return replace(pooled.map(lambda v: v.squeeze(0)), batch_dim=0)
+
+
+def _unsqueeze(f: Factor) -> Factor:
+    """All batch axes into the event, and one batch axis of size one before it."""
+    return replace(f.with_batch().map(lambda v: v.unsqueeze(0)), batch_dim=1)
+
+
+def _alone(label: str, size: int, prior: AssignmentPrior) -> Matching:
+    """One party: every component is an atom."""
+    every = torch.arange(size)
+    prior = prior.update(size, 1)
+    objective = prior.constant(1) + size * float(prior.penalty(1)[1])
+    return Matching(
+        label, [every], size, torch.ones_like(every), [objective], 1.0, prior, True, [objective]
+    )
+
+
+def _tempered(problem: MatchingProblem) -> MatchingProblem:
+    """Weights and dispersion moved into the messages, where the evidence is exact."""
+    local = {
+        site: temper(f, problem.base[site], problem.weights, problem.dispersion)
+        for site, f in problem.local.items()
+    }
+    return replace(
+        problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0
+    )
+
+
+def _canonical_order(
+    local: Mapping[str, Factor], sizes: tuple[int, ...], weights: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """An order of parties and components that depends only on their contents, so that permuting
+    the input changes nothing but labels."""
+    features = torch.cat([v.flatten(1) for f in local.values() for v in f.params.values()], 1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
+    key = (features * direction.to(features.device)).sum(1).cpu()
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parties = []
+    for size, end, weight in zip(sizes, ends, weights.tolist(), strict=True):
+        value, index = key[end - size : end].sort(stable=True)
+        parties.append((size, weight, value.tolist(), index + end - size))
+    parties.sort(key=lambda p: p[:3])
+    return torch.cat([p[3] for p in parties]), tuple(p[0] for p in parties)
+
+
+def _by_popularity(groups: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
+    """Number atoms by falling popularity, ties by first appearance."""
+    popularity = torch.bincount(groups, minlength=num_atoms)
+    first = torch.full((num_atoms,), len(groups)).scatter_reduce(
+        0, groups, torch.arange(len(groups)), "amin"
+    )
+    order = sorted(range(num_atoms), key=lambda k: (-int(popularity[k]), int(first[k])))
+    rank = torch.empty(num_atoms, dtype=torch.long)
+    rank[torch.tensor(order)] = torch.arange(num_atoms)
+    return rank[groups], popularity[torch.tensor(order)]

@@ -1,0 +1,143 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What a global model believes of the assignment: how many atoms, how many parties share each."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.errors import ParameterError
+
+__all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric"]
+
+
+class AssignmentPrior(ABC):
+    r"""A penalty :math:`\sum_k \varphi(m_k)` on the popularities of the atoms, with
+    :math:`\varphi` concave and :math:`\varphi(0) = 0`, so that atoms attract parties."""
+
+    num_atoms: int | None = None
+    """The number of atoms if it is fixed, else None."""
+
+    @abstractmethod
+    def penalty(self, num_parties: int) -> Tensor:
+        """``φ(0), ..., φ(S)``: float64, shape ``[num_parties + 1]``."""
+
+    def constant(self, num_parties: int) -> float:
+        """The part of the objective that does not depend on the assignment."""
+        return 0.0
+
+    def update(self, num_atoms: int, num_parties: int) -> AssignmentPrior:
+        """The prior with its own parameters at their optimum given the assignment; lowers the
+        objective. A prior without parameters returns itself."""
+        return self
+
+
+@dataclass(frozen=True)
+class IndianBuffet(AssignmentPrior):
+    r"""The Indian buffet process, the limit of a beta-Bernoulli with many atoms:
+
+    .. math:: \varphi(m) = -\log \left[ \alpha \frac{(m-1)!\,(S-m)!}{S!} \right]
+
+    and :math:`\alpha H_S` once, ``H_S`` the harmonic number. The probability of the assignment is
+    meant up to the order of the atoms (left-ordered form without its factorials).
+
+    :param alpha: the mass parameter, positive: the expected number of atoms is
+        ``alpha * H_S``. None: learned, at its mode under a Gamma prior.
+    :param concentration, rate: of the Gamma prior over a learned ``alpha``; concentration >= 1.
+    :raises ParameterError: for values out of range.
+
+    Source: Griffiths & Ghahramani, *The Indian Buffet Process* (JMLR 2011), eq. 14; as a matching
+    prior Yurochkin et al., *Statistical Model Aggregation via Parameter Matching* (NeurIPS 2019).
+    """
+
+    alpha: float | None = 1.0
+    concentration: float = 1.0
+    rate: float = 1.0
+    _estimate: float = field(default=1.0, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")
+        if not 1 <= self.concentration < math.inf or not 0 < self.rate < math.inf:
+            raise ParameterError(
+                "the Gamma prior over alpha needs concentration >= 1 and rate > 0, got "
+                f"{self.concentration} and {self.rate}"
+            )
+
+    @property
+    def mass(self) -> float:
+        """The value of alpha in use: given, or the present estimate."""
+        return self._estimate if self.alpha is None else self.alpha
+
+    def penalty(self, num_parties: int) -> Tensor:
+        m = torch.arange(1, num_parties + 1, dtype=torch.float64)
+        log_choose = torch.lgamma(m) + torch.lgamma(num_parties - m + 1)
+        phi = math.lgamma(num_parties + 1) - math.log(self.mass) - log_choose
+        return torch.cat([torch.zeros(1, dtype=torch.float64), phi])
+
+    def constant(self, num_parties: int) -> float:
+        result = self.mass * _harmonic(num_parties)
+        if self.alpha is None:
+            result += self.rate * self.mass - (self.concentration - 1) * math.log(self.mass)
+        return result
+
+    def update(self, num_atoms: int, num_parties: int) -> IndianBuffet:
+        if self.alpha is not None:
+            return self
+        # Gamma(c, r) is conjugate: Gamma(c + K, r + H_S), here at its mode.
+        mode = (self.concentration + num_atoms - 1) / (self.rate + _harmonic(num_parties))
+        result = replace(self)
+        object.__setattr__(result, "_estimate", mode)
+        return result
+
+
+@dataclass(frozen=True)
+class GroupNorm(AssignmentPrior):
+    r"""The regulariser of the paper, a group norm over parties,
+    :math:`\varphi(m) = \lambda \sqrt{m}`.
+
+    :param scale: λ, non-negative, in units of the dispersion.
+    :raises ParameterError: if ``scale`` is negative or not finite.
+
+    Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), eq. 9, in a
+    form that does not depend on the order of parties and components.
+    """
+
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.scale < math.inf:
+            raise ParameterError(f"scale must be non-negative and finite, got {self.scale}")
+
+    def penalty(self, num_parties: int) -> Tensor:
+        return self.scale * torch.arange(num_parties + 1, dtype=torch.float64).sqrt()
+
+
+@dataclass(frozen=True)
+class Parametric(AssignmentPrior):
+    r"""A fixed number of atoms and no preference among them, :math:`\varphi = 0`.
+
+    :param num_atoms: K, at least the number of components of every party.
+    :raises ParameterError: unless ``num_atoms`` is a positive integer.
+    """
+
+    num_atoms: int
+
+    def __post_init__(self) -> None:
+        if isinstance(self.num_atoms, bool) or not isinstance(self.num_atoms, int):
+            raise ParameterError(f"num_atoms must be an integer, got {self.num_atoms!r}")
+        if self.num_atoms < 1:
+            raise ParameterError(f"num_atoms must be positive, got {self.num_atoms}")
+
+    def penalty(self, num_parties: int) -> Tensor:
+        return torch.zeros(num_parties + 1, dtype=torch.float64)
+
+
+def _harmonic(n: int) -> float:
+    return float(torch.arange(1, n + 1, dtype=torch.float64).reciprocal().sum())
