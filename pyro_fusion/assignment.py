@@ -116,15 +116,17 @@ def coordinate(
     return Assignment([torch.as_tensor(a) for a in atoms], objective, sweeps, converged)
 
 
-def match(cost: Tensor, new: float) -> Tensor:
+def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:
     """One party: each component its cheapest atom, no atom twice, or a new one at cost ``new``.
 
     :param cost: ``[K, L]``.
+    :param room: how many new atoms there may be; by default one for each component.
     :return: LongTensor ``[L]`` of atoms or :data:`NEW`; an exact linear assignment.
     """
     matrix = cost.detach().cpu().double().numpy().T
     size, num_atoms = matrix.shape
-    columns = _solve(np.concatenate([matrix, np.full((size, size), new)], 1))
+    slots = size if room is None else min(size, room)
+    columns = _solve(np.concatenate([matrix, np.full((size, slots), new)], 1))
     return torch.as_tensor(np.where(columns < num_atoms, columns, NEW))
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_fusion.errors import FusionError, ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
 
-__all__ = ["Exclusive", "Inclusive", "Pooling", "Product", "pooling_named"]
+__all__ = ["Exclusive", "Inclusive", "Pooling", "Product", "group_mean", "pooling_named"]
 
 
 class Pooling(ABC):
@@ -29,6 +29,7 @@ class Pooling(ABC):
 
     name: ClassVar[str]
     needs_base: ClassVar[bool] = False
+    failure: ClassVar[str] = "is singular"
 
     @abstractmethod
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
@@ -47,6 +48,15 @@ class Pooling(ABC):
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
         """Atoms from the weighted sums of statistics, ``[K, P]`` and ``[K]``."""
+
+    @abstractmethod
+    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+        """What a component adds to its group's objective whatever the group: ``[N]``."""
+
+    @abstractmethod
+    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+        """What the group's optimal atom takes off: ``[K]``. The objective of a group is
+        ``Σ_n w_n potential_n - group_potential``, with no sum over pairs."""
 
     def barycenter(
         self,
@@ -70,7 +80,7 @@ class Pooling(ABC):
         if not bool((weight > 0).all()):
             empty = (weight <= 0).nonzero().flatten().tolist()
             raise ParameterError(f"atoms {empty} have no component with a positive weight")
-        origin = _group_mean(local.location(), groups, w, weight)
+        origin = group_mean(local.location(), groups, w, weight)
         shifted = local if origin is None else local.shift(origin[groups])
         shifted_base = base
         if base is not None and origin is not None:
@@ -83,8 +93,9 @@ class Pooling(ABC):
         total = total.index_add(0, groups, statistics * w.unsqueeze(1))
         try:
             atoms = self.from_statistics(local, total, weight, shifted_base)
-        except torch.linalg.LinAlgError as e:
-            raise ParameterError(f"the {self.name} barycentre is singular: {e}") from e
+            atoms.check()
+        except (torch.linalg.LinAlgError, FusionError) as e:
+            raise ParameterError(f"the {self.name} barycentre {self.failure} ({e})") from e
         return atoms.shift(origin, sign=1.0).to(dtype=local.dtype)
 
 
@@ -104,6 +115,12 @@ class Inclusive(Pooling):
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
         return like.to(dtype=torch.float64).from_mean(total / weight.unsqueeze(1))
+
+    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+        return _negative_entropy(local)
+
+    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+        return weight * _negative_entropy(atoms)
 
 
 class Exclusive(Pooling):
@@ -125,6 +142,12 @@ class Exclusive(Pooling):
     ) -> Factor:
         return like.to(dtype=torch.float64).from_natural(total / weight.unsqueeze(1))
 
+    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+        return local.log_normalizer
+
+    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+        return weight * atoms.log_normalizer
+
 
 class Product(Pooling):
     """``min_q KL(q ‖ p0) + Σ_n w_n E_q[log p0 - log q_n]``: Bayes' rule for conditionally
@@ -136,6 +159,10 @@ class Product(Pooling):
 
     name = "product"
     needs_base = True
+    failure = (
+        "is improper: some local posterior is wider than the prior. Give the prior that was "
+        "really used as `base`, or pool inclusively or exclusively"
+    )
 
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         return pairwise_kl(atoms, local) - self.opening(atoms, base).unsqueeze(1)
@@ -149,16 +176,13 @@ class Product(Pooling):
     def from_statistics(
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
-        atoms = like.to(dtype=torch.float64).from_natural(total + _given(base).natural)
-        try:
-            atoms.check()
-        except FusionError as e:
-            raise ParameterError(
-                "the product of the local posteriors over the prior is improper: some local "
-                f"posterior is wider than the prior ({e}). Give the prior that was really used "
-                "as `base`, or pool inclusively or exclusively"
-            ) from e
-        return atoms
+        return like.to(dtype=torch.float64).from_natural(total + _given(base).natural)
+
+    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+        return local.log_normalizer - _given(base).log_normalizer
+
+    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+        return atoms.log_normalizer - _given(base).log_normalizer
 
 
 def _given(base: Factor | None) -> Factor:
@@ -167,7 +191,12 @@ def _given(base: Factor | None) -> Factor:
     return base
 
 
-def _group_mean(loc: Tensor | None, groups: Tensor, w: Tensor, weight: Tensor) -> Tensor | None:
+def _negative_entropy(f: Factor) -> Tensor:
+    """``A*(μ) = <η, μ> - A(η)``, the negative entropy relative to the carrier measure."""
+    return (f.natural * f.mean).sum(-1) - f.log_normalizer
+
+
+def group_mean(loc: Tensor | None, groups: Tensor, w: Tensor, weight: Tensor) -> Tensor | None:
     """Weighted mean location of each group, ``[K, ...]``: statistics are taken about it."""
     if loc is None:
         return None

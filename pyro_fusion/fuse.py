@@ -16,12 +16,14 @@ from torch.distributions import Distribution
 
 from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.dispersion import estimate_dispersion, temper
-from pyro_fusion.em import EMResult, MatchingProblem, expectation_maximization, starts
+from pyro_fusion.em import EMResult, expectation_maximization
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.priors import AssignmentPrior, IndianBuffet
+from pyro_fusion.problem import MatchingProblem
+from pyro_fusion.seeding import starts
 from pyro_fusion.structure import (
     Roles,
     atom_base,
@@ -484,7 +486,9 @@ def _canonical_order(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """An order of parties and components that depends only on their contents, so that permuting
     the input changes nothing but labels."""
-    features = torch.cat([v.flatten(1) for f in local.values() for v in f.params.values()], 1)
+    count = sum(sizes)
+    columns = [v.reshape(count, -1) for f in local.values() for v in f.params.values()]
+    features = torch.cat(columns, 1)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
     key = (features * direction.to(features.device)).sum(1).cpu()

@@ -8,16 +8,15 @@ from __future__ import annotations
 import itertools
 from contextlib import ExitStack
 from dataclasses import replace
-from operator import attrgetter
 from typing import TYPE_CHECKING, Any
 
 import pyro
 import torch
-from pyro.infer.autoguide.utils import deep_setattr
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 
 if TYPE_CHECKING:
+    from pyro_fusion.families import Factor
     from pyro_fusion.posterior import Posterior
 
 __all__ = ["PosteriorGuide"]
@@ -40,24 +39,31 @@ class PosteriorGuide(PyroModule):
         super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
         self._factors = dict(posterior.decomposed)
         self._plate_names = {
-            site: [
-                label or f"_{site}_axis{i}" for i, label in enumerate(posterior.plates[site])
-            ]
+            site: [label or f"_{site}_axis{i}" for i, label in enumerate(posterior.plates[site])]
             for site in self._factors
         }
+        self._holders: dict[str, str] = {}
         for site, f in self._factors.items():
+            # Flat: neither a dot in a site's name nor an attribute of modules is in the way.
+            holder = site.replace(".", "_")
+            while hasattr(self, holder):
+                holder += "_"
+            self._holders[site] = holder
+            setattr(self, holder, PyroModule())
             constraints = f.family.build(f.params, validate_args=False).arg_constraints
             for name, value in f.params.items():
                 param = PyroParam(
                     value.clone(), constraints[name], event_dim=value.dim() - f.batch_dim
                 )
-                deep_setattr(self, f"params.{site}.{name}", param)
+                setattr(getattr(self, holder), name, param)
 
     def distribution(self, site: str) -> pyro.distributions.TorchDistribution:
         """The distribution of ``site`` at the present parameters."""
-        f = self._factors[site]
-        holder = attrgetter(f"params.{site}")(self)
-        return replace(f, params={k: getattr(holder, k) for k in f.params}).distribution()
+        return self._factor(site).distribution()
+
+    def _factor(self, site: str) -> Factor:
+        f, holder = self._factors[site], getattr(self, self._holders[site])
+        return replace(f, params={k: getattr(holder, k) for k in f.params})
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; returns site name -> value, as autoguides do."""
@@ -78,17 +84,18 @@ class PosteriorGuide(PyroModule):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """A central value of every site: the image of the location where there is one, else the
-        mean. Site name -> value, as autoguides do."""
-        result = {}
-        for site, f in self._factors.items():
-            name = f.family.location
-            value = attrgetter(f"params.{site}")(self)
-            if name is None or f.family.event_dim > 1:
-                result[site] = self.distribution(site).mean
-                continue
-            x = getattr(value, name)
-            for t in f.transforms:
-                x = t(x)
-            result[site] = x.detach().clone()
-        return result
+        """A central value of every site: the image of the location where there is one, else of
+        the mean; of discrete sites the mode. Site name -> value, as autoguides do."""
+        return {site: _center(self._factor(site)) for site in self._factors}
+
+
+def _center(f: Factor) -> Tensor:
+    base = f.family.build(f.params, validate_args=False)
+    location = None if f.family.location is None else f.params[f.family.location]
+    if location is not None and location.shape == base.batch_shape + base.event_shape:
+        x = location
+    else:
+        x = base.mode if getattr(base.support, "is_discrete", False) else base.mean
+    for t in f.transforms:
+        x = t(x)
+    return x.clone()

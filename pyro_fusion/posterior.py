@@ -71,6 +71,9 @@ class Posterior:
         *,
         plates: Mapping[str, Sequence[str | None]] | None = None,
     ) -> None:
+        for site in factors:
+            if not isinstance(site, str) or not site:
+                raise StructureError(f"a site needs a name, got {site!r}")
         if not factors:
             raise StructureError("a posterior needs at least one factor, got none")
         for what, mapping in (("axes", axes), ("plates", plates)):
@@ -84,32 +87,34 @@ class Posterior:
         self._axes: dict[str, tuple[str | None, ...]] = {}
         for site, d in factors.items():
             self._factors[site], self._axes[site] = _checked(site, d, (axes or {}).get(site, ()))
-        self._plates = {
-            site: tuple((plates or {}).get(site, self._axes[site][: f.batch_dim]))
-            for site, f in self._factors.items()
-        }
+        self._plates: dict[str, tuple[str | None, ...]] = {}
         for site, f in self._factors.items():
-            if len(self._plates[site]) != f.batch_dim:
+            names = _names(site, (plates or {}).get(site, self._axes[site][: f.batch_dim]))
+            if len(names) != f.batch_dim:
                 raise StructureError(
-                    f"site '{site}': {len(self._plates[site])} plates for batch shape "
+                    f"site '{site}': {len(names)} plates {names} for batch shape "
                     f"{tuple(f.batch_shape)}"
                 )
-        self._sizes = self._check_sizes()
+            self._plates[site] = names
+        self._sizes = self._check_sizes("label", self._axes)
+        self._check_sizes("plate", self._plates)
 
-    def _check_sizes(self) -> dict[str, int]:
+    def _check_sizes(
+        self, what: str, names: Mapping[str, tuple[str | None, ...]]
+    ) -> dict[str, int]:
         seen: dict[str, tuple[str, int]] = {}
         for site, f in self._factors.items():
-            for label, size in zip(self._axes[site], f.shape, strict=True):
-                if label is None:
+            for name, size in zip(names[site], f.shape, strict=False):
+                if name is None:
                     continue
-                other, expected = seen.setdefault(label, (site, size))
+                other, expected = seen.setdefault(name, (site, size))
                 if size != expected:
                     raise StructureError(
-                        f"label '{label}' has size {size} at site '{site}' (shape "
+                        f"{what} '{name}' has size {size} at site '{site}' (shape "
                         f"{tuple(f.shape)}) but size {expected} at site '{other}' (shape "
                         f"{tuple(self._factors[other].shape)})"
                     )
-        return {label: size for label, (_, size) in seen.items()}
+        return {name: size for name, (_, size) in seen.items()}
 
     # -- reading -------------------------------------------------------------------------------
 
@@ -123,7 +128,9 @@ class Posterior:
     @property
     def factors(self) -> Mapping[str, dist.TorchDistribution]:
         """Site name -> Pyro distribution (copies: changing one changes nothing here)."""
-        return MappingProxyType({k: f.distribution() for k, f in self._factors.items()})
+        return MappingProxyType(
+            {k: f.map(torch.clone).distribution() for k, f in self._factors.items()}
+        )
 
     @property
     def decomposed(self) -> Mapping[str, Factor]:
@@ -177,7 +184,7 @@ class Posterior:
         :raises StructureError: for an unknown label, or an index out of range or empty.
         """
         size = self.components(label)
-        chosen = torch.as_tensor(index, dtype=torch.long).reshape(-1)
+        chosen = _as_index(index)
         if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= size:
             raise StructureError(
                 f"label '{label}' has components 0 to {size - 1}, got index {chosen.tolist()}"
@@ -197,7 +204,7 @@ class Posterior:
         :raises StructureError: if that is no permutation.
         """
         size = self.components(label)
-        order = torch.as_tensor(permutation, dtype=torch.long).reshape(-1)
+        order = _as_index(permutation)
         if order.sort().values.tolist() != list(range(size)):
             raise StructureError(
                 f"expected a permutation of the {size} components of '{label}', "
@@ -282,11 +289,18 @@ class Posterior:
         return "\n".join([head, *(line.rstrip() for line in lines)])
 
 
+def _as_index(index: Sequence[int] | Tensor) -> Tensor:
+    result = torch.as_tensor(index).reshape(-1)
+    if result.numel() and (result.is_floating_point() or result.dtype == torch.bool):
+        raise StructureError(f"expected the numbers of components, got {result.dtype}")
+    return result.long()
+
+
 def _describe(f: Factor) -> str:
-    d = f.distribution(validate_args=False)
-    while isinstance(d, dist.Independent):
+    d: Distribution = f.distribution(validate_args=False)
+    while isinstance(d, torch.distributions.Independent):
         d = d.base_dist
-    if not isinstance(d, dist.TransformedDistribution) or type(d) is not dist.TransformedDistribution:
+    if type(d) is not dist.TransformedDistribution:
         return type(d).__name__
     return f"{f.family.name} → " + " → ".join(
         type(t).__name__.removesuffix("Transform") for t in f.transforms
@@ -297,15 +311,20 @@ def _describe_axes(axes: tuple[str | None, ...]) -> str:
     return "(" + ", ".join(a or "·" for a in axes) + ")" if any(axes) else "shared"
 
 
+def _names(site: str, names: Sequence[str | None] | str) -> tuple[str | None, ...]:
+    names = (names,) if isinstance(names, str) else tuple(names)
+    if any(not (name is None or (isinstance(name, str) and name)) for name in names):
+        raise StructureError(f"site '{site}': labels must be names or None, got {names}")
+    return names
+
+
 def _checked(
     site: str, d: Distribution | Factor, labels: Sequence[str | None] | str
 ) -> tuple[Factor, tuple[str | None, ...]]:
     """Take one site apart, check it, and make its labelled axes separable."""
-    labels = (labels,) if isinstance(labels, str) else tuple(labels)
-    if any(not (label is None or (isinstance(label, str) and label)) for label in labels):
-        raise StructureError(f"site '{site}': labels must be names or None, got {labels}")
+    labels = _names(site, labels)
     try:
-        f = as_factor(d)
+        f = d.map(torch.clone) if isinstance(d, Factor) else as_factor(d)
         if len(labels) > len(f.shape):
             raise StructureError(
                 f"{len(labels)} labels {labels} for shape {tuple(f.shape)} "
@@ -316,6 +335,7 @@ def _checked(
         joint = [i for i in range(f.separable_axes, len(axes)) if axes[i] is not None]
         if joint:
             f = _separated(site, f, joint)
+            f.check()
     except FusionError as e:
         raise type(e)(f"site '{site}': {e}") from e
     return f, axes

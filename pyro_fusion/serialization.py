@@ -10,16 +10,18 @@ Tensors are called ``<site>/<parameter>``. The metadata has ``format``, ``versio
 a JSON list of ``{name, family, transforms, batch_dim, axes, plates}``.
 """
 
+import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributions.transforms import _InverseTransform
 
 from pyro_fusion.errors import FileFormatError, FusionError
 from pyro_fusion.families import Factor, family_named
@@ -63,14 +65,39 @@ def write(
         )
     metadata = {"format": FORMAT, "version": str(VERSION), "sites": json.dumps(sites)}
     path = os.fspath(path)
-    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", suffix=".tmp")
-    os.close(handle)
+    temporary = f"{path}.{uuid.uuid4().hex}.tmp"
+    # Made here, so that it gets the permissions of an ordinary file.
+    with open(temporary, "xb"):
+        pass
     try:
         save_file(tensors, temporary, metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
         os.replace(temporary, path)
     except BaseException:
-        os.unlink(temporary)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary)
         raise
+
+
+@contextlib.contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    """Turn whatever reading hostile data raises into a FileFormatError of one short line."""
+    try:
+        yield
+    except (
+        FusionError,
+        SafetensorError,
+        ArithmeticError,
+        LookupError,
+        OSError,
+        RuntimeError,
+        TypeError,
+        ValueError,
+    ) as e:
+        # repr: a file may name things with line breaks or lone surrogates in them.
+        text = " ".join(str(e).split()).encode("utf-8", "backslashreplace").decode()
+        raise FileFormatError(f"{what}: {text[:300]}") from e
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes]:
@@ -85,64 +112,60 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes]
         raise FileNotFoundError(f"no such file: {path}")
     if not os.path.isfile(path):
         raise FileFormatError(f"{path} is not a file")
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = f.metadata() or {}
-            sites = _read_header(path, metadata)
-            tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
-    except (SafetensorError, OSError, ValueError) as e:
-        if isinstance(e, FileFormatError):
-            raise
-        raise FileFormatError(f"{path} is not a readable safetensors file: {e}") from e
+    with (
+        _refusing(f"{path} is not a readable posterior"),
+        safe_open(path, framework="pt") as f,
+    ):
+        sites = _read_header(f.metadata() or {})
+        tensors = {key: f.get_tensor(key) for key in f.keys()}  # noqa: SIM118
     factors: dict[str, Factor] = {}
     axes: _Axes = {}
     plates: _Axes = {}
     for site in sites:
         name = site.get("name") if isinstance(site, dict) else None
-        if not isinstance(name, str) or name in factors:
-            raise FileFormatError(f"{path}: a site without a name of its own: {str(site)[:100]}")
-        try:
+        if not isinstance(name, str) or not name or name in factors:
+            raise FileFormatError(f"{path}: a site without a name of its own: {ascii(site)[:100]}")
+        with _refusing(f"{path}: site {ascii(name)[:100]}"):
             factors[name] = _read_factor(name, site, tensors)
             axes[name], plates[name] = _labels(site, "axes"), _labels(site, "plates")
-        except (FusionError, ValueError, TypeError, KeyError, RuntimeError) as e:
-            raise FileFormatError(f"{path}: site '{name}': {e}") from e
     if tensors:
-        raise FileFormatError(f"{path}: tensors that belong to no site: {sorted(tensors)[:5]}")
+        names = ascii(sorted(tensors)[:5])[:200]
+        raise FileFormatError(f"{path}: tensors that belong to no site: {names}")
     return factors, axes, plates
 
 
-def _read_header(path: str, metadata: Mapping[str, str]) -> list[Any]:
+def _read_header(metadata: Mapping[str, str]) -> list[Any]:
     if metadata.get("format") != FORMAT:
-        raise FileFormatError(
-            f"{path} holds no posterior: its format is {metadata.get('format')!r}, "
-            f"expected {FORMAT!r}"
-        )
+        found = str(metadata.get("format"))[:50]
+        raise FileFormatError(f"its format is {found!r}, expected {FORMAT!r}")
     if metadata.get("version") != str(VERSION):
+        found = str(metadata.get("version"))[:50]
         raise FileFormatError(
-            f"{path} has version {metadata.get('version')!r} of the format; "
-            f"this library reads version {VERSION}"
+            f"its format has version {found!r}, but this library reads version {VERSION}"
         )
     try:
         sites = json.loads(metadata.get("sites", ""))
     except (ValueError, RecursionError) as e:
-        raise FileFormatError(f"{path}: the list of sites is not valid JSON: {e}") from e
+        raise FileFormatError(f"the list of sites is not valid JSON: {e}") from e
     if not isinstance(sites, list) or not 0 < len(sites) <= _MAX_SITES:
-        raise FileFormatError(f"{path}: expected a non-empty list of sites")
+        raise FileFormatError("expected a non-empty list of sites")
     return sites
 
 
 def _labels(site: Mapping[str, Any], key: str) -> tuple[str | None, ...]:
-    value = site[key]
+    value = site.get(key)
     if not isinstance(value, list) or len(value) > _MAX_DIM:
-        raise ValueError(f"{key} must be a list of at most {_MAX_DIM} names, got {value!r}")
+        raise ValueError(
+            f"{key} must be a list of at most {_MAX_DIM} names, got {ascii(value)[:100]}"
+        )
     if not all(v is None or isinstance(v, str) for v in value):
-        raise ValueError(f"{key} must be names or null, got {value!r}")
+        raise ValueError(f"{key} must be names or null, got {ascii(value)[:100]}")
     return tuple(value)
 
 
 def _read_factor(name: str, site: Mapping[str, Any], tensors: dict[str, Tensor]) -> Factor:
-    family = family_named(str(site["family"]))
-    descriptions = site["transforms"]
+    family = family_named(str(site.get("family"))[:50])
+    descriptions = site.get("transforms")
     if not isinstance(descriptions, list) or len(descriptions) > _MAX_TRANSFORMS:
         raise ValueError(f"expected a list of at most {_MAX_TRANSFORMS} transforms")
     params = {}
@@ -156,14 +179,29 @@ def _read_factor(name: str, site: Mapping[str, Any], tensors: dict[str, Tensor])
         if not event_dim <= value.dim() <= _MAX_DIM or value.numel() == 0:
             raise ValueError(f"'{parameter}' has the impossible shape {tuple(value.shape)}")
         params[parameter] = value
-    shapes = {
-        p: tuple(v.shape[: v.dim() - family.parameters[p]]) for p, v in params.items()
-    }
+    shapes = {p: tuple(v.shape[: v.dim() - family.parameters[p]]) for p, v in params.items()}
     if len(set(shapes.values())) != 1:
         raise ValueError(f"the parameters' batch shapes differ: {shapes}")
-    batch_dim = site["batch_dim"]
+    batch_dim = site.get("batch_dim")
     if type(batch_dim) is not int or not 0 <= batch_dim <= len(next(iter(shapes.values()))):
-        raise ValueError(f"batch_dim {batch_dim!r} does not fit the batch shapes {shapes}")
+        raise ValueError(f"batch_dim {str(batch_dim)[:50]} does not fit the batch shapes {shapes}")
     factor = Factor(family, params, tuple(rebuild(t) for t in descriptions), batch_dim)
-    factor.shape  # noqa: B018  (raises if the transforms do not fit)
+    _check_shapes(factor)
     return factor
+
+
+def _check_shapes(factor: Factor) -> None:
+    """Run one element's zeros through the transforms: many would not notice a wrong shape before
+    they are used."""
+    event = factor.family.event_shape(factor.params)
+    value = torch.zeros(factor.base_shape[factor.batch_dim :] + event, dtype=torch.float64)
+    for t in factor.transforms:
+        expected = torch.Size(t.forward_shape(value.shape))
+        if isinstance(t, _InverseTransform):  # zero need not be in its domain
+            value = value.new_zeros(expected)
+            continue
+        value = t(value)
+        if value.shape != expected or not bool(t.codomain.check(value).all()):
+            raise ValueError(f"{type(t).__name__} does not fit shape {tuple(factor.base_shape)}")
+    if factor.shape != factor.batch_shape + value.shape:
+        raise ValueError(f"the transforms do not fit the shape {tuple(factor.base_shape)}")

@@ -65,7 +65,8 @@ class Family(ABC):
 
     def build(self, params: Params, validate_args: bool | None = None) -> Distribution:
         """The inverse of :meth:`params`."""
-        return self.distribution(**params, validate_args=validate_args)
+        make: Callable[..., Distribution] = self.distribution
+        return make(**params, validate_args=validate_args)
 
     def batch_shape(self, params: Params) -> torch.Size:
         """The batch shape shared by ``params``."""

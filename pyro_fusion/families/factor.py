@@ -12,6 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -73,13 +74,14 @@ class Factor:
         """Put together: a Pyro distribution with the batch and event shape that came in."""
         independent = len(self.base_shape) - self.batch_dim
         named = self._named()
-        if named is not None:
+        d: Any
+        if named is None:
+            d = self.family.build(self.params, validate_args)
+        else:
             d = named(**self.params, validate_args=validate_args)
-            return d.to_event(independent) if independent else d
-        d = self.family.build(self.params, validate_args)
         if independent:
-            d = d.to_event(independent)
-        if self.transforms:
+            d = dist.Independent(d, independent, validate_args=validate_args)
+        if self.transforms and named is None:
             parts = [t.with_cache() for t in self.transforms]
             d = dist.TransformedDistribution(d, parts, validate_args=validate_args)
         return d
@@ -209,7 +211,9 @@ class Factor:
         """Apply ``fn`` to every parameter."""
         return replace(self, params={k: fn(v) for k, v in self.params.items()})
 
-    def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> "Factor":
+    def to(
+        self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
+    ) -> "Factor":
         """Move and cast the parameters."""
         return self.map(lambda v: v.to(device=device, dtype=dtype))
 
@@ -226,9 +230,7 @@ class Factor:
         if axis < self.separable_axes:
             return self.map(lambda v: v.index_select(axis, index.to(v.device)))
         self._require_bare(axis)
-        params = self.family.index_event(
-            self.params, axis - len(self.shape), index.to(self.device)
-        )
+        params = self.family.index_event(self.params, axis - len(self.shape), index.to(self.device))
         return replace(self, params=params)
 
     def pad(self, axis: int, index: Tensor, size: int, fill: Tensor | None = None) -> "Factor":
@@ -280,7 +282,9 @@ class Factor:
             if not value.is_floating_point():
                 raise ParameterError(f"{name} must be floating point, got {value.dtype}")
             if value.dtype != self.dtype:
-                raise ParameterError(f"{name} must be {self.dtype} like the rest, got {value.dtype}")
+                raise ParameterError(
+                    f"{name} must be {self.dtype} like the rest, got {value.dtype}"
+                )
             if not bool(torch.isfinite(value).all()):
                 bad = value[~torch.isfinite(value)][0].item()
                 raise ParameterError(f"{name} must be finite, got {bad}")
@@ -341,7 +345,7 @@ def _scalar(t: Transform, value: float | Tensor) -> float:
 def _plain(t: Transform) -> Transform:
     """Transforms that hold tensors, with plain numbers instead: the same on every device."""
     if isinstance(t, tt._InverseTransform):
-        inner = t.inv
+        inner: Transform = t.inv
         if isinstance(inner, tt.AffineTransform):
             return tt.AffineTransform(-inner.loc / inner.scale, 1 / inner.scale)
         if isinstance(inner, tt.PowerTransform):
@@ -359,17 +363,11 @@ def _affine(t: tt.AffineTransform) -> tt.AffineTransform:
 
 def _absorb_affine(factor: Factor) -> Factor:
     """An affine map of a Normal is a Normal: parties may differ in it, so it is no transform."""
-    transforms, params = list(factor.transforms), dict(factor.params)
-    while (
-        transforms
-        and isinstance(transforms[0], tt.AffineTransform)
-        and factor.family.distribution is dist.Normal
-    ):
-        t = transforms.pop(0)
-        params["loc"] = params["loc"] * t.scale + t.loc
-        params["scale"] = (params["scale"] * t.scale).abs()
-    params = dict(zip(params, torch.broadcast_tensors(*params.values()), strict=True)) if (
-        len(transforms) < len(factor.transforms)
-    ) else params
+    params, transforms = dict(factor.params), factor.transforms
+    if factor.family.distribution is dist.Normal:
+        while transforms and isinstance(t := transforms[0], tt.AffineTransform):
+            transforms = transforms[1:]
+            loc, scale = params["loc"] * t.scale + t.loc, (params["scale"] * t.scale).abs()
+            params["loc"], params["scale"] = torch.broadcast_tensors(loc, scale)
     plain = tuple(_affine(t) if isinstance(t, tt.AffineTransform) else t for t in transforms)
     return replace(factor, params=params, transforms=plain)

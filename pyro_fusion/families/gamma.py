@@ -136,8 +136,8 @@ class NormalGammaFamily(Family):
     location = "loc"
 
     def build(self, params: Params, validate_args: bool | None = None) -> Distribution:
-        in_order = (params[name] for name in self.parameters)
-        return NormalGamma(*in_order, validate_args=validate_args)
+        m, k, a, b = (params[n] for n in self.parameters)
+        return NormalGamma(m, k, a, b, validate_args=validate_args)
 
     def event_shape(self, params: Params) -> torch.Size:
         return torch.Size([2])
@@ -148,7 +148,9 @@ class NormalGammaFamily(Family):
 
     def natural(self, params: Params) -> Tensor:
         m, k = params["loc"], params["concentration"]
-        return torch.stack([k * m, k, params["rate"] + k * m**2 / 2, params["gamma_shape"] - 0.5], -1)
+        return torch.stack(
+            [k * m, k, params["rate"] + k * m**2 / 2, params["gamma_shape"] - 0.5], -1
+        )
 
     def mean(self, params: Params) -> Tensor:
         m, k, a, b = (params[n] for n in ("loc", "concentration", "gamma_shape", "rate"))
@@ -170,7 +172,12 @@ class NormalGammaFamily(Family):
         tm, tmm, t, log_t = mu.unbind(-1)
         m = -tm / t
         a = gamma_concentration((-t).log() - log_t)
-        return {"loc": m, "concentration": 1 / (-2 * tmm + t * m**2), "gamma_shape": a, "rate": -a / t}
+        return {
+            "loc": m,
+            "concentration": 1 / (-2 * tmm + t * m**2),
+            "gamma_shape": a,
+            "rate": -a / t,
+        }
 
     def kl(self, p: Params, q: Params) -> Tensor:
         return kl_divergence(self.build(p, False), self.build(q, False))

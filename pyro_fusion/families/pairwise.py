@@ -41,9 +41,7 @@ def _check_pair(a: Factor, b: Factor) -> None:
         or a.event_shape != b.event_shape
         or a.natural.shape[-1] != b.natural.shape[-1]
     ):
-        raise StructureError(
-            f"no common exponential family: {_describe(a)} against {_describe(b)}"
-        )
+        raise StructureError(f"no common exponential family: {_describe(a)} against {_describe(b)}")
 
 
 def _describe(f: Factor) -> str:

@@ -4,22 +4,30 @@
 """Moment matching onto a family: from draws, and from factors whose axes cannot be labelled."""
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import cast
 
 import numpy as np
 import pyro.distributions as dist
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributions import Transform
+from torch.distributions import Distribution, Transform
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import ParameterError
+from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
 from pyro_fusion.families.base import family_named
 from pyro_fusion.families.factor import Factor
 
-__all__ = ["dirichlet_from_stick_breaking", "normal_from_draws", "project_draws", "to_marginals"]
+__all__ = [
+    "dirichlet_from_stick_breaking",
+    "normal_from_draws",
+    "project_draws",
+    "project_onto",
+    "to_marginals",
+]
 
 
 def project_draws(like: Factor, draws: Tensor) -> Factor:
@@ -31,9 +39,15 @@ def project_draws(like: Factor, draws: Tensor) -> Factor:
     value = draws.double()
     for t in reversed(like.transforms):
         value = t.inv(value)
+    location = like.location()
+    origin = None
+    if location is not None and location.shape == value.shape[1:]:
+        # Where the location moves the value: statistics far from the origin would lose the spread.
+        origin = value.mean(0)
+        value = value - origin
     statistics = like.family.statistics(value).mean(0)
     params = like.family.from_mean(statistics, like.family.event_shape(like.params))
-    factor = replace(like, params={k: v.to(draws.dtype) for k, v in params.items()})
+    factor = replace(like, params=params).shift(origin, 1.0).to(dtype=draws.dtype)
     factor.check()
     return factor
 
@@ -50,9 +64,70 @@ def normal_from_draws(draws: Tensor, transforms: Sequence[Transform], batch_dim:
         raise ParameterError("the draws do not vary, so they have no spread to match")
     loc = value.mean(0)
     params = {"loc": loc.to(draws.dtype), "scale": scale.to(draws.dtype)}
-    return Factor.of(replace(
-        Factor(family_named("Normal"), params, tuple(transforms), batch_dim)
-    ).distribution(validate_args=False))
+    return Factor.of(
+        replace(Factor(family_named("Normal"), params, tuple(transforms), batch_dim)).distribution(
+            validate_args=False
+        )
+    )
+
+
+def project_onto(
+    prior: Distribution | Factor, like: Factor, num_samples: int = 10_000, seed: int = 0
+) -> Factor:
+    """``prior`` in the family and coordinates of ``like``: unchanged if it is of that structure
+    already, exact from a Normal to a MultivariateNormal, otherwise the member of that family
+    with the mean sufficient statistics of ``num_samples`` draws, with a warning.
+
+    :param prior: of the same shape as ``like``, which is only its pattern.
+    :param seed: of the draws; the global random state is left as it was.
+    :raises StructureError: if the shapes differ.
+    :raises ParameterError: if draws lie outside the support of ``like``, or match no member.
+    """
+    factor: Factor | None
+    try:
+        factor = prior if isinstance(prior, Factor) else Factor.of(prior)
+        shape = factor.shape
+    except UnsupportedFamilyError:
+        factor, d = None, cast(Distribution, prior)
+        shape = d.batch_shape + d.event_shape
+    if shape != like.shape:
+        raise StructureError(
+            f"the prior has shape {tuple(shape)}, the posterior {tuple(like.shape)}"
+        )
+    if factor is not None:
+        exact = _as_joint(factor, like)
+        if exact.structure() == like.structure() and exact.base_shape == like.base_shape:
+            return replace(exact, batch_dim=like.batch_dim)
+        d = factor.distribution()
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        draws = d.sample(torch.Size([num_samples])).to(like.device, like.dtype)
+    result = project_draws(like, draws)
+    name = type(d).__name__ if factor is None else factor.family.name
+    target = " → ".join(
+        [like.family.name, *(type(t).__name__.removesuffix("Transform") for t in like.transforms)]
+    )
+    warnings.warn(
+        f"a prior of family {name} is projected onto the posterior's, {target}, by moment matching "
+        f"over {num_samples} draws",
+        UserWarning,
+        stacklevel=2,
+    )
+    return result
+
+
+def _as_joint(factor: Factor, like: Factor) -> Factor:
+    """A Normal in the form of a MultivariateNormal ``like``, where that is possible."""
+    if factor.family.name != "Normal" or like.family.name != "MultivariateNormal":
+        return factor
+    reshaped = bool(like.transforms) and isinstance(like.transforms[0], tt.ReshapeTransform)
+    transforms = (*like.transforms[:1], *factor.transforms) if reshaped else factor.transforms
+    size = like.family.event_shape(like.params)
+    if factor.base_shape[: len(like.base_shape)] != like.base_shape:
+        return factor
+    flat = factor.map(lambda v: v.reshape(like.base_shape + size))
+    params = {"loc": flat.params["loc"], "scale_tril": torch.diag_embed(flat.params["scale"])}
+    return replace(factor, family=like.family, params=params, transforms=transforms)
 
 
 def to_marginals(factor: Factor) -> tuple[Factor, float]:

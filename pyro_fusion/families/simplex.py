@@ -181,4 +181,3 @@ class BernoulliFamily(Family):
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"logits": torch.logit(mu[..., 0])}
-

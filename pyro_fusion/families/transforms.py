@@ -119,19 +119,22 @@ def rebuild(description: Sequence[Any]) -> Transform:
     if set(arguments) != set(expected):
         raise ValueError(f"{bare} takes {list(expected)}, got {sorted(arguments)}")
     make: Callable[..., Transform] = cls
-    t = make(**{k: _argument(f"{k} of {bare}", v) for k, v in arguments.items()})
+    t = make(**{k: _argument(cls, k, v) for k, v in arguments.items()})
     return t if bare == name else t.inv
 
 
-def _argument(what: str, value: Any) -> Any:
-    """A number or a tuple of sizes as :func:`describe` writes them; nothing else is let through
-    to the constructors of transforms, most of which check nothing."""
-    if isinstance(value, list):
-        if not all(type(v) is int and 0 < v < 1 << 31 for v in value) or len(value) > 16:
+def _argument(cls: type[Transform], name: str, value: Any) -> Any:
+    """An argument as :func:`describe` writes it; torch's constructors check next to nothing."""
+    what = f"{name} of {cls.__name__}"
+    if cls is tt.ReshapeTransform:
+        sizes = value if isinstance(value, list) and len(value) <= 16 else [None]
+        if not all(type(v) is int and 0 < v < 1 << 31 for v in sizes):
             raise ValueError(f"{what} must be a list of at most 16 sizes")
         return torch.Size(value)
-    if type(value) not in (int, float) or not math.isfinite(value):
-        raise ValueError(f"{what} must be a finite number")
-    if value == 0 and not what.startswith("loc"):
-        raise ValueError(f"{what} must not be zero")
-    return float(value)
+    if cls in (tt.AffineTransform, tt.PowerTransform):
+        if type(value) not in (int, float) or not math.isfinite(value):
+            raise ValueError(f"{what} must be a finite number")
+        if value == 0 and name != "loc":
+            raise ValueError(f"{what} must not be zero")
+        return float(value)
+    return torch.tensor(value) if isinstance(value, list) else value

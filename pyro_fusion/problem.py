@@ -1,0 +1,89 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The components of all parties along one label, as one problem: what E-steps, M-steps, seeding
+and re-matching all work on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.assignment import NEW
+from pyro_fusion.barycenter import Pooling
+from pyro_fusion.families import Factor
+
+__all__ = ["Factors", "MatchingProblem", "compact"]
+
+Factors = Mapping[str, Factor]
+
+
+@dataclass(frozen=True)
+class MatchingProblem:
+    """The components of all parties along one label, and how they are scored and pooled.
+
+    :ivar local: site -> factor of batch shape ``[N]``, the components of party 0, of party 1, ...
+    :ivar sizes: ``L_s`` of each party; they add up to ``N``.
+    :ivar weights: ``[N]``, the weight of each component's party.
+    :ivar pooling: the divergence and its barycentre.
+    :ivar base: site -> the prior of one atom, batch shape ``[1]``; empty unless the pooling needs
+        it.
+    :ivar dispersion: T.
+    """
+
+    local: Factors
+    sizes: tuple[int, ...]
+    weights: Tensor
+    pooling: Pooling
+    base: Factors
+    dispersion: float = 1.0
+
+    @property
+    def num_parties(self) -> int:
+        """S."""
+        return len(self.sizes)
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """``[..., N]`` -> one ``[..., L_s]`` per party."""
+        return list(x.split(self.sizes, dim=-1))
+
+    def take(self, index: Tensor) -> MatchingProblem:
+        """The components ``index``, as if of one party."""
+        return replace(
+            self,
+            local={site: f.index_select(0, index) for site, f in self.local.items()},
+            sizes=(len(index),),
+            weights=self.weights[index],
+        )
+
+    def cost(self, atoms: Factors) -> Tensor:
+        """``w D / T`` summed over sites: ``[K, N]``."""
+        terms = [
+            self.pooling.cost(atoms[site], f, self.base.get(site)) for site, f in self.local.items()
+        ]
+        return torch.stack(terms).sum(0) * (self.weights / self.dispersion)
+
+    def opening(self, atoms: Factors) -> Tensor:
+        """The cost of an atom by itself over T, summed over sites: ``[K]``."""
+        terms = [self.pooling.opening(a, self.base.get(site)) for site, a in atoms.items()]
+        return torch.stack(terms).sum(0) / self.dispersion
+
+    def barycenter(self, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
+        """M-step: the atoms of the groups ``[N]``."""
+        return {
+            site: self.pooling.barycenter(
+                f, groups, num_atoms, self.weights, self.base.get(site)
+            )
+            for site, f in self.local.items()
+        }
+
+
+def compact(groups: Tensor) -> tuple[Tensor, int]:
+    """Number the groups in use ``0, ..., K-1``; each :data:`~.assignment.NEW` is one of its own."""
+    new = groups == NEW
+    fresh = groups.max().clamp(min=0) + 1 + torch.arange(len(groups), device=groups.device)
+    _, result = torch.where(new, fresh, groups).unique(return_inverse=True)
+    return result, int(result.max()) + 1
