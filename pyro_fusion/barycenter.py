@@ -32,6 +32,10 @@ class Pooling(ABC):
     failure: ClassVar[str] = "is singular"
 
     @abstractmethod
+    def divergence(self, atoms: Factor, local: Factor) -> Tensor:
+        """The KL divergence of the pooling, in its direction, elementwise."""
+
+    @abstractmethod
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         """``D(k; n)``, what component ``n`` adds to the objective in atom ``k``: ``[K, N]``."""
 
@@ -105,6 +109,9 @@ class Inclusive(Pooling):
 
     name = "inclusive"
 
+    def divergence(self, atoms: Factor, local: Factor) -> Tensor:
+        return kl(local, atoms)
+
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         return pairwise_kl(local, atoms).mT
 
@@ -130,6 +137,9 @@ class Exclusive(Pooling):
     """
 
     name = "exclusive"
+
+    def divergence(self, atoms: Factor, local: Factor) -> Tensor:
+        return kl(atoms, local)
 
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         return pairwise_kl(atoms, local)
@@ -163,6 +173,9 @@ class Product(Pooling):
         "is improper: some local posterior is wider than the prior. Give the prior that was "
         "really used as `base`, or pool inclusively or exclusively"
     )
+
+    def divergence(self, atoms: Factor, local: Factor) -> Tensor:
+        return kl(atoms, local)
 
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         return pairwise_kl(atoms, local) - self.opening(atoms, base).unsqueeze(1)

@@ -19,8 +19,10 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from importlib.util import find_spec
 
 import numpy as np
@@ -30,18 +32,20 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyro_fusion.errors import ParameterError
+from pyro_fusion.families import Factor
 from pyro_fusion.fuse import Fusion, fuse
 from pyro_fusion.posterior import Posterior
 
 __all__ = ["DemoResult", "DemoRow", "Digits", "draw_atoms", "fit", "load", "main", "mixture"]
 
-_POOLINGS = ("inclusive", "exclusive", "product")
+# The first one is drawn. The images of the parties are independent given the model's parameters,
+# so that the product is Bayes' rule here.
+_POOLINGS = ("product", "inclusive", "exclusive")
 _NUM_DIGITS = 10
 _PUBLIC, _HELD_OUT = 250, 400
-_SITES = ("weights", "loc", "scale")
 
 
 # -- what each party does ----------------------------------------------------------------------
@@ -72,7 +76,9 @@ def fit(
 ) -> Posterior:
     """Fit :func:`mixture` to ``data``, ``[N, D]``, by SVI with an ``AutoNormal`` that starts at
     k-means, and read its posterior. Leaves the global parameter store as it was."""
-    guide = AutoNormal(mixture, init_loc_fn=init_to_value(values=_kmeans(data, num_components, seed)))
+    guide = AutoNormal(
+        mixture, init_loc_fn=init_to_value(values=_kmeans(data, num_components, seed))
+    )
     optimizer = pyro.optim.ClippedAdam({"lr": 0.03, "lrd": 0.1 ** (1 / steps)})
     svi = SVI(mixture, guide, optimizer, Trace_ELBO())
     # All guides of one model share the names of their parameters, so each fit has its own store.
@@ -188,6 +194,13 @@ def _rand_index(labels: np.ndarray, clusters: Tensor) -> float:
     return float(adjusted_rand_score(labels, clusters.numpy()))
 
 
+def _side_by_side(posteriors: Sequence[Posterior]) -> Posterior:
+    """What needs no fusion: the components of all parties as they are, none matched."""
+    first = posteriors[0]
+    factors = {s: Factor.cat([p.decomposed[s] for p in posteriors]) for s in first.decomposed}
+    return Posterior(factors, first.axes, plates=first.plates)
+
+
 # -- the result ------------------------------------------------------------------------------------
 
 
@@ -214,13 +227,15 @@ class DemoResult:
 
     :ivar parties: one row for each party.
     :ivar fused: pooling -> row.
+    :ivar unmatched: the row of all parties' components side by side: what fusion starts from.
     :ivar pooled: the row of one fit to the images of all parties.
-    :ivar fusion: the fusion with the default pooling.
+    :ivar fusion: the fusion by ``product``.
     :ivar picture: the file with the atoms, or None.
     """
 
     parties: list[DemoRow]
     fused: dict[str, DemoRow]
+    unmatched: DemoRow
     pooled: DemoRow
     fusion: Fusion
     picture: str | None
@@ -234,7 +249,7 @@ class DemoResult:
         header = f"{'':<28}{'log density':>12}{'atoms':>8}{'Rand index':>12}{'seconds':>9}"
         rule = "-" * len(header)
         lines = [header, rule]
-        for block in (self.parties, self.fused.values(), [self.pooled]):
+        for block in (self.parties, [self.unmatched, *self.fused.values()], [self.pooled]):
             lines += [_line(row) for row in block]
             lines.append(rule)
         return "\n".join(lines)
@@ -271,9 +286,20 @@ def main(
     :raises ParameterError: for a number of parties that does not split the digits.
     """
     _require("sklearn", *([] if output is None else ["matplotlib"]))
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         return _run(output, seed, parties, steps, draws, progress)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Tensors of this size are slower on several threads, six times where cores are busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _run(
@@ -311,23 +337,28 @@ def _run(
             posteriors.append(posterior)
             party_rows.append(party_row)
 
+        together = _side_by_side(posteriors)
+        count = together.components("component")
+        unmatched_row = row(f"all {count} side by side", together, 0.0)
+        # The product divides out the prior that all parties share: that of their model.
+        prior = partial(mixture, data.test, len(data.seen[0]))
         fusions, fused_rows = {}, {}
         for pooling in _POOLINGS:
             bar.set_description(f"fusing, {pooling}")
             start = time.perf_counter()
-            fusion = fuse(posteriors, pooling=pooling, seed=seed)
+            fusion = fuse(posteriors, pooling=pooling, base=prior, seed=seed)
             seconds = time.perf_counter() - start
             fusions[pooling] = fusion
             fused_rows[pooling] = row(f"fused, {pooling}", fusion.posterior, seconds)
             bar.update()
 
-        _, pooled_row = fitted("one fit to all their data", torch.cat(data.parties), _NUM_DIGITS)
+        _, pooled_row = fitted("one fit to all the data", torch.cat(data.parties), _NUM_DIGITS)
 
     fusion = fusions[_POOLINGS[0]]
     if output is not None:
         draw_atoms(output, data, posteriors, fusion)
     picture = None if output is None else os.fspath(output)
-    result = DemoResult(party_rows, fused_rows, pooled_row, fusion, picture)
+    result = DemoResult(party_rows, fused_rows, unmatched_row, pooled_row, fusion, picture)
     sys.stdout.write(_report(result, data))
     return result
 
@@ -340,9 +371,10 @@ def _report(result: DemoResult, data: Digits) -> str:
         "",
         str(result),
         "",
-        "log density: of a held-out image, mean, in nats; higher is better. Rand index: agreement",
-        "of clusters and digits, adjusted; 1 is perfect, 0 is chance. Seconds: of a fused row,",
-        "to fuse alone.",
+        "log density: of a held-out image, in nats, mean; higher is better.",
+        "Rand index: agreement of clusters and digits, adjusted; 1 is perfect, 0 is chance.",
+        "seconds: to fit one model; of a fused row, to fuse alone. Fusion is given the parties'",
+        "posteriors and nothing else: no image, and no number of atoms.",
     ]
     if result.picture is not None:
         lines += ["", f"The atoms, and which party has which: {result.picture}"]
@@ -409,11 +441,9 @@ def draw_atoms(
                 total = counts[k].sum()
                 share = f"{100 * counts[k].max() / total:.0f} %" if total else "none"
                 axes.set_title(f"{counts[k].argmax()}: {share}", fontsize=9)
-        grid[i, 0].set_ylabel(
-            names[i], rotation=0, ha="right", va="center", fontsize=9, labelpad=8
-        )
+        grid[i, 0].set_ylabel(names[i], rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
     figure.supxlabel(
-        "Above each atom: the digit most of its held-out images show, and how many of them.",
+        "Above each atom: the digit that most of its held-out images show, and their share.",
         fontsize=9,
     )
     figure.savefig(output, dpi=150)

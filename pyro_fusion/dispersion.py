@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.barycenter import Pooling
-from pyro_fusion.families import Factor
+from pyro_fusion.families import Factor, pairwise_kl
 
 __all__ = ["estimate_dispersion", "temper"]
 
@@ -28,8 +28,10 @@ def estimate_dispersion(
 ) -> float:
     """An estimate of T from the components of all parties.
 
-    For the KL poolings: the median divergence between different components of one party, which
-    are known to be different atoms. It is 1 if no party has two components.
+    For the KL poolings: what it costs to merge a component with the nearest other component of
+    its own party, ``min_q D(q; i) + D(q; j)``, the median over components. Components of one
+    party are known to be different atoms, so this is the price of a wrong merge, in the units of
+    the objective. It is 1 if no party has two components.
 
     For ``product``: how much farther apart the same component of two parties is than their
     posteriors claim, the median divergence to the nearest component of another party over the
@@ -40,14 +42,12 @@ def estimate_dispersion(
     :param sizes: ``L_s`` of each party.
     """
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    step = max(1, len(sizes) // _MAX_PARTIES)
-    chosen = list(range(0, len(sizes), step))[:_MAX_PARTIES]
+    step = -(-len(sizes) // _MAX_PARTIES)
+    chosen = range(0, len(sizes), step)
     index = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in chosen])
     party = torch.cat([torch.full((sizes[s],), s) for s in chosen])
     part = {site: f.index_select(0, index) for site, f in local.items()}
-    # Of a pair of components in the direction of the pooling; product's costs relative to p0
-    # say nothing about a pair, its E_q[log q/q_s] does.
-    divergence = torch.stack([_divergence(pooling, f) for f in part.values()]).sum(0).cpu()
+    divergence = torch.stack([pairwise_kl(f, f) for f in part.values()]).sum(0).cpu()
     same_party = party.unsqueeze(0) == party.unsqueeze(1)
     if pooling.needs_base:
         if bool(same_party.all()):
@@ -55,15 +55,28 @@ def estimate_dispersion(
         nearest = divergence.masked_fill(same_party, torch.inf).amin(1)
         dimensions = sum(f.shape[1:].numel() for f in part.values())
         return max(1.0, float(nearest.median()) / dimensions)
-    different = same_party & ~torch.eye(len(index), dtype=torch.bool)
-    values = divergence[different]
-    return float(values.median()) if len(values) and float(values.median()) > 0 else 1.0
+    divergence = divergence + divergence.mT
+    divergence[~same_party] = torch.inf
+    distance, nearest = divergence.fill_diagonal_(torch.inf).min(1)
+    has_other = torch.isfinite(distance).nonzero().squeeze(-1)
+    if len(has_other) == 0:
+        return 1.0
+    cost = _merge_cost(part, has_other, nearest[has_other], pooling)
+    return float(cost.median()) if float(cost.median()) > 0 else 1.0
 
 
-def _divergence(pooling: Pooling, f: Factor) -> Tensor:
-    from pyro_fusion.barycenter import Exclusive, Inclusive
-
-    return (Inclusive() if pooling.name == "inclusive" else Exclusive()).cost(f, f)
+def _merge_cost(
+    local: Mapping[str, Factor], first: Tensor, second: Tensor, pooling: Pooling
+) -> Tensor:
+    """``min_q D(q; i) + D(q; j)`` for each pair, summed over sites: ``[M]``."""
+    groups = torch.arange(len(first)).repeat(2)
+    total = torch.zeros(len(first), dtype=torch.float64)
+    for f in local.values():
+        pairs = f.index_select(0, torch.cat([first, second]))
+        on_device = groups.to(pairs.device)
+        atoms = pooling.barycenter(pairs, on_device, len(first)).index_select(0, on_device)
+        total += pooling.divergence(atoms, pairs).double().cpu().reshape(2, -1).sum(0)
+    return total
 
 
 def temper(local: Factor, base: Factor, weights: Tensor, dispersion: float) -> Factor:

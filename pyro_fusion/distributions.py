@@ -253,14 +253,14 @@ class NormalGamma(TorchDistribution):
     r"""``τ ~ Gamma(shape, rate)``, ``μ | τ ~ N(loc, 1 / (concentration · τ))``; value ``[μ, τ]``.
 
     Value: event shape ``(2,)``; entry 0 is the mean μ, entry 1 the precision τ. It is the
-    :class:`NormalWishart` of ``D = 1`` with ``df = 2 · shape`` and ``V = 1 / (2 · rate)``.
-    Marginally μ is Student t with ``2 · shape`` degrees of freedom, so for small ``shape`` its
+    :class:`NormalWishart` of ``D = 1`` with ``df = 2 · gamma_shape`` and ``V = 1 / (2 · rate)``.
+    Marginally μ is Student t with ``2 · gamma_shape`` degrees of freedom, so for small ``gamma_shape`` its
     mean is NaN or its variance infinite. Parameters are numbers or tensors that broadcast.
 
     :param loc: mean of μ.
     :param concentration: pseudo-count of the mean, positive.
-    :param shape: shape of the Gamma, positive. Kept as ``gamma_shape``: ``.shape()`` is a
-        method of every Pyro distribution.
+    :param gamma_shape: shape of the Gamma, positive; not ``shape``, which is a method of every
+        Pyro distribution.
     :param rate: rate of the Gamma, positive.
     :raises ValueError: shapes that do not broadcast or, under validation, values outside
         ``arg_constraints``.
@@ -283,11 +283,16 @@ class NormalGamma(TorchDistribution):
         self,
         loc: Tensor | float,
         concentration: Tensor | float,
-        shape: Tensor | float,
+        gamma_shape: Tensor | float,
         rate: Tensor | float,
         validate_args: bool | None = None,
     ) -> None:
-        named = {"loc": loc, "concentration": concentration, "shape": shape, "rate": rate}
+        named = {
+            "loc": loc,
+            "concentration": concentration,
+            "gamma_shape": gamma_shape,
+            "rate": rate,
+        }
         _broadcast_shapes({n: v.shape for n, v in named.items() if isinstance(v, Tensor)})
         self.loc, self.concentration, self.gamma_shape, self.rate = broadcast_all(*named.values())
         super().__init__(self.loc.shape, Size((2,)), validate_args=validate_args)

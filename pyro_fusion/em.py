@@ -58,18 +58,20 @@ def expectation_maximization(
     prior: AssignmentPrior,
     start: Tensor,
     max_iterations: int = 100,
+    collapsed: bool = True,
 ) -> EMResult:
-    """Alternate E- and M-steps from an assignment until F no longer falls; then match each party
-    once more on the collapsed objective (``rematch.py``), and go on from there if that helped.
+    """Alternate E- and M-steps from an assignment until F no longer falls.
 
     :param start: the group of each component, LongTensor ``[N]``, any integers; no two components
         of a party share one.
+    :param collapsed: where that has come to an end, match each party once more on the collapsed
+        objective (``rematch.py``), and go on from there if that helped.
     """
     state = _maximise(problem, prior, start)
     trace = [state.objective]
     converged = False
     while not converged and len(trace) <= max_iterations:
-        for step in (_e_step, _rematch):
+        for step in (_e_step, _rematch) if collapsed else (_e_step,):
             proposal = _maximise(problem, state.prior, step(problem, state))
             # Equality up to rounding is convergence; what stands is kept: the trace never rises.
             converged = not proposal.objective < state.objective - 1e-12 * abs(state.objective)

@@ -90,7 +90,11 @@ class Fusion:
         """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``."""
         return self.posterior.to_guide()
 
-    def _only(self) -> Matching:
+    def only_matching(self) -> Matching:
+        """The matching, if there is one label.
+
+        :raises StructureError: if there is none, or several.
+        """
         if len(self.matchings) != 1:
             raise StructureError(
                 f"expected one label, this fusion has {sorted(self.matchings)}: "
@@ -101,22 +105,22 @@ class Fusion:
     @property
     def assignment(self) -> list[Tensor]:
         """Per party a LongTensor ``[L_s]``: which atom each component became."""
-        return self._only().assignment
+        return self.only_matching().assignment
 
     @property
     def num_atoms(self) -> int:
         """K, the number of atoms."""
-        return self._only().num_atoms
+        return self.only_matching().num_atoms
 
     @property
     def popularity(self) -> Tensor:
         """How many parties have each atom, LongTensor ``[K]``."""
-        return self._only().popularity
+        return self.only_matching().popularity
 
     @property
     def dispersion(self) -> float:
         """T, as given or estimated."""
-        return self._only().dispersion
+        return self.only_matching().dispersion
 
     @property
     def converged(self) -> bool:
@@ -290,6 +294,10 @@ def _base(base: Base | None, guides: list[Any]) -> dict[str, Factor]:
     )
 
 
+# So many of the starts' results are refined on the collapsed objective.
+_REFINED = 3
+
+
 @dataclass(frozen=True)
 class _Task:
     parties: list[Posterior]
@@ -379,18 +387,27 @@ class _Task:
         return matching, atoms
 
     def search(self, problem: MatchingProblem, progress: bool) -> tuple[EMResult, list[float]]:
-        """Coordinate ascent from every start; the best result and where each start ended."""
+        """Coordinate ascent from every start, the best few then on the collapsed objective, which
+        takes longer; the best result and where each start ended."""
         from tqdm import tqdm
 
-        best: EMResult | None = None
-        ends = []
         begin = starts(problem, self.prior, self.restarts, self.seed)
         bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not progress)
-        for start in bar:
-            result = expectation_maximization(problem, self.prior, start, self.max_iterations)
-            ends.append(result.objective[-1])
+        results = [
+            expectation_maximization(problem, self.prior, s, self.max_iterations, collapsed=False)
+            for s in bar
+        ]
+        ends = [r.objective[-1] for r in results]
+        order = sorted(range(len(ends)), key=ends.__getitem__)
+        best: EMResult | None = None
+        for i in order[:_REFINED]:
+            result = expectation_maximization(
+                problem, self.prior, results[i].groups, self.max_iterations
+            )
+            ends[i] = result.objective[-1]
             if best is None or result.objective[-1] < best.objective[-1]:
-                best = result
+                trace = results[i].objective + result.objective[1:]
+                best = replace(result, objective=trace)
         assert best is not None
         return best, ends
 

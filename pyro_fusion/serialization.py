@@ -66,11 +66,12 @@ def write(
     metadata = {"format": FORMAT, "version": str(VERSION), "sites": json.dumps(sites)}
     path = os.fspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    # Made here, so that it gets the permissions of an ordinary file.
-    with open(temporary, "xb"):
-        pass
+    # Made here for the permissions of an ordinary file; safetensors gives it its own.
+    with open(temporary, "xb") as made:
+        mode = os.fstat(made.fileno()).st_mode
     try:
         save_file(tensors, temporary, metadata)
+        os.chmod(temporary, mode)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, path)
@@ -201,7 +202,8 @@ def _check_shapes(factor: Factor) -> None:
             value = value.new_zeros(expected)
             continue
         value = t(value)
-        if value.shape != expected or not bool(t.codomain.check(value).all()):
+        joint = t.codomain.event_dim > 0
+        if value.shape != expected or (joint and not bool(t.codomain.check(value).all())):
             raise ValueError(f"{type(t).__name__} does not fit shape {tuple(factor.base_shape)}")
     if factor.shape != factor.batch_shape + value.shape:
         raise ValueError(f"the transforms do not fit the shape {tuple(factor.base_shape)}")

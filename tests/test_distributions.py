@@ -469,21 +469,21 @@ class TestNormalGamma:
 
     def test_shape_stays_a_method(self):
         """Pyro calls ``d.shape()``; the parameter is kept as ``gamma_shape``."""
-        d = NormalGamma(0.0, 1.0, shape=2.0, rate=3.0)
+        d = NormalGamma(0.0, 1.0, gamma_shape=2.0, rate=3.0)
         assert d.shape() == (2,) and d.gamma_shape == 2
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
             ({"rate": -1.0}, "parameter rate"),
-            ({"shape": 0.0}, "parameter gamma_shape"),
+            ({"gamma_shape": 0.0}, "parameter gamma_shape"),
             ({"concentration": torch.tensor([1.0, -1.0])}, "parameter concentration"),
             ({"loc": math.nan}, "parameter loc"),
             ({"loc": torch.zeros(3), "rate": torch.ones(2)}, r"loc \(3,\), rate \(2,\)"),
         ],
     )
     def test_errors(self, change, message):
-        arguments = {"loc": 0.0, "concentration": 1.0, "shape": 2.0, "rate": 3.0} | change
+        arguments = {"loc": 0.0, "concentration": 1.0, "gamma_shape": 2.0, "rate": 3.0} | change
         with pytest.raises(ValueError, match=message):
             NormalGamma(**arguments, validate_args=True)
 

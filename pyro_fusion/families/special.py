@@ -23,6 +23,7 @@ __all__ = [
     "mvdigamma",
     "pack_symmetric",
     "stirling_kl",
+    "stirling_rest",
     "unpack_symmetric",
     "wishart_df",
 ]
@@ -55,18 +56,22 @@ def excess(x: Tensor, y: Tensor) -> Tensor:
     return gap - torch.where(gap < -0.5, (x / y).log(), gap.clamp(min=-0.5).log1p())
 
 
-def _stirling_rest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """What Stirling leaves of ``log Γ(x)``, and its derivative:
-    ``r(x) = log Γ(x) - (x - 1/2) log x + x - log(2π)/2``."""
+def stirling_rest(x: Tensor) -> Tensor:
+    """What Stirling leaves: ``log Γ(x) - (x - 1/2) log x + x - log(2π)/2``."""
     small, big = x.clamp(max=_ASYMPTOTIC), x.clamp(min=_ASYMPTOTIC)
     value = torch.lgamma(small) - (small - 0.5) * small.log() + small - 0.5 * math.log(2 * math.pi)
-    slope = torch.digamma(small) - small.log() + 0.5 / small
     i = 1 / big
     i2 = i * i
     tail = i * (1 / 12 - i2 * (1 / 360 - i2 * (1 / 1260 - i2 / 1680)))
-    tail_slope = -i2 * (1 / 12 - i2 * (1 / 120 - i2 * (1 / 252 - i2 / 240)))
-    large = x > _ASYMPTOTIC
-    return torch.where(large, tail, value), torch.where(large, tail_slope, slope)
+    return torch.where(x > _ASYMPTOTIC, tail, value)
+
+
+def _stirling_rest_slope(x: Tensor) -> Tensor:
+    """The derivative of :func:`stirling_rest`: ``ψ(x) - log x + 1/(2x)``."""
+    small, big = x.clamp(max=_ASYMPTOTIC), x.clamp(min=_ASYMPTOTIC)
+    i2 = big**-2
+    tail = -i2 * (1 / 12 - i2 * (1 / 120 - i2 * (1 / 252 - i2 / 240)))
+    return torch.where(x > _ASYMPTOTIC, tail, torch.digamma(small) - small.log() + 0.5 / small)
 
 
 def stirling_kl(a: Tensor, b: Tensor) -> Tensor:
@@ -76,9 +81,8 @@ def stirling_kl(a: Tensor, b: Tensor) -> Tensor:
     ``log Γ(b) - log Γ(a) - (b - a) ψ(a) = b (a/b - 1 - log(a/b)) + stirling_kl(a, b)``:
     by Stirling's formula what grows with the concentrations cancels on paper.
     """
-    rest_a, slope_a = _stirling_rest(a)
-    rest_b, _ = _stirling_rest(b)
-    return excess(b, a) / 2 + (rest_b - rest_a - (b - a) * slope_a)
+    bregman = stirling_rest(b) - stirling_rest(a) - (b - a) * _stirling_rest_slope(a)
+    return excess(b, a) / 2 + bregman
 
 
 def decreasing_root(
@@ -98,16 +102,22 @@ def decreasing_root(
     lo = torch.full_like(start, lower)
     hi = torch.full_like(start, upper)
     x = start.clamp(lower, upper)
+    last = torch.full_like(start, math.inf)
+    done = torch.zeros_like(start, dtype=torch.bool)
     for _ in range(max_iterations):
         value, slope = f(x)
         lo = torch.where(value > 0, x, lo)
         hi = torch.where(value < 0, x, hi)
         step = x - value / slope
         # A step that leaves the bracket (or is NaN) is replaced by bisection.
-        new = torch.where((step >= lo) & (step <= hi), step, (lo + hi) / 2)
-        new = torch.where(value == 0, x, new)
-        done = (new - x).abs() <= 4e-16 * (1 + x.abs())
-        x = new
+        newton = (step >= lo) & (step <= hi)
+        new = torch.where(newton, step, (lo + hi) / 2)
+        new = torch.where(done | (value == 0), x, new)
+        size, unit = (new - x).abs(), 1 + x.abs()
+        # Newton steps that are short and no longer shrink are the rounding of f, not progress.
+        stuck = newton & (size <= 1e-4 * unit) & (size > last / 2)
+        done |= (size <= 4e-16 * unit) | stuck
+        x, last = new, size
         if bool(done.all()):
             break
     return x

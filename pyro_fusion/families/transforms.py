@@ -21,6 +21,8 @@ from pyro_fusion.errors import UnsupportedFamilyError
 
 __all__ = ["describe", "flatten", "is_elementwise", "rebuild", "register_transform"]
 
+# Pyro has its own class for what is the same map.
+_SAME: dict[type[Transform], type[Transform]] = {pt.SoftplusTransform: tt.SoftplusTransform}
 # name -> (type, arguments that rebuild it)
 _KNOWN: dict[str, tuple[type[Transform], tuple[str, ...]]] = {}
 
@@ -42,12 +44,8 @@ for _t in (
     tt.SoftplusTransform,
     tt.StickBreakingTransform,
     tt.CorrCholeskyTransform,
-    tt.LowerCholeskyTransform,
-    tt.PositiveDefiniteTransform,
     pt.CorrMatrixCholeskyTransform,
     pt.OrderedTransform,
-    pt.SoftplusLowerCholeskyTransform,
-    pt.UnitLowerCholeskyTransform,
 ):
     register_transform(_t)
 register_transform(tt.PowerTransform, "exponent")
@@ -65,9 +63,18 @@ def flatten(transforms: Sequence[Transform]) -> tuple[Transform, ...]:
             result.extend(flatten([t.base_transform]))
         elif isinstance(t, tt._InverseTransform) and isinstance(t.inv, tt.IndependentTransform):
             result.extend(flatten([t.inv.base_transform.inv]))
-        else:
+        elif not _is_identity(t):
             result.append(t)
     return tuple(result)
+
+
+def _is_identity(t: Transform) -> bool:
+    # biject_to(positive) is exp and then "plus 0, times 1", where LogNormal is exp alone.
+    return (
+        isinstance(t, tt.AffineTransform)
+        and bool((torch.as_tensor(t.loc) == 0).all())
+        and bool((torch.as_tensor(t.scale) == 1).all())
+    )
 
 
 def is_elementwise(t: Transform) -> bool:
@@ -93,8 +100,9 @@ def describe(t: Transform) -> list[Any]:
     if isinstance(t, tt._InverseTransform):
         name, arguments = describe(t.inv)
         return [name + _INVERSE, arguments]
-    name = type(t).__name__
-    if _KNOWN.get(name, (None,))[0] is not type(t):
+    kind = _SAME.get(type(t), type(t))
+    name = kind.__name__
+    if _KNOWN.get(name, (None,))[0] is not kind:
         raise UnsupportedFamilyError(
             f"factors behind {name} cannot be compared or stored. Known transforms: "
             f"{', '.join(sorted(_KNOWN))}. Add it with "

@@ -1,0 +1,347 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reading Pyro guides, and the priors of Pyro models.
+
+What is exact and what is projected:
+
+=====================================================  ==========================================
+guide                                                  read as
+=====================================================  ==========================================
+AutoNormal, AutoDiagonalNormal, AutoNormalMessenger    the Normals, behind the supports' bijections
+AutoMultivariateNormal, AutoLowRankMultivariateNormal  exact block marginals
+``laplace_approximation()``, AutoGaussian (dense)      exact block marginals
+AutoStructured (linear, Normal)                        exact block marginals, with a warning
+EasyGuide                                              groups: exact block marginals
+AutoDelta, AutoLaplaceApproximation, ``Delta`` sites   Normals of the ``spread`` that is given
+functions, PyroModules                                 their factors, from a trace
+sites that depend on other sites                       their family, by moment matching; a warning
+flows and other families                               Normals, by moment matching; a warning
+enumerated and auxiliary sites                         left out
+=====================================================  ==========================================
+
+Two limits of Pyro itself. ``AutoLaplaceApproximation.laplace_approximation()`` samples a discrete
+site that is hidden from it, so its curvature is wrong where that site was meant to be enumerated;
+the reader warns if it can run the model. And guides that are fitted in one process share Pyro's
+parameter store by name, so that fitting the second moves the first; see :func:`check_not_shared`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import pyro
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuide, AutoGuideList
+from pyro.infer.autoguide.effect import AutoMessenger
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.guide import GuideMessenger
+from torch import Tensor, nn
+
+from pyro_fusion.errors import FusionError, GuideError, ParameterError
+from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.readers.pyro_autoguides import prototype_sites, read, require_called
+from pyro_fusion.readers.pyro_joint import Labels
+from pyro_fusion.readers.pyro_program import Program, isolated, peel
+from pyro_fusion.readers.pyro_sites import (
+    Read,
+    Sites,
+    Spread,
+    latent_sites,
+    plates_of,
+)
+from pyro_fusion.readers.pyro_trace import read_trace, resolve
+
+__all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
+
+
+def from_guide(
+    guide: Callable[..., Any],
+    *args: Any,
+    axes: Axes | None = None,
+    spread: float | Tensor | Mapping[str, float | Tensor] | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Posterior:
+    """Read the posterior that a fitted Pyro guide stands for: ``q(z) = Π_site q_site(z_site)``.
+
+    Values are copied. Neither the guide, nor Pyro's parameter store, nor any random state is
+    changed, and effect handlers outside see nothing.
+
+    :param guide: an autoguide, an ``EasyGuide``, an effect-based guide, or any callable with Pyro
+        statements; perhaps inside ``poutine.block``. It must have been called: fitted, or called
+        once after its parameters were loaded.
+    :param args: arguments of the guide, for guides that have to be run (all but Pyro's own).
+    :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``. By
+        default each plate labels its axis with its name; an entry here replaces the labels of its
+        site, and labels event axes.
+    :param spread: the standard deviation, in unconstrained space, of sites that are point masses
+        (AutoDelta, ``map_estimate``, ``Delta``): one number, or a mapping from site name to a
+        number or a tensor that broadcasts to the unconstrained shape.
+    :param num_samples: how many times to run a guide whose sites depend on each other or belong
+        to no exponential family, to project it by moment matching.
+    :param seed: the seed of those runs.
+    :param kwargs: keyword arguments of the guide.
+    :raises GuideError: if the guide was never called, was saved before that, has lost its
+        parameters, has a point mass without ``spread`` or a plate that is subsampled, fails when
+        run with these arguments, has no site to read, or one of no registered family whose
+        support has no bijection to unconstrained space.
+    :raises ParameterError: for a ``spread`` or ``num_samples`` out of range, or NaN parameters.
+    :raises StructureError: for labels that do not fit; see :class:`~pyro_fusion.Posterior`.
+    :raises UnsupportedFamilyError: for a transform whose arguments differ between components, as
+        the bounds of ``Uniform(low, high)`` with a tensor of them.
+
+    A site of a joint Gaussian is read as its exact marginal. Batch axes and labelled axes become
+    independent components; the rest of the event stays one MultivariateNormal (a Normal if there
+    is no rest, if it lies to the left of a labelled axis, or if it has more than 512 numbers). A
+    warning says so if that loses more than 0.1 nats per dimension.
+
+    Example::
+
+        posterior = Posterior.from_guide(guide, axes={"loc": ("component", None)})
+    """
+    labels = _labels(axes)
+    _check_num_samples(num_samples)
+    given = Spread(spread)
+    program = Program(guide, args, kwargs)
+    with isolated(guide, seed):
+        found = read(program, given, labels)
+        if not found:
+            raise GuideError(
+                "the guide has no site to read: all of its sites are observed, enumerated, "
+                "auxiliary or hidden"
+            )
+        sites = resolve(found, program, num_samples)
+    given.check_used(set(sites))
+    return _posterior(sites, labels)
+
+
+def prior_from_guide(
+    guide: Callable[..., Any],
+    *args: Any,
+    axes: Axes | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Posterior:
+    """Read the prior of the sites of an autoguide (or ``EasyGuide``, or effect-based guide), from
+    the model that the guide was made for.
+
+    :param args: arguments of the model. If it cannot be run with them, the distributions that
+        the guide recorded at its first call are taken, with a warning.
+    :raises GuideError: for a guide that was never called, that knows no model, or whose model is
+        lost and was not recorded: use :func:`prior_from_model`.
+
+    The other parameters and errors are those of :func:`from_guide` and :func:`prior_from_model`.
+    """
+    handlers, inner = peel(guide)
+    if not isinstance(inner, AutoGuide | EasyGuide | GuideMessenger):
+        raise GuideError(
+            f"a {type(inner).__name__} does not know its model; use prior_from_model(model, *args)"
+        )
+    labels = _labels(axes)
+    _check_num_samples(num_samples)
+    if isinstance(inner, AutoGuide | EasyGuide | AutoMessenger):
+        require_called(inner)
+    wanted = None if isinstance(inner, GuideMessenger) else _prototypes(inner)
+    if handlers:
+        with isolated(guide, seed):
+            visible = latent_sites(Program(guide, args, kwargs).trace())
+        wanted = {k: site for k, site in (wanted or visible).items() if k in visible}
+    failure = "saving the guide lost its model"
+    if inner._model is not None:
+        model = _without_initialisation(inner.model)
+        try:
+            return _prior(model, args, kwargs, wanted, labels, num_samples, seed)
+        except GuideError as e:
+            if e.__cause__ is None or wanted is None:
+                raise
+            failure = f"its model failed: {e.__cause__}"
+    if not wanted or any("mask" not in site for site in wanted.values()):
+        raise GuideError(
+            f"the priors of this {type(inner).__name__} are not to be had ({failure}); use "
+            "prior_from_model(model, *args)"
+        )
+    warnings.warn(
+        f"{failure}. The prior is read as the guide recorded it at its first call: right, unless "
+        "a site's prior depends on another site. Pass the arguments of the model, or use "
+        "prior_from_model(model, *args)",
+        UserWarning,
+        stacklevel=2,
+    )
+    return _posterior(_recorded(wanted, seed, num_samples), labels)
+
+
+def prior_from_model(
+    model: Callable[..., Any],
+    *args: Any,
+    axes: Axes | None = None,
+    sites: Sequence[str] | None = None,
+    num_samples: int = 1000,
+    seed: int = 0,
+    **kwargs: Any,
+) -> Posterior:
+    """Read the prior of a Pyro model's latent sites; plates label their axes.
+
+    Observed and enumerated sites are left out. A site whose prior depends on other sites is
+    projected onto its own family by moment matching, a prior of no exponential family (HalfCauchy,
+    Uniform) onto a Normal in unconstrained space; a warning says so.
+
+    :param args: arguments of the model, as for inference: without data its observed sites count
+        as latent.
+    :param axes: site name -> labels, in place of those of the plates; see :func:`from_guide`.
+    :param sites: the sites to read; by default all.
+    :raises GuideError: if the model fails with these arguments, or lacks one of ``sites``.
+    """
+    _check_num_samples(num_samples)
+    wanted = None if sites is None else dict.fromkeys(sites)
+    return _prior(model, args, kwargs, wanted, _labels(axes), num_samples, seed)
+
+
+def check_not_shared(
+    guides: Sequence[Callable[..., Any] | Posterior], *args: Any, **kwargs: Any
+) -> None:
+    """Refuse guides that have a parameter in common: fitting one has moved the other.
+
+    Two AutoNormals fitted one after the other in one process do, because Pyro's parameter store
+    knows parameters by name. What decides is whether the tensors are the same, not their names.
+    A function that cannot be run with ``args`` and ``kwargs`` is not checked.
+
+    :param guides: one guide a party; a :class:`~pyro_fusion.Posterior` among them holds copies,
+        and is passed over.
+    :raises GuideError: naming the two parties, the parameter and what to do.
+    """
+    owners: dict[tuple[Any, ...], tuple[int, str]] = {}
+    for party, guide in enumerate(guides):
+        if isinstance(guide, Posterior):
+            continue
+        for earlier in range(party):
+            if guides[earlier] is guide:
+                raise GuideError(
+                    f"party {earlier} and party {party} are the same guide. If it was fitted "
+                    "twice, read its posterior after each fit: Posterior.from_guide(guide)"
+                )
+        for key, name in _parameters(guide, args, kwargs).items():
+            owner, _ = owners.setdefault(key, (party, name))
+            if owner != party:
+                raise GuideError(
+                    f"party {owner} and party {party} share the parameter '{name}': their guides "
+                    "were fitted in one parameter store, so fitting the second moved the first. "
+                    "Read each posterior right after its fit, Posterior.from_guide(guide), and "
+                    "call pyro.clear_param_store() before the next; or fit each under `with "
+                    "pyro.get_param_store().scope():`, or set "
+                    "pyro.settings.set(module_local_params=True) before making the guides"
+                )
+
+
+# -- pieces ----------------------------------------------------------------------------------------
+
+
+def _labels(axes: Axes | None) -> Labels:
+    return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in (axes or {}).items()}
+
+
+def _check_num_samples(num_samples: int) -> None:
+    if num_samples < 2:
+        raise ParameterError(f"num_samples must be at least 2, got {num_samples}")
+
+
+def _posterior(sites: Mapping[str, Read], labels: Labels) -> Posterior:
+    plates = {name: s.plates for name, s in sites.items()}
+    return Posterior(
+        {name: s.factor for name, s in sites.items()},
+        # Names that are no sites stay in, so that they are reported.
+        {**plates, **labels},
+        plates=plates,
+    )
+
+
+def _parameters(
+    guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[tuple[Any, ...], str]:
+    """Where each parameter of a guide lies in memory -> its name."""
+    result: dict[tuple[Any, ...], str] = {}
+
+    def add(name: str, value: Tensor) -> None:
+        if value.numel():
+            storage = value.untyped_storage().data_ptr()
+            result.setdefault((value.device, storage, value.storage_offset()), name)
+
+    inner = peel(guide)[1]
+    if isinstance(inner, nn.Module):
+        prefix = getattr(inner, "_pyro_name", "") or type(inner).__name__
+        for name, value in inner.named_parameters():
+            if value.requires_grad:  # nobody moved the others
+                add(f"{prefix}.{name.removesuffix('_unconstrained')}", value)
+        return result
+    with isolated(guide, 0):
+        try:
+            trace = Program(guide, args, kwargs).trace()
+        except FusionError:
+            return result
+        for name in trace.param_nodes:
+            node: Any = trace.nodes[name]
+            add(name, node["value"].unconstrained())
+    return result
+
+
+def _prior(
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    wanted: Mapping[str, Any] | None,
+    labels: Labels,
+    num_samples: int,
+    seed: int,
+) -> Posterior:
+    program = Program(model, args, kwargs, "model")
+    with isolated(model, seed):
+        there = set(latent_sites(program.trace()))
+        missing = set(wanted or ()) - there
+        if missing:
+            raise GuideError(
+                f"the model has no latent sites {sorted(missing)}; its latent sites are "
+                f"{sorted(there)}"
+            )
+        skip = frozenset() if wanted is None else frozenset(there - set(wanted))
+        found = read_trace(program, Spread(None), skip=skip, full=False)
+        if not found:
+            raise GuideError("the model has no latent site to read")
+        return _posterior(resolve(found, program, num_samples), labels)
+
+
+def _without_initialisation(model: Callable[..., Any]) -> Callable[..., Any]:
+    """The model without the handlers with which a guide chose its initial values."""
+    handlers, inner = peel(model)
+    for h in reversed(handlers):
+        if not isinstance(h, InitMessenger):
+            inner = h(inner)
+    return inner
+
+
+def _prototypes(guide: Any) -> dict[str, dict[str, Any]]:
+    if isinstance(guide, AutoGuideList):
+        return {k: v for part in guide for k, v in _prototypes(part).items()}
+    if isinstance(guide, AutoDiscreteParallel):
+        return {}
+    return dict(prototype_sites(guide))
+
+
+def _recorded(wanted: Mapping[str, dict[str, Any]], seed: int, num_samples: int) -> dict[str, Read]:
+    """The priors as they stand in a guide's prototype trace: a model without dependencies."""
+
+    def model() -> None:
+        for name, site in wanted.items():
+            pyro.sample(name, site["fn"])
+
+    program = Program(model, (), {}, "model")
+    with isolated(model, seed):
+        found: Sites = read_trace(program, Spread(None))
+        read = resolve(found, program, num_samples)
+    return {
+        name: Read(s.factor, plates_of(name, wanted[name], len(s.plates)))
+        for name, s in read.items()
+    }
