@@ -23,12 +23,16 @@ __all__ = ["Exclusive", "Inclusive", "Pooling", "Product", "group_mean", "poolin
 class Pooling(ABC):
     """How the members of a group become one atom.
 
+    :cvar needs_base: whether the prior is needed.
+    :cvar normalised: whether only the ratios of weights in a group matter.
+
     ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``base``
     ``[1]`` (the prior of one atom; only ``product`` reads it).
     """
 
     name: ClassVar[str]
     needs_base: ClassVar[bool] = False
+    normalised: ClassVar[bool] = True
     failure: ClassVar[str] = "is singular"
 
     @abstractmethod
@@ -80,10 +84,13 @@ class Pooling(ABC):
         :raises ParameterError: if an atom is empty, or ``product`` is improper.
         """
         w = local.natural.new_ones(len(groups)) if weights is None else weights.double()
+        empty = (torch.bincount(groups, minlength=num_atoms) == 0).nonzero().flatten().tolist()
+        if empty:
+            raise ParameterError(f"atoms {empty} have no component")
         weight = w.new_zeros(num_atoms).index_add(0, groups, w)
-        if not bool((weight > 0).all()):
-            empty = (weight <= 0).nonzero().flatten().tolist()
-            raise ParameterError(f"atoms {empty} have no component with a positive weight")
+        # Where only parties of weight zero have an atom, they count alike.
+        w = torch.where(weight[groups] > 0, w, 1.0) if self.normalised else w
+        weight = w.new_zeros(num_atoms).index_add(0, groups, w)
         origin = group_mean(local.location(), groups, w, weight)
         shifted = local if origin is None else local.shift(origin[groups])
         shifted_base = base
@@ -169,6 +176,7 @@ class Product(Pooling):
 
     name = "product"
     needs_base = True
+    normalised = False
     failure = (
         "is improper: some local posterior is wider than the prior. Give the prior that was "
         "really used as `base`, or pool inclusively or exclusively"
@@ -216,7 +224,7 @@ def group_mean(loc: Tensor | None, groups: Tensor, w: Tensor, weight: Tensor) ->
     trailing = (1,) * (loc.dim() - 1)
     total = loc.new_zeros((len(weight), *loc.shape[1:]))
     total = total.index_add(0, groups, loc * w.reshape(-1, *trailing))
-    return total / weight.reshape(-1, *trailing)
+    return total / weight.clamp(min=1e-300).reshape(-1, *trailing)
 
 
 _POOLINGS: dict[str, Pooling] = {p.name: p for p in (Inclusive(), Exclusive(), Product())}

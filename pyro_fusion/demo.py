@@ -34,18 +34,17 @@ from pyro.infer.autoguide import AutoNormal, init_to_value
 from torch import Tensor
 from tqdm import tqdm
 
+from pyro_fusion.digits import NUM_DIGITS, Digits, load
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.fuse import Fusion, fuse
 from pyro_fusion.posterior import Posterior
 
-__all__ = ["DemoResult", "DemoRow", "Digits", "draw_atoms", "fit", "load", "main", "mixture"]
+__all__ = ["DemoResult", "DemoRow", "Digits", "fit", "load", "main", "mixture"]
 
 # The first one is drawn. The images of the parties are independent given the model's parameters,
 # so that the product is Bayes' rule here.
 _POOLINGS = ("product", "inclusive", "exclusive")
-_NUM_DIGITS = 10
-_PUBLIC, _HELD_OUT = 250, 400
 
 
 # -- what each party does ----------------------------------------------------------------------
@@ -104,68 +103,6 @@ def _kmeans(data: Tensor, num_components: int, seed: int) -> dict[str, Tensor]:
         "loc": loc,
         "scale": (variance.clamp(min=0) + 0.01).sqrt(),
     }
-
-
-# -- the data ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Digits:
-    """Images as principal components, split over the parties.
-
-    :ivar parties: per party ``[N_s, D]``.
-    :ivar seen: per party the digits it has images of.
-    :ivar test: held-out images of all ten digits, ``[N, D]``; ``labels`` are their digits, ``[N]``.
-    :ivar decode: principal components ``[..., D]`` to images ``[..., 8, 8]``.
-    """
-
-    parties: list[Tensor]
-    seen: list[list[int]]
-    test: Tensor
-    labels: np.ndarray
-    decode: Callable[[Tensor], np.ndarray]
-
-
-def load(*, parties: int = 6, dim: int = 12, seed: int = 0) -> Digits:
-    """Scikit-learn's 1797 digits. Each pair of parties has all ten between them, five each; the
-    images of a digit are dealt out at random among the parties that have it.
-
-    :param parties: even, at least 4, so that every digit is seen by two parties or more.
-    :param dim: the number of principal components.
-    :raises ParameterError: for another number of parties.
-    """
-    from sklearn.datasets import load_digits
-    from sklearn.decomposition import PCA
-
-    if parties < 4 or parties % 2:
-        raise ParameterError(f"parties must be an even number, at least 4, got {parties}")
-    images, labels = load_digits(return_X_y=True)
-    images = images / 16  # pixels from 0 to 1
-    rng = np.random.default_rng(seed)
-    order = rng.permutation(len(images))
-    public, test, train = np.split(order, [_PUBLIC, _PUBLIC + _HELD_OUT])
-    seen: list[list[int]] = []
-    for _ in range(parties // 2):
-        digits = rng.permutation(_NUM_DIGITS)
-        seen += [sorted(half.tolist()) for half in np.split(digits, 2)]
-    holders = [[s for s in range(parties) if d in seen[s]] for d in range(_NUM_DIGITS)]
-    party = np.array([rng.choice(holders[labels[i]]) for i in train])
-
-    pca = PCA(dim, random_state=seed).fit(images[public])
-    unit = float(pca.transform(images[public]).std())
-    features = torch.as_tensor(pca.transform(images) / unit, dtype=torch.float32)
-
-    def decode(x: Tensor) -> np.ndarray:
-        flat = pca.inverse_transform(x.reshape(-1, dim).double().cpu().numpy() * unit)
-        return np.asarray(flat).reshape((*x.shape[:-1], 8, 8))
-
-    return Digits(
-        [features[train[party == s]] for s in range(parties)],
-        seen,
-        features[test],
-        labels[test],
-        decode,
-    )
 
 
 # -- how good a posterior is -----------------------------------------------------------------------
@@ -283,9 +220,12 @@ def main(
     :param draws: from a posterior, for its predictive density.
     :param progress: whether to show a progress bar on the terminal.
     :raises ImportError: if scikit-learn or matplotlib is missing, with what to install.
-    :raises ParameterError: for a number of parties that does not split the digits.
+    :raises ParameterError: for a number of parties that does not split the digits, or a file that
+        no picture can be written to.
     """
     _require("sklearn", *([] if output is None else ["matplotlib"]))
+    if output is not None:
+        _check_output(os.fspath(output))
     with torch.random.fork_rng(devices=[]), _one_thread():
         torch.manual_seed(seed)
         return _run(output, seed, parties, steps, draws, progress)
@@ -332,7 +272,7 @@ def _run(
 
         posteriors, party_rows = [], []
         for s, (x, seen) in enumerate(zip(data.parties, data.seen, strict=True)):
-            name = f"party {s}, sees {' '.join(map(str, seen))}"
+            name = f"party {s}, sees {_numbers(seen)}"
             posterior, party_row = fitted(name, x, len(seen))
             posteriors.append(posterior)
             party_rows.append(party_row)
@@ -352,11 +292,11 @@ def _run(
             fused_rows[pooling] = row(f"fused, {pooling}", fusion.posterior, seconds)
             bar.update()
 
-        _, pooled_row = fitted("one fit to all the data", torch.cat(data.parties), _NUM_DIGITS)
+        _, pooled_row = fitted("one fit to all the data", torch.cat(data.parties), NUM_DIGITS)
 
     fusion = fusions[_POOLINGS[0]]
     if output is not None:
-        draw_atoms(output, data, posteriors, fusion)
+        _draw(output, data, posteriors, fusion)
     picture = None if output is None else os.fspath(output)
     result = DemoResult(party_rows, fused_rows, unmatched_row, pooled_row, fusion, picture)
     sys.stdout.write(_report(result, data))
@@ -389,61 +329,56 @@ def _require(*modules: str) -> None:
         )
 
 
+def _check_output(output: str) -> None:
+    """Before the work, not after it."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    folder, name = os.path.split(output)
+    known = FigureCanvasBase.get_supported_filetypes()
+    ending = os.path.splitext(name)[1].removeprefix(".").lower()
+    if ending not in known:
+        raise ParameterError(f"{output}: a picture ends in one of {', '.join(sorted(known))}")
+    if os.path.isdir(output):
+        raise ParameterError(f"{output} is a folder")
+    if folder and not os.path.isdir(folder):
+        raise ParameterError(f"no such folder: {folder}")
+
+
 # -- the picture -----------------------------------------------------------------------------------
 
 
-def draw_atoms(
-    output: str | os.PathLike[str],
-    data: Digits,
-    posteriors: Sequence[Posterior],
-    fusion: Fusion,
+def _draw(
+    output: str | os.PathLike[str], data: Digits, posteriors: Sequence[Posterior], fusion: Fusion
 ) -> None:
-    """Draw the atoms as images, a column each: the fused one on top, below it the component that
-    each party contributed. The columns are in the order of the digit that an atom stands for, by
-    the held-out images.
+    """Draw the atoms in the order of the digit that each stands for, by the held-out images."""
+    from pyro_fusion.plotting import plot_atoms
 
-    :param output: file; its ending says the format.
-    """
-    from matplotlib.figure import Figure
-
-    clusters = _clusters(fusion.posterior, data.test)
-    atoms = range(fusion.num_atoms)
-    counts = np.zeros((fusion.num_atoms, _NUM_DIGITS), dtype=int)
-    np.add.at(counts, (clusters.numpy(), data.labels), 1)
-    order = sorted(atoms, key=lambda k: (counts[k].argmax(), -counts[k].sum()))
-    images = [data.decode(p.factors["loc"].mean) for p in (fusion.posterior, *posteriors)]
-
-    rows, columns = 1 + len(posteriors), fusion.num_atoms
-    figure = Figure(figsize=(1.7 + 0.8 * columns, 1.1 + 0.86 * rows), layout="constrained")
+    clusters = _clusters(fusion.posterior, data.test).numpy()
+    counts = np.zeros((fusion.num_atoms, NUM_DIGITS), dtype=int)
+    np.add.at(counts, (clusters, data.labels), 1)
+    digit, total = counts.argmax(1), counts.sum(1)
+    share = [
+        f"{100 * c.max() / n:.0f} %" if n else "none" for c, n in zip(counts, total, strict=True)
+    ]
+    figure = plot_atoms(
+        fusion,
+        data.decode(fusion.posterior.factors["loc"].mean),
+        [data.decode(p.factors["loc"].mean) for p in posteriors],
+        order=np.lexsort((-total, digit)).tolist(),
+        titles=[f"{d}: {s}" for d, s in zip(digit, share, strict=True)],
+        names=[f"party {s}\nsees {_numbers(seen)}" for s, seen in enumerate(data.seen)],
+        limits=(0, 1),
+    )
     figure.suptitle(
         f"{sum(map(len, fusion.assignment))} components of {len(posteriors)} parties, fused into "
-        f"{columns} atoms"
+        f"{fusion.num_atoms} atoms"
     )
-    grid = figure.subplots(rows, columns, squeeze=False)
-    names = ["fused"] + [
-        f"party {s}\nsees {' '.join(map(str, seen))}" for s, seen in enumerate(data.seen)
-    ]
-    for i in range(rows):
-        source = list(atoms) if i == 0 else fusion.assignment[i - 1].tolist()
-        for j, k in enumerate(order):
-            axes = grid[i, j]
-            axes.set_xticks([])
-            axes.set_yticks([])
-            if k in source:
-                axes.imshow(images[i][source.index(k)], cmap="gray_r", vmin=0, vmax=1)
-            else:
-                axes.set_box_aspect(1)
-            for spine in axes.spines.values():
-                spine.set_visible(k in source)
-                spine.set_color("#0072B2" if i == 0 else "#999999")
-                spine.set_linewidth(2.5 if i == 0 else 0.8)
-            if i == 0:
-                total = counts[k].sum()
-                share = f"{100 * counts[k].max() / total:.0f} %" if total else "none"
-                axes.set_title(f"{counts[k].argmax()}: {share}", fontsize=9)
-        grid[i, 0].set_ylabel(names[i], rotation=0, ha="right", va="center", fontsize=9, labelpad=8)
     figure.supxlabel(
         "Above each atom: the digit that most of its held-out images show, and their share.",
         fontsize=9,
     )
     figure.savefig(output, dpi=150)
+
+
+def _numbers(seen: Sequence[int]) -> str:
+    return " ".join(map(str, seen))

@@ -19,8 +19,9 @@ from pyro_fusion.families import Factor, pairwise_kl
 
 __all__ = ["estimate_dispersion", "temper"]
 
-# The median needs no more parties than this; pairs of all would be quadratic in their number.
+# Quantiles need no more than this; all pairs would be quadratic in the number of parties.
 _MAX_PARTIES = 64
+_MAX_PAIRS = 2000
 
 
 def estimate_dispersion(
@@ -28,10 +29,12 @@ def estimate_dispersion(
 ) -> float:
     """An estimate of T from the components of all parties.
 
-    For the KL poolings: what it costs to merge a component with the nearest other component of
-    its own party, ``min_q D(q; i) + D(q; j)``, the median over components. Components of one
-    party are known to be different atoms, so this is the price of a wrong merge, in the units of
-    the objective. It is 1 if no party has two components.
+    For the KL poolings T lies between two prices of a merge, ``min_q D(q; i) + D(q; j)``, in the
+    units of the objective: that of a wrong one, the median over components of merging with the
+    nearest other component of the same party, which is known to be a different atom; and that of
+    a right one, the lower quartile, over components and other parties, of merging with the nearest
+    component there. T is their geometric mean. Where no party has two components it is four times
+    the price of a right merge.
 
     For ``product``: how much farther apart the same component of two parties is than their
     posteriors claim, the median divergence to the nearest component of another party over the
@@ -39,42 +42,54 @@ def estimate_dispersion(
     at least 1: the overdispersion of generalised linear models.
 
     :param local: site -> factor of batch shape ``[N]``, the components of the parties in turn.
-    :param sizes: ``L_s`` of each party.
+    :param sizes: ``L_s`` of each party; at least two parties.
     """
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    step = -(-len(sizes) // _MAX_PARTIES)
-    chosen = range(0, len(sizes), step)
+    chosen = range(0, len(sizes), -(-len(sizes) // _MAX_PARTIES))
     index = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in chosen])
-    party = torch.cat([torch.full((sizes[s],), s) for s in chosen])
+    counts = [sizes[s] for s in chosen]
     part = {site: f.index_select(0, index) for site, f in local.items()}
     divergence = torch.stack([pairwise_kl(f, f) for f in part.values()]).sum(0).cpu()
-    same_party = party.unsqueeze(0) == party.unsqueeze(1)
+    own = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    is_own = own.unsqueeze(1) == torch.arange(len(counts))
     if pooling.needs_base:
-        if bool(same_party.all()):
-            return 1.0
-        nearest = divergence.masked_fill(same_party, torch.inf).amin(1)
+        nearest = divergence.masked_fill(is_own[:, own], torch.inf).amin(1)
         dimensions = sum(f.shape[1:].numel() for f in part.values())
         return max(1.0, float(nearest.median()) / dimensions)
-    divergence = divergence + divergence.mT
-    divergence[~same_party] = torch.inf
-    distance, nearest = divergence.fill_diagonal_(torch.inf).min(1)
-    has_other = torch.isfinite(distance).nonzero().squeeze(-1)
-    if len(has_other) == 0:
-        return 1.0
-    cost = _merge_cost(part, has_other, nearest[has_other], pooling)
-    return float(cost.median()) if float(cost.median()) > 0 else 1.0
+    # The nearest component in each party, [N, S]; in one's own, of the others.
+    symmetric = (divergence + divergence.mT).fill_diagonal_(torch.inf)
+    blocks = [block.min(1) for block in symmetric.split(counts, 1)]
+    offsets = torch.tensor([0, *counts[:-1]]).cumsum(0)
+    nearest = torch.stack([b.indices for b in blocks], 1) + offsets
+    exists = torch.stack([b.values for b in blocks], 1).isfinite()
+    wrong = _merge_costs(part, nearest, is_own & exists, pooling)
+    right = _merge_costs(part, nearest, ~is_own & exists, pooling)
+    same = float(right.quantile(0.25))
+    if len(wrong) == 0:
+        return 4 * same if same > 0 else 1.0
+    different = float(wrong.median())
+    scale = (max(same, 1e-6 * different) * different) ** 0.5
+    return scale if scale > 0 else 1.0
 
 
-def _merge_cost(
-    local: Mapping[str, Factor], first: Tensor, second: Tensor, pooling: Pooling
+def _merge_costs(
+    local: Mapping[str, Factor], nearest: Tensor, mask: Tensor, pooling: Pooling
 ) -> Tensor:
-    """``min_q D(q; i) + D(q; j)`` for each pair, summed over sites: ``[M]``."""
-    groups = torch.arange(len(first)).repeat(2)
+    """``min_q D(q; i) + D(q; nearest[i, p])`` where ``mask[i, p]``, summed over sites; a random
+    selection if there are many."""
+    first, party = mask.nonzero().unbind(1)
+    if len(first) > _MAX_PAIRS:
+        generator = torch.Generator().manual_seed(0)
+        selection = torch.randperm(len(first), generator=generator)[:_MAX_PAIRS]
+        first, party = first[selection], party[selection]
     total = torch.zeros(len(first), dtype=torch.float64)
+    if len(first) == 0:
+        return total
+    both = torch.cat([first, nearest[first, party]])
     for f in local.values():
-        pairs = f.index_select(0, torch.cat([first, second]))
-        on_device = groups.to(pairs.device)
-        atoms = pooling.barycenter(pairs, on_device, len(first)).index_select(0, on_device)
+        pairs = f.index_select(0, both)
+        groups = torch.arange(len(first), device=pairs.device).repeat(2)
+        atoms = pooling.barycenter(pairs, groups, len(first)).index_select(0, groups)
         total += pooling.divergence(atoms, pairs).double().cpu().reshape(2, -1).sum(0)
     return total
 

@@ -254,8 +254,9 @@ class NormalGamma(TorchDistribution):
 
     Value: event shape ``(2,)``; entry 0 is the mean μ, entry 1 the precision τ. It is the
     :class:`NormalWishart` of ``D = 1`` with ``df = 2 · gamma_shape`` and ``V = 1 / (2 · rate)``.
-    Marginally μ is Student t with ``2 · gamma_shape`` degrees of freedom, so for small ``gamma_shape`` its
-    mean is NaN or its variance infinite. Parameters are numbers or tensors that broadcast.
+    Marginally μ is Student t with ``2 · gamma_shape`` degrees of freedom, so for a small
+    ``gamma_shape`` its mean is NaN or its variance infinite. Parameters are numbers or tensors
+    that broadcast.
 
     :param loc: mean of μ.
     :param concentration: pseudo-count of the mean, positive.

@@ -22,6 +22,7 @@ from pyro_fusion.rematch import rematch
 
 __all__ = ["EMResult", "expectation_maximization"]
 
+
 @dataclass(frozen=True)
 class EMResult:
     """The result of :func:`expectation_maximization`.
@@ -79,9 +80,7 @@ def expectation_maximization(
                 state = proposal
                 trace.append(state.objective)
                 break
-    return EMResult(
-        state.groups, state.num_atoms, state.atoms, state.prior, trace, converged
-    )
+    return EMResult(state.groups, state.num_atoms, state.atoms, state.prior, trace, converged)
 
 
 def _e_step(problem: MatchingProblem, state: _State) -> Tensor:

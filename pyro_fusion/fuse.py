@@ -17,11 +17,11 @@ from torch.distributions import Distribution
 from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.dispersion import estimate_dispersion, temper
 from pyro_fusion.em import EMResult, expectation_maximization
-from pyro_fusion.errors import ParameterError, StructureError
+from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.posterior import Posterior
-from pyro_fusion.priors import AssignmentPrior, IndianBuffet
+from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet
 from pyro_fusion.problem import MatchingProblem
 from pyro_fusion.seeding import starts
 from pyro_fusion.structure import (
@@ -205,8 +205,9 @@ def fuse(
     :param pooling: ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread),
         ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool) or ``"product"`` (Bayes' rule
         for independent data; needs the prior).
-    :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default),
-        :class:`~pyro_fusion.GroupNorm` or :class:`~pyro_fusion.Parametric`.
+    :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default for ``product``,
+        whose evidence it belongs to), :class:`~pyro_fusion.GroupNorm` (default for the others) or
+        :class:`~pyro_fusion.Parametric`.
     :param weights: one non-negative weight per party, used relative to their mean.
     :param base: the prior of the local models, for ``product``: a mapping of sites to
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
@@ -223,8 +224,13 @@ def fuse(
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
     """
-    prior = IndianBuffet() if prior is None else prior
     how = pooling_named(pooling)
+    if prior is None:
+        prior = IndianBuffet() if how.needs_base else GroupNorm()
+    if not isinstance(prior, AssignmentPrior):
+        raise ParameterError(
+            f"prior must be IndianBuffet(), GroupNorm() or Parametric(K), got {prior!r}"
+        )
     if dispersion is not None and not 0 < dispersion < float("inf"):
         raise ParameterError(f"dispersion must be positive and finite, got {dispersion}")
     if restarts < 0 or max_iterations < 1:
@@ -259,12 +265,12 @@ def _read(inputs: Sequence[Any]) -> tuple[list[Posterior], list[Any]]:
     if guides:
         from pyro_fusion.readers.pyro import check_not_shared
 
-        check_not_shared(guides)
+        check_not_shared(inputs)
     parties = []
     for s, g in enumerate(inputs):
         try:
             parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g))
-        except (StructureError, ParameterError) as e:
+        except FusionError as e:
             raise type(e)(f"party {s}: {e}") from e
     return parties, guides
 
@@ -313,6 +319,9 @@ class _Task:
 
     def run(self, names: tuple[str, ...], progress: bool) -> Fusion:
         first = self.parties[0]
+        if len(self.parties) == 1:
+            alone = {k: _alone(k, first.components(k), self.prior) for k in self.roles.matched}
+            return Fusion(first, self.pooling.name, alone, 0.0, names)
         matchings: dict[str, Matching] = {}
         factors: dict[str, Factor] = {}
         shared = 0.0
@@ -324,11 +333,8 @@ class _Task:
         for site in self.roles.shared:
             factors[site], divergence = self.share(site)
             shared += divergence
-        if len(self.parties) == 1:
-            posterior = first
-        else:
-            ordered = {site: factors[site].to(dtype=f.dtype) for site, f in first.decomposed.items()}
-            posterior = Posterior(ordered, first.axes, plates=first.plates)
+        ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
+        posterior = Posterior(ordered, first.axes, plates=first.plates)
         return Fusion(posterior, self.pooling.name, matchings, shared, names)
 
     # -- sites with a label ------------------------------------------------------------------------
@@ -344,8 +350,6 @@ class _Task:
         }
         device = next(iter(local.values())).device
         weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(device)
-        if len(sizes) == 1:
-            return _alone(label, sizes[0], self.prior), {}
         base = {
             site: atom_base(site, self.base, local[site], axis).to(dtype=torch.float64)
             for site, axis in sites.items()
@@ -450,8 +454,6 @@ class _Task:
 
     def share(self, site: str) -> tuple[Factor, float]:
         """Pool a shared site; also its divergence."""
-        if len(self.parties) == 1:
-            return self.parties[0].decomposed[site], 0.0
         local = Factor.cat(
             [_unsqueeze(p.decomposed[site].to(dtype=torch.float64)) for p in self.parties]
         )
@@ -493,9 +495,7 @@ def _tempered(problem: MatchingProblem) -> MatchingProblem:
         site: temper(f, problem.base[site], problem.weights, problem.dispersion)
         for site, f in problem.local.items()
     }
-    return replace(
-        problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0
-    )
+    return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)
 
 
 def _canonical_order(

@@ -47,6 +47,10 @@ class IndianBuffet(AssignmentPrior):
     and :math:`\alpha H_S` once, ``H_S`` the harmonic number. The probability of the assignment is
     meant up to the order of the atoms (left-ordered form without its factorials).
 
+    It is at home with ``product``, where the evidence that components agree is weighed against
+    it. The KL poolings have no such evidence, and its gain from joining a popular atom (up to
+    ``log S`` at each step, times the dispersion) then merges what merely may be merged.
+
     :param alpha: the mass parameter, positive: the expected number of atoms is
         ``alpha * H_S``. None: learned, at its mode under a Gamma prior.
     :param concentration, rate: of the Gamma prior over a learned ``alpha``; concentration >= 1.
@@ -102,14 +106,15 @@ class GroupNorm(AssignmentPrior):
     r"""The regulariser of the paper, a group norm over parties,
     :math:`\varphi(m) = \lambda \sqrt{m}`.
 
-    :param scale: λ, non-negative, in units of the dispersion.
+    :param scale: λ, non-negative, in units of the dispersion. By default ``1 / (2 - √2)``, with
+        which two lone components share an atom just when that costs less than one dispersion.
     :raises ParameterError: if ``scale`` is negative or not finite.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), eq. 9, in a
     form that does not depend on the order of parties and components.
     """
 
-    scale: float = 1.0
+    scale: float = 1 / (2 - math.sqrt(2))
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:

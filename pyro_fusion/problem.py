@@ -73,10 +73,9 @@ class MatchingProblem:
 
     def barycenter(self, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
         """M-step: the atoms of the groups ``[N]``."""
+        groups = groups.to(self.weights.device)
         return {
-            site: self.pooling.barycenter(
-                f, groups, num_atoms, self.weights, self.base.get(site)
-            )
+            site: self.pooling.barycenter(f, groups, num_atoms, self.weights, self.base.get(site))
             for site, f in self.local.items()
         }
 

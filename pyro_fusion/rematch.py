@@ -57,12 +57,12 @@ def rematch(
         for s in sums:
             s.add(members, old, -1.0)
         popularity[old] -= 1
-        try:
-            value = sum(s.increments(members, popularity) for s in sums)
-        except torch.linalg.LinAlgError:
-            value = None
         new = old
-        if value is not None:
+        try:
+            value = torch.stack([s.increments(members, popularity) for s in sums]).sum(0)
+        except torch.linalg.LinAlgError:
+            pass  # some candidate group is improper: this party stays as it is
+        else:
             new = _match(value / problem.dispersion, popularity, penalty, prior.num_atoms)
         fresh = new == NEW
         count = len(popularity)
@@ -79,9 +79,7 @@ def rematch(
     return groups
 
 
-def _match(
-    value: Tensor, popularity: Tensor, penalty: Tensor, max_atoms: int | None
-) -> Tensor:
+def _match(value: Tensor, popularity: Tensor, penalty: Tensor, max_atoms: int | None) -> Tensor:
     """An exact linear assignment with increments ``value`` (``[K, L]``) of standing atoms."""
     standing = (popularity > 0).nonzero().squeeze(-1)
     join = penalty[popularity[standing] + 1] - penalty[popularity[standing]]
@@ -89,7 +87,7 @@ def _match(
     cost = cost.nan_to_num(nan=torch.inf, posinf=torch.inf)
     room = None if max_atoms is None else max_atoms - len(standing)
     result = match(cost, float(penalty[1]), room)
-    return torch.where(result == NEW, NEW, standing[result.clamp(min=0)])
+    return torch.cat([standing, torch.tensor([NEW])])[result]  # NEW, -1, is also the last place
 
 
 @dataclass
@@ -115,6 +113,7 @@ class _Sums:
         num_atoms: int,
         weights: Tensor,
     ) -> _Sums:
+        groups = groups.to(weights.device)
         weight = weights.new_zeros(num_atoms).index_add(0, groups, weights)
         origin = group_mean(local.location(), groups, weights, weight)
         total = weights.new_zeros(num_atoms, local.natural.shape[1])
@@ -137,6 +136,7 @@ class _Sums:
     def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
         part, base = self._about(members, groups)
         w = sign * self.weights[members]
+        groups = groups.to(w.device)
         statistics = self.pooling.statistics(part, base)
         self.total.index_add_(0, groups, statistics * w.unsqueeze(1))
         self.potential.index_add_(0, groups, self.pooling.potential(part, base) * w)

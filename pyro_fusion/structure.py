@@ -15,6 +15,7 @@ from torch.distributions import Distribution
 
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor, as_factor
+from pyro_fusion.families.projection import project_onto
 from pyro_fusion.posterior import Posterior
 
 __all__ = ["Roles", "atom_base", "base_factors", "check_parties", "site_roles"]
@@ -112,7 +113,7 @@ def site_roles(posterior: Posterior) -> Roles:
     return roles
 
 
-# -- the prior ---------------------------------------------------------------------------------------
+# -- the prior ---------------------------------------------------------------------------------
 
 
 def base_factors(
@@ -157,11 +158,11 @@ def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | N
     else:
         g = g.with_batch().map(lambda v: v.unsqueeze(0))
         g = Factor(g.family, g.params, g.transforms, 1)
-    from pyro_fusion.families.projection import project_onto
-
     try:
         if g.shape[1:] != shape and len(g.shape) > 1:
-            raise StructureError(f"the prior has shape {tuple(g.shape[1:])}, expected {tuple(shape)}")
+            raise StructureError(
+                f"the prior has shape {tuple(g.shape[1:])}, expected {tuple(shape)}"
+            )
         if g.shape[1:] != shape:
             g = g.expand(target) if g.family.event_dim == 0 else g
         one = like.index_select(0, torch.tensor([0], device=like.device))

@@ -39,9 +39,14 @@ def _check_pair(a: Factor, b: Factor) -> None:
     if (
         a.structure() != b.structure()
         or a.event_shape != b.event_shape
-        or a.natural.shape[-1] != b.natural.shape[-1]
+        or _event_parts(a) != _event_parts(b)
     ):
         raise StructureError(f"no common exponential family: {_describe(a)} against {_describe(b)}")
+
+
+def _event_parts(f: Factor) -> list[torch.Size]:
+    """Of each parameter: they tell apart what event shapes do not, the numbers of categories."""
+    return [f.params[name].shape[-n:] for name, n in f.family.parameters.items() if n]
 
 
 def _describe(f: Factor) -> str:

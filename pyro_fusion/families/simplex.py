@@ -164,7 +164,7 @@ class CategoricalFamily(Family):
         return torch.logsumexp(params["logits"], -1)
 
     def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
-        return {"logits": torch.log_softmax(eta, -1)}
+        return {"logits": eta}
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"logits": mu.log()}

@@ -283,7 +283,7 @@ def assert_same_factor(actual: Factor, expected: Factor, tolerance: float) -> No
 
 class TestWishart:
     def test_the_textbook_is_right(self):
-        """torch has no KL of Wisharts; its generic one, by ``_natural_params``, is another number."""
+        """torch has no KL of Wisharts; its generic one gives another number."""
         p, q = wishart(ROWS), wishart(ROWS + 10)
         draws = torch.stack(
             [

@@ -1,0 +1,542 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""fuse(), from posteriors and guides to one posterior."""
+
+import functools
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from pyro.infer import SVI, Predictive, Trace_ELBO
+from pyro.infer.autoguide import AutoNormal
+from scipy.optimize import linear_sum_assignment
+
+from pyro_fusion import (
+    FusionError,
+    GroupNorm,
+    GuideError,
+    IndianBuffet,
+    NormalWishart,
+    ParameterError,
+    Parametric,
+    Posterior,
+    StructureError,
+    fuse,
+    pairwise_kl,
+)
+
+POOLINGS = ["inclusive", "exclusive", "product"]
+TRUTH = torch.tensor([[0.0, 0.0], [6.0, 1.0], [-5.0, 4.0], [2.0, -7.0]], dtype=torch.float64)
+HOLDS = [[0, 1, 2], [2, 0], [3, 1, 0], [1, 2, 3]]
+BASE = {
+    "loc": dist.Normal(torch.zeros(2).double(), 20.0).to_event(1),
+    "scale": dist.LogNormal(torch.zeros(2).double(), 3.0).to_event(1),
+    "weights": dist.Dirichlet(torch.ones(3).double()),
+    "noise": dist.Gamma(torch.tensor(1.0).double(), torch.tensor(0.1).double()),
+}
+AXES = {"loc": ("component", None), "scale": ("component", None), "weights": ("component",)}
+
+
+def party(holds, seed, noise=0.1):
+    """A party that has some of the true components, in an order of its own."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    loc = TRUTH[holds] + noise * randn(len(holds), 2)
+    return Posterior(
+        {
+            "loc": dist.Normal(loc, 0.1 + 0.05 * randn(len(holds), 2).abs()).to_event(1),
+            "scale": dist.LogNormal(
+                0.1 * randn(len(holds), 2), torch.tensor(0.1).double().expand(len(holds), 2)
+            ).to_event(1),
+            "weights": dist.Dirichlet(10 * (torch.tensor(holds).double() + 1)),
+            "noise": dist.Gamma(20 + randn().abs(), 10 + randn().abs()),
+        },
+        AXES,
+    )
+
+
+def parties(noise=0.1):
+    return [party(h, s, noise) for s, h in enumerate(HOLDS)]
+
+
+def same_grouping(assignment, holds):
+    """Whether components share an atom exactly if they are the same true component."""
+    atoms = torch.cat(list(assignment))
+    truth = torch.tensor([k for h in holds for k in h])
+    return torch.equal(atoms[:, None] == atoms, truth[:, None] == truth)
+
+
+@pytest.fixture(params=POOLINGS)
+def pooling(request):
+    return request.param
+
+
+class TestRecovery:
+    def test_shuffled_and_missing_components(self, pooling):
+        fusion = fuse(parties(), pooling, base=BASE)
+        assert fusion.num_atoms == 4
+        assert same_grouping(fusion.assignment, HOLDS)
+        assert sorted(fusion.popularity.tolist()) == [2, 3, 3, 3]
+        assert fusion.popularity.tolist() == sorted(fusion.popularity.tolist(), reverse=True)
+        mean = fusion.posterior.factors["loc"].mean
+        distance = torch.cdist(mean, TRUTH)
+        rows, columns = linear_sum_assignment(distance)
+        assert distance[rows, columns].max() < 0.3
+        assert fusion.posterior.axes["loc"] == ("component", None)
+        assert fusion.converged
+
+    @pytest.mark.parametrize("prior", [GroupNorm(), Parametric(4)], ids=str)
+    def test_every_prior(self, pooling, prior):
+        fusion = fuse(parties(), pooling, prior, base=BASE)
+        assert same_grouping(fusion.assignment, HOLDS)
+
+    @pytest.mark.parametrize("alpha", [None, 0.1, 1.0, 3.0])
+    def test_indian_buffet(self, alpha):
+        fusion = fuse(parties(), "product", IndianBuffet(alpha), base=BASE)
+        assert same_grouping(fusion.assignment, HOLDS)
+        if alpha is None:  # Gamma(1, 1) prior, four atoms, four parties
+            expected = 4 / (1 + 1 + 1 / 2 + 1 / 3 + 1 / 4)
+            assert fusion.matchings["component"].prior.mass == pytest.approx(expected)
+
+    def test_objective_is_a_trace_that_never_rises(self, pooling):
+        objective = torch.tensor(fuse(parties(1.0), pooling, base=BASE).objective)
+        assert torch.isfinite(objective).all()
+        assert (objective.diff() <= 0).all()
+
+    def test_objective_is_the_sum_that_it_claims(self):
+        fusion = fuse(parties(), "exclusive", GroupNorm(0.7))
+        total = fusion.shared_objective + float((0.7 * fusion.popularity.double().sqrt()).sum())
+        for p, a in zip(parties(), fusion.assignment, strict=True):
+            for site in ("loc", "scale"):
+                atoms = fusion.posterior.factors[site]
+                cost = pairwise_kl(atoms, p.factors[site]) / fusion.dispersion
+                total += float(cost[a, torch.arange(len(a))].sum())
+        assert fusion.objective[-1] == pytest.approx(total, rel=1e-9)
+
+    def test_normal_wishart_components(self):
+        def one(holds, seed):
+            g = torch.Generator().manual_seed(seed)
+            loc = TRUTH[holds] + 0.1 * torch.randn(len(holds), 2, generator=g).double()
+            eye = torch.eye(2).double().expand(len(holds), 2, 2)
+            d = NormalWishart(
+                loc,
+                torch.tensor(50.0).double(),
+                torch.tensor(52.0).double(),
+                covariance_matrix=eye / 52,
+            )
+            return Posterior({"z": d}, {"z": "component"})
+
+        fusion = fuse([one(h, s) for s, h in enumerate(HOLDS)])
+        assert same_grouping(fusion.assignment, HOLDS)
+        assert isinstance(fusion.posterior.factors["z"], NormalWishart)
+
+
+class TestInvariance:
+    def test_order_of_components(self, pooling):
+        first = fuse(parties(0.7), pooling, base=BASE)
+        orders = [torch.tensor(o) for o in ([2, 0, 1], [1, 0], [1, 2, 0], [2, 1, 0])]
+        moved = [p.permute("component", o) for p, o in zip(parties(0.7), orders, strict=True)]
+        second = fuse(moved, pooling, base=BASE)
+        assert second.objective[-1] == pytest.approx(first.objective[-1], rel=1e-8, abs=1e-8)
+        a = torch.cat([x[o] for x, o in zip(first.assignment, orders, strict=True)])
+        b = torch.cat(second.assignment)
+        assert torch.equal(a[:, None] == a, b[:, None] == b)
+
+    def test_order_of_parties(self, pooling):
+        first = fuse(parties(0.7), pooling, base=BASE, weights=[1, 2, 3, 4])
+        order = [2, 0, 3, 1]
+        moved = [parties(0.7)[s] for s in order]
+        second = fuse(moved, pooling, base=BASE, weights=[3, 1, 4, 2])
+        assert second.objective[-1] == pytest.approx(first.objective[-1], rel=1e-8, abs=1e-8)
+        a = torch.cat([first.assignment[s] for s in order])
+        b = torch.cat(second.assignment)
+        assert torch.equal(a[:, None] == a, b[:, None] == b)
+
+    def test_same_seed_same_bits(self):
+        first, second = (fuse(parties(1.0), seed=5) for _ in "ab")
+        assert first.objective == second.objective
+        values = first.posterior.sample()
+        assert torch.equal(first.posterior.log_prob(values), second.posterior.log_prob(values))
+
+    def test_scale_of_weights_does_not_matter(self, pooling):
+        first = fuse(parties(), pooling, base=BASE, weights=[1, 2, 1, 1])
+        second = fuse(parties(), pooling, base=BASE, weights=[10, 20, 10, 10])
+        torch.testing.assert_close(
+            first.posterior.factors["loc"].mean, second.posterior.factors["loc"].mean
+        )
+
+    def test_global_random_state_is_left_alone(self):
+        before = torch.get_rng_state()
+        fuse(parties())
+        assert torch.equal(before, torch.get_rng_state())
+
+
+class TestSites:
+    def test_shared_sites_are_pooled_in_closed_form(self):
+        local = [p.factors["noise"] for p in parties()]
+        concentration = torch.stack([d.concentration for d in local])
+        rate = torch.stack([d.rate for d in local])
+        d = fuse(parties(), "exclusive").posterior.factors["noise"]
+        assert float(d.concentration) == pytest.approx(float(concentration.mean()))
+        assert float(d.rate) == pytest.approx(float(rate.mean()))
+        d = fuse(parties(), "product", base=BASE).posterior.factors["noise"]
+        assert float(d.concentration) == pytest.approx(float(concentration.sum()) - 3 * 1.0)
+        assert float(d.rate) == pytest.approx(float(rate.sum()) - 3 * 0.1)
+        d = fuse(parties(), "inclusive").posterior.factors["noise"]
+        assert float(d.mean) == pytest.approx(float((concentration / rate).mean()))
+
+    def test_only_shared_sites(self, pooling):
+        local = [Posterior({"noise": p.factors["noise"]}) for p in parties()]
+        fusion = fuse(local, pooling, base=BASE)
+        assert fusion.matchings == {}
+        assert len(fusion.objective) == 1
+        with pytest.raises(StructureError, match="expected one label"):
+            fusion.assignment  # noqa: B018
+        assert "shared sites: noise" in fusion.summary()
+
+    def test_weights_follow_the_assignment(self):
+        fusion = fuse(parties(), "product", base=BASE)
+        concentration = fusion.posterior.factors["weights"].concentration
+        expected = torch.ones(4).double()
+        for p, a in zip(parties(), fusion.assignment, strict=True):
+            expected[a] += p.factors["weights"].concentration - 1
+        torch.testing.assert_close(concentration, expected)
+
+    def test_weights_of_missing_components(self):
+        fusion = fuse(parties(), "exclusive")
+        concentration = torch.zeros(4).double()
+        for p, a in zip(parties(), fusion.assignment, strict=True):
+            own = torch.ones(4).double()  # a component that was not seen counts once
+            own[a] = p.factors["weights"].concentration
+            concentration += own / 4
+        torch.testing.assert_close(fusion.posterior.factors["weights"].concentration, concentration)
+
+    def test_transition_matrix_is_carried_along_both_axes(self):
+        def hmm(holds, seed):
+            p = party(holds, seed)
+            counts = 1.0 + 10 * torch.tensor(holds)[:, None] + torch.tensor(holds)
+            return Posterior(
+                {"loc": p.factors["loc"], "transition": dist.Dirichlet(counts.double())},
+                {"loc": ("state", None), "transition": ("state", "state")},
+            )
+
+        fusion = fuse([hmm(h, s) for s, h in enumerate(HOLDS)], "exclusive")
+        concentration = fusion.posterior.factors["transition"].concentration
+        assert concentration.shape == (4, 4)
+        truth = torch.empty(4, dtype=torch.long)
+        for h, a in zip(HOLDS, fusion.assignment, strict=True):
+            truth[a] = torch.tensor(h)
+        for i in range(4):
+            having = [h for h in HOLDS if int(truth[i]) in h]
+            for j in range(4):
+                expected = sum(
+                    1.0 + 10 * int(truth[i]) + int(truth[j]) if int(truth[j]) in h else 1.0
+                    for h in having
+                )
+                assert float(concentration[i, j]) == pytest.approx(expected / len(having))
+
+    def test_labelled_event_axis(self):
+        def one(p):
+            d = p.factors["loc"].base_dist
+            return Posterior({"loc": d.to_event(2)}, {"loc": ("component", None)})
+
+        fusion = fuse([one(p) for p in parties()])
+        assert same_grouping(fusion.assignment, HOLDS)
+        d = fusion.posterior.factors["loc"]
+        assert (d.batch_shape, d.event_shape) == ((), (4, 2))
+
+    def test_labelled_axis_that_is_not_the_first(self):
+        def one(p):
+            d = p.factors["loc"].base_dist
+            moved = dist.Normal(d.loc.mT, d.scale.mT).to_event(2)
+            return Posterior({"loc": moved}, {"loc": (None, "component")})
+
+        fusion = fuse([one(p) for p in parties()])
+        assert same_grouping(fusion.assignment, HOLDS)
+        assert fusion.posterior.factors["loc"].event_shape == (2, 4)
+
+    def test_two_labels_on_different_sites(self):
+        local = [
+            Posterior(
+                {"a": p.factors["loc"], "b": q.factors["loc"]},
+                {"a": ("row", None), "b": ("column", None)},
+            )
+            for p, q in zip(parties(), reversed(parties()), strict=True)
+        ]
+        fusion = fuse(local)
+        assert same_grouping(fusion.matchings["row"].assignment, HOLDS)
+        assert same_grouping(fusion.matchings["column"].assignment, HOLDS[::-1])
+        assert torch.tensor(fusion.objective).diff().le(0).all()
+
+    def test_constrained_sites_keep_their_transform(self):
+        assert isinstance(fuse(parties()).posterior.factors["scale"].base_dist, dist.LogNormal)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+    def test_dtype(self, pooling, dtype):
+        local = [p.to(dtype=dtype) for p in parties()]
+        fusion = fuse(local, pooling, base=BASE)
+        assert fusion.posterior.dtype == dtype
+        assert same_grouping(fusion.assignment, HOLDS)
+
+
+class TestOneParty:
+    def test_comes_back_as_it_is(self, pooling):
+        p = party([0, 1, 2], 0)
+        fusion = fuse([p], pooling)
+        assert fusion.posterior is p
+        assert fusion.assignment[0].tolist() == [0, 1, 2]
+        assert fusion.num_atoms == 3
+        assert "3 atoms" in fusion.summary()
+
+    def test_parametric_must_still_fit(self):
+        with pytest.raises(StructureError, match="party 0 has 3 components"):
+            fuse([party([0, 1, 2], 0)], prior=Parametric(2))
+
+
+class TestWeights:
+    def test_zero_weight_has_no_say(self):
+        far = party([0, 1, 2], 9)
+        loc = far.factors["loc"].base_dist
+        moved = Posterior(
+            dict(far.factors) | {"loc": dist.Normal(loc.loc + 0.5, loc.scale).to_event(1)}, AXES
+        )
+        three = parties()[:3]
+        with_it = fuse([*three, moved], "exclusive", Parametric(4), weights=[1, 1, 1, 0])
+        without = fuse(three, "exclusive", Parametric(4))
+        index = torch.cdist(
+            without.posterior.factors["loc"].mean, with_it.posterior.factors["loc"].mean
+        ).argmin(1)
+        torch.testing.assert_close(
+            with_it.posterior.factors["loc"].mean[index], without.posterior.factors["loc"].mean
+        )
+
+
+class TestGuides:
+    @staticmethod
+    def model(x=None, size=2):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(size)))
+        with pyro.plate("component", size):
+            loc = pyro.sample("loc", dist.Normal(torch.zeros(2), 10.0).to_event(1))
+        noise = pyro.sample("noise", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("data", 20 if x is None else len(x)):
+            mixture = dist.MixtureSameFamily(
+                dist.Categorical(weights), dist.Normal(loc, noise).to_event(1)
+            )
+            pyro.sample("x", mixture, obs=x)
+
+    def fitted(self, centres, seed):
+        pyro.set_rng_seed(seed)
+        x = torch.tensor(centres).repeat(30, 1) + 0.3 * torch.randn(60, 2)
+        model = functools.partial(self.model, size=2)
+        guide = AutoNormal(
+            model,
+            init_loc_fn=pyro.infer.autoguide.init_to_value(
+                values={"loc": torch.tensor(centres), "noise": torch.tensor(0.3)}
+            ),
+        )
+        with pyro.get_param_store().scope():
+            svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.02}), Trace_ELBO())
+            for _ in range(200):
+                svi.step(x)
+        return guide
+
+    def guides(self):
+        return [
+            self.fitted([[0.0, 0.0], [5.0, 5.0]], 1),
+            self.fitted([[5.0, 5.0], [-5.0, 0.0]], 2),
+        ]
+
+    def test_from_guides_to_guide(self):
+        local = [Posterior.from_guide(g, axes={"weights": "component"}) for g in self.guides()]
+        fusion = fuse(local)
+        assert fusion.num_atoms == 3
+        model = functools.partial(self.model, size=3)
+        draws = Predictive(model, guide=fusion.guide, num_samples=50)()
+        assert draws["x"].shape == (50, 20, 2)
+        assert draws["loc"].shape == (50, 3, 2)
+        x = torch.tensor([[0.0, 0.0], [5.0, 5.0], [-5.0, 0.0]]).repeat(20, 1)
+        x = x + 0.3 * torch.randn(60, 2)
+        svi = SVI(model, fusion.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        losses = torch.tensor([svi.step(x) for _ in range(150)])
+        assert losses[-30:].mean() < losses[:30].mean()
+        # A warm start: far below a guide that starts from nothing.
+        cold = SVI(model, AutoNormal(model), pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        assert losses[0] < cold.step(x)
+
+    def test_product_takes_the_prior_from_the_guide(self):
+        local = [poutine_hide(g) for g in self.guides()]
+        fusion = fuse(local, "product")
+        given = fuse(
+            [Posterior.from_guide(g) for g in local],
+            "product",
+            base={
+                "loc": dist.Normal(torch.zeros(2), 10.0).to_event(1),
+                "noise": dist.LogNormal(0.0, 1.0),
+            },
+        )
+        torch.testing.assert_close(
+            fusion.posterior.factors["loc"].mean, given.posterior.factors["loc"].mean
+        )
+
+    def test_shared_parameters_are_refused(self):
+        first = AutoNormal(self.model)
+        first(torch.zeros(4, 2))
+        second = AutoNormal(self.model)
+        second(torch.zeros(4, 2))
+        with pytest.raises(GuideError, match="party 0 and party 1"):
+            fuse([first, second])
+
+
+def poutine_hide(guide):
+    """The same autoguide without the weights, whose event axis nothing would label."""
+    hidden = AutoNormal(pyro.poutine.block(guide.model, hide=["weights"]))
+    hidden(torch.zeros(4, 2))
+    with torch.no_grad():
+        for name in ("loc", "noise"):
+            loc, scale = guide._get_loc_and_scale(name)
+            setattr(hidden.locs, name, loc.detach().clone())
+            setattr(hidden.scales, name, scale.detach().clone())
+    pyro.clear_param_store()
+    return hidden
+
+
+def normal_party(**changes):
+    arguments = {"loc": torch.zeros(2, 3), "scale": torch.ones(2, 3)} | changes
+    return Posterior({"z": dist.Normal(**arguments).to_event(1)}, {"z": ("component", None)})
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("other", "message"),
+        [
+            (
+                lambda: Posterior({"y": dist.Normal(0.0, 1.0)}),
+                r"party 1 has the sites \['y'\], party 0 has \['z'\]",
+            ),
+            (
+                lambda: normal_party(loc=torch.zeros(2, 4), scale=torch.ones(2, 4)),
+                r"site 'z': shape of party 1 is \(2, 4\), of party 0 \(2, 3\)",
+            ),
+            (
+                lambda: Posterior(
+                    {"z": dist.LogNormal(torch.zeros(2, 3), 1.0).to_event(1)},
+                    {"z": ("component", None)},
+                ),
+                "site 'z': family and transforms of party 1 is Normal behind .*Exp",
+            ),
+            (
+                lambda: Posterior({"z": dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)}),
+                "site 'z': labels of party 1",
+            ),
+            (
+                lambda: normal_party().to(dtype=torch.float64),
+                "site 'z': dtype of party 1 is torch.float64, of party 0 torch.float32",
+            ),
+        ],
+    )
+    def test_parties_that_do_not_fit(self, other, message):
+        with pytest.raises(StructureError, match=message):
+            fuse([normal_party(), other()])
+
+    def test_empty(self):
+        with pytest.raises(StructureError, match="empty list"):
+            fuse([])
+
+    def test_single_posterior_without_list(self):
+        with pytest.raises(StructureError, match="expected a list"):
+            fuse(normal_party())
+
+    def test_not_a_posterior(self):
+        with pytest.raises(StructureError, match="party 1: expected a Posterior or a Pyro guide"):
+            fuse([normal_party(), 3])
+
+    @pytest.mark.parametrize(
+        ("weights", "message"),
+        [
+            ([1.0], "expected 2 weights, one per party, got 1"),
+            ([1.0, -1.0], "the weight of party 1 must be finite and non-negative"),
+            ([1.0, float("nan")], "the weight of party 1"),
+            ([0.0, 0.0], "all weights are zero"),
+        ],
+    )
+    def test_weights(self, weights, message):
+        with pytest.raises(ParameterError, match=message):
+            fuse([normal_party(), normal_party()], weights=weights)
+
+    def test_too_few_atoms(self):
+        with pytest.raises(StructureError, match="party 1 has 2 components along 'component'"):
+            fuse([normal_party().select("component", [0]), normal_party()], prior=Parametric(1))
+
+    def test_product_without_prior(self):
+        with pytest.raises(ParameterError, match="give it as `base`"):
+            fuse([normal_party(), normal_party()], "product")
+
+    def test_prior_of_a_missing_site(self):
+        with pytest.raises(StructureError, match="needs the prior of site 'z'"):
+            fuse([normal_party(), normal_party()], "product", base={"y": dist.Normal(0.0, 1.0)})
+
+    def test_prior_of_another_shape(self):
+        base = {"z": dist.Normal(torch.zeros(5), 1.0).to_event(1)}
+        with pytest.raises(StructureError, match=r"site 'z'.*shape \(5,\), expected \(3,\)"):
+            fuse([normal_party(), normal_party()], "product", base=base)
+
+    def test_prior_that_tells_components_apart(self):
+        base = {"z": dist.Normal(torch.arange(6.0).reshape(2, 3), 1.0).to_event(1)}
+        with pytest.raises(StructureError, match="site 'z': the prior differs between"):
+            fuse([normal_party(), normal_party()], "product", base=base)
+
+    def test_prior_narrower_than_the_posteriors(self):
+        base = {"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)}
+        with pytest.raises(ParameterError, match="wider than the prior"):
+            fuse([normal_party(), normal_party()], "product", base=base)
+
+    @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
+    def test_dispersion(self, value):
+        with pytest.raises(ParameterError, match="dispersion must be positive"):
+            fuse([normal_party(), normal_party()], dispersion=value)
+
+    def test_prior_that_is_none(self):
+        with pytest.raises(ParameterError, match="prior must be"):
+            fuse([normal_party(), normal_party()], prior="indian-buffet")
+
+    def test_label_that_cannot_be_matched(self):
+        p = Posterior({"weights": dist.Dirichlet(torch.ones(3))}, {"weights": "component"})
+        with pytest.raises(StructureError, match="at least one site needs it"):
+            fuse([p, p])
+
+    def test_two_labels_on_one_site(self):
+        p = Posterior({"w": dist.Normal(torch.zeros(2, 3), 1.0)}, {"w": ("row", "column")})
+        with pytest.raises(StructureError, match="more than one label"):
+            fuse([p, p])
+
+    def test_nothing_is_lost(self):
+        local = [normal_party(), normal_party(loc=torch.ones(2, 3))]
+        before = [p.sample() for p in local]
+        values = [p.log_prob(v) for p, v in zip(local, before, strict=True)]
+        with pytest.raises(FusionError):
+            fuse(local, "product")
+        after = [p.log_prob(v) for p, v in zip(local, before, strict=True)]
+        assert all(torch.equal(a, b) for a, b in zip(values, after, strict=True))
+
+
+def test_summary_and_repr():
+    fusion = fuse(parties())
+    text = fusion.summary()
+    assert "Fusion of 4 parties, inclusive pooling" in text
+    assert "11 × component → 4 atoms" in text
+    assert "dispersion" in text
+    assert repr(fusion) == "Fusion(4 parties, inclusive: 4 atoms along 'component')"
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_cuda(pooling):
+    here = fuse(parties(), pooling, base=BASE)
+    there = fuse([p.to("cuda") for p in parties()], pooling, base=BASE)
+    assert there.posterior.device.type == "cuda"
+    assert there.objective[-1] == pytest.approx(here.objective[-1], rel=1e-9)

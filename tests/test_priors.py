@@ -1,0 +1,103 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Priors of the assignment, against the distributions that they come from."""
+
+import math
+
+import pytest
+import torch
+
+from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric
+
+PRIORS = [IndianBuffet(), IndianBuffet(0.2), IndianBuffet(None), GroupNorm(), GroupNorm(3.0)]
+PRIORS += [Parametric(4)]
+
+
+@pytest.mark.parametrize("prior", PRIORS, ids=str)
+class TestContract:
+    @pytest.mark.parametrize("num_parties", [1, 2, 7, 1000])
+    def test_penalty(self, prior, num_parties):
+        phi = prior.penalty(num_parties)
+        assert phi.shape == (num_parties + 1,)
+        assert phi.dtype == torch.float64
+        assert phi[0] == 0
+        assert torch.isfinite(phi).all()
+
+    def test_popular_atoms_attract(self, prior):
+        steps = prior.penalty(9)[1:].diff()
+        assert (steps.diff() <= 1e-12).all()
+
+    def test_update_lowers_the_objective(self, prior):
+        def value(p, atoms):
+            return p.constant(6) + sum(float(p.penalty(6)[m]) for m in atoms)
+
+        for atoms in ([1], [6, 6], [1, 2, 3, 4, 5, 6, 6, 6]):
+            updated = prior.update(len(atoms), 6)
+            assert value(updated, atoms) <= value(prior, atoms) + 1e-12
+
+
+class TestIndianBuffet:
+    @pytest.mark.parametrize("alpha", [0.3, 1.0, 4.0])
+    def test_is_the_limit_of_beta_bernoulli(self, alpha):
+        # Marginal of one column of a beta-Bernoulli with K atoms, Griffiths & Ghahramani eq. 10:
+        # (α/K) Γ(m + α/K) Γ(S - m + 1) / Γ(S + 1 + α/K); times K as K -> ∞ is exp(-φ).
+        num_parties, k = 5, 1e9
+        for m in range(1, num_parties + 1):
+            a = alpha / k
+            log_p = (
+                math.log(alpha)
+                + math.lgamma(m + a)
+                + math.lgamma(num_parties - m + 1)
+                - math.lgamma(num_parties + 1 + a)
+            )
+            phi = IndianBuffet(alpha).penalty(num_parties)[m]
+            assert float(phi) == pytest.approx(-log_p, abs=1e-7)
+
+    def test_left_ordered_forms_of_one_party_add_up_to_one(self):
+        # One party has K ~ Poisson(α) atoms: with 1/K! for their order the probabilities sum to 1.
+        prior = IndianBuffet(1.7)
+        total = sum(
+            math.exp(-prior.constant(1) - k * float(prior.penalty(1)[1])) / math.factorial(k)
+            for k in range(60)
+        )
+        assert total == pytest.approx(1.0, abs=1e-12)
+
+    def test_learned_alpha_is_the_mode(self):
+        prior = IndianBuffet(None, concentration=2.0, rate=0.5)
+        best = prior.update(7, 4).mass
+        harmonic = 1 + 1 / 2 + 1 / 3 + 1 / 4
+
+        def density(alpha):  # Gamma(2, 0.5) times the Poisson(alpha H) of the number of atoms
+            return (2 - 1 + 7) * math.log(alpha) - alpha * (0.5 + harmonic)
+
+        assert density(best) > max(density(best * 0.999), density(best * 1.001))
+
+    @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
+    def test_bad_alpha(self, alpha):
+        with pytest.raises(ParameterError, match="alpha must be positive"):
+            IndianBuffet(alpha)
+
+    def test_bad_hyperprior(self):
+        with pytest.raises(ParameterError, match="concentration >= 1"):
+            IndianBuffet(None, concentration=0.5)
+
+
+def test_group_norm_is_the_norm_of_integral_columns():
+    p = torch.zeros(5, 3, dtype=torch.float64)  # parties by components, one atom
+    for m in range(4):
+        if m:
+            p[m, m - 1] = 1
+        assert float(GroupNorm(2.5).penalty(5)[m]) == pytest.approx(2.5 * float(p.norm()))
+
+
+@pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf])
+def test_bad_scale(scale):
+    with pytest.raises(ParameterError, match="scale must be non-negative"):
+        GroupNorm(scale)
+
+
+@pytest.mark.parametrize("num_atoms", [0, -2, 2.5, True])
+def test_bad_num_atoms(num_atoms):
+    with pytest.raises(ParameterError, match="num_atoms"):
+        Parametric(num_atoms)
