@@ -106,7 +106,7 @@ class Pooling(ABC):
             atoms = self.from_statistics(local, total, weight, shifted_base)
             atoms.check()
         except (torch.linalg.LinAlgError, FusionError) as e:
-            raise ParameterError(f"the {self.name} barycentre {self.failure} ({e})") from e
+            raise ParameterError(f"the {self.name} barycentre {self.failure}") from e
         return atoms.shift(origin, sign=1.0).to(dtype=local.dtype)
 
 

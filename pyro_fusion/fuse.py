@@ -20,7 +20,7 @@ from pyro_fusion.em import EMResult, expectation_maximization
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.guide import PosteriorGuide
-from pyro_fusion.posterior import Posterior
+from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet
 from pyro_fusion.problem import MatchingProblem
 from pyro_fusion.seeding import starts
@@ -32,10 +32,11 @@ from pyro_fusion.structure import (
     check_parties,
     check_weights,
     site_roles,
+    warn_unlabelled_simplex,
 )
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.axes import Axes as MatplotlibAxes
 
 __all__ = ["Fusion", "Matching", "fuse"]
 
@@ -165,7 +166,7 @@ class Fusion:
                 lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
         return "\n".join(lines)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: MatplotlibAxes | None = None) -> MatplotlibAxes:
         """Draw which party's component became which atom; see
         :func:`pyro_fusion.plotting.plot_assignment`. Needs matplotlib."""
         from pyro_fusion.plotting import plot_assignment
@@ -184,6 +185,7 @@ def fuse(
     *,
     weights: Sequence[float] | Tensor | None = None,
     base: Base | None = None,
+    axes: Axes | None = None,
     dispersion: float | None = None,
     seed: int = 0,
     restarts: int = 9,
@@ -212,6 +214,8 @@ def fuse(
     :param base: the prior of the local models, for ``product``: a mapping of sites to
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
         that needs no arguments. By default that of the first guide's own model.
+    :param axes: labels for guides, in place of those of their plates, as in
+        ``Posterior.from_guide``; posteriors have their own.
     :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
         the assignment with messages tempered by 1/T and then pools the messages as they are.
     :param seed: of the random starts; the same seed gives the same result.
@@ -237,20 +241,21 @@ def fuse(
         raise ParameterError(
             f"expected restarts >= 0 and max_iterations >= 1, got {restarts} and {max_iterations}"
         )
-    parties, guides = _read(posteriors)
+    parties, guides = _read(posteriors, axes)
     w = check_weights(weights, len(parties))
     check_parties(parties)
     roles = site_roles(parties[0])
+    warn_unlabelled_simplex(parties[0], roles)
     _check_num_atoms(parties, roles, prior)
     given: dict[str, Factor] = {}
     if how.needs_base and len(parties) > 1:
-        given = _base(base, guides)
+        given = _base(base, guides, sorted(parties[0].axes))
     task = _Task(parties, w, how, prior, given, roles, dispersion, seed, restarts, max_iterations)
     names = tuple(str(s) for s in range(len(parties)))
     return task.run(names, progress)
 
 
-def _read(inputs: Sequence[Any]) -> tuple[list[Posterior], list[Any]]:
+def _read(inputs: Sequence[Any], axes: Axes | None) -> tuple[list[Posterior], list[Any]]:
     if isinstance(inputs, Posterior) or callable(inputs):
         raise StructureError("expected a list of posteriors or guides, got a single one")
     inputs = list(inputs)
@@ -269,7 +274,7 @@ def _read(inputs: Sequence[Any]) -> tuple[list[Posterior], list[Any]]:
     parties = []
     for s, g in enumerate(inputs):
         try:
-            parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g))
+            parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g, axes=axes))
         except FusionError as e:
             raise type(e)(f"party {s}: {e}") from e
     return parties, guides
@@ -287,9 +292,9 @@ def _check_num_atoms(parties: list[Posterior], roles: Roles, prior: AssignmentPr
                 )
 
 
-def _base(base: Base | None, guides: list[Any]) -> dict[str, Factor]:
+def _base(base: Base | None, guides: list[Any], sites: list[str]) -> dict[str, Factor]:
     if base is not None:
-        return base_factors(base)
+        return base_factors(base, sites)
     if guides:
         from pyro_fusion.readers.pyro import prior_from_guide
 

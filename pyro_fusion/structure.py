@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,10 +16,19 @@ from torch.distributions import Distribution
 
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor, as_factor
-from pyro_fusion.families.projection import project_onto
+from pyro_fusion.families.projection import is_stick_breaking, project_onto
 from pyro_fusion.posterior import Posterior
 
-__all__ = ["Roles", "atom_base", "base_factors", "check_parties", "site_roles"]
+__all__ = [
+    "Roles",
+    "atom_base",
+    "base_factors",
+    "base_fill",
+    "check_parties",
+    "check_weights",
+    "site_roles",
+    "warn_unlabelled_simplex",
+]
 
 
 def check_parties(posteriors: Sequence[Posterior]) -> None:
@@ -113,20 +123,38 @@ def site_roles(posterior: Posterior) -> Roles:
     return roles
 
 
+def warn_unlabelled_simplex(posterior: Posterior, roles: Roles) -> None:
+    """Warn of shared sites that look like the weights of labelled components: pooled as they are,
+    they would mix up components."""
+    for site in roles.shared:
+        f = posterior.decomposed[site]
+        simplex = is_stick_breaking(f) or f.family.name == "Dirichlet"
+        for label in roles.matched:
+            if simplex and f.shape[-1] == posterior.components(label):
+                warnings.warn(
+                    f"site '{site}' is a simplex with as many entries as there are components "
+                    f"along '{label}', but its axis has no label, so it is pooled as it stands. "
+                    f"If they are the weights of the components, label it: axes={{'{site}': "
+                    f"('{label}',)}} (the last axis of its shape {tuple(f.shape)})",
+                    stacklevel=3,
+                )
+
+
 # -- the prior ---------------------------------------------------------------------------------
 
 
 def base_factors(
-    base: Posterior | Mapping[str, Distribution] | Callable[..., Any],
+    base: Posterior | Mapping[str, Distribution] | Callable[..., Any], sites: Sequence[str]
 ) -> dict[str, Factor]:
-    """The prior as factors: of a posterior, a mapping, or a Pyro model without arguments."""
+    """The prior of ``sites`` as factors: from a posterior, a mapping, or a Pyro model that needs
+    no arguments."""
     if isinstance(base, Posterior):
         return dict(base.decomposed)
     if isinstance(base, Mapping):
         return {site: as_factor(d) for site, d in base.items()}
     from pyro_fusion.readers.pyro import prior_from_model
 
-    return dict(prior_from_model(base).decomposed)
+    return dict(prior_from_model(base, sites=sites).decomposed)
 
 
 def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | None) -> Factor:

@@ -383,6 +383,19 @@ class TestGuides:
             fusion.posterior.factors["loc"].mean, given.posterior.factors["loc"].mean
         )
 
+    def test_unlabelled_weights_are_noticed(self):
+        guides = self.guides()
+        with pytest.warns(UserWarning, match=r"site 'weights'.*axes=\{'weights': \('component',\)"):
+            fuse(guides)
+        fusion = fuse(guides, axes={"weights": "component"})
+        assert fusion.posterior.factors["weights"].event_shape == (3,)
+
+    def test_product_with_a_model_as_base(self):
+        # The model has no data, so its observed site is no exponential family: not read.
+        local = [Posterior.from_guide(g, axes={"weights": "component"}) for g in self.guides()]
+        fusion = fuse(local, "product", base=self.model)
+        assert fusion.num_atoms == 3
+
     def test_shared_parameters_are_refused(self):
         first = AutoNormal(self.model)
         first(torch.zeros(4, 2))
