@@ -14,10 +14,11 @@ from pyro_fusion.errors import (
     UnsupportedFamilyError,
 )
 from pyro_fusion.families import pairwise_kl, register_family
-from pyro_fusion.fuse import Fusion, Matching, fuse
+from pyro_fusion.fuse import fuse
 from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.priors import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.result import Fusion, Matching
 
 __all__ = [
     "FileFormatError",

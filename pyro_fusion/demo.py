@@ -37,8 +37,9 @@ from tqdm import tqdm
 from pyro_fusion.digits import NUM_DIGITS, Digits, load
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
-from pyro_fusion.fuse import Fusion, fuse
+from pyro_fusion.fuse import fuse
 from pyro_fusion.posterior import Posterior
+from pyro_fusion.result import Fusion
 
 __all__ = ["DemoResult", "DemoRow", "Digits", "fit", "load", "main", "mixture"]
 

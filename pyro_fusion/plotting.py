@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-    from pyro_fusion.fuse import Fusion, Matching
+    from pyro_fusion.result import Fusion, Matching
 
 __all__ = ["plot_assignment", "plot_atoms", "plot_objective"]
 

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """``Posterior``: what one party hands over, and what fusion returns. Named mean-field factors
-with labelled axes. Files are in ``serialization.py``, guides in ``readers/pyro.py`` (in) and
+with labelled axes. Files are in ``serialization.py``, guides in ``readers/pyro`` (in) and
 ``guide.py`` (out)."""
 
 from __future__ import annotations

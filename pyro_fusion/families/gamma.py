@@ -12,7 +12,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from pyro_fusion.distributions import NormalGamma
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import (
+from pyro_fusion.special import (
     excess,
     gamma_concentration,
     log_minus_digamma,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import excess, pack_symmetric, unpack_symmetric
+from pyro_fusion.special import excess, pack_symmetric, unpack_symmetric
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 

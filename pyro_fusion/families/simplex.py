@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import (
+from pyro_fusion.special import (
     dirichlet_concentration,
     excess,
     log_minus_digamma,

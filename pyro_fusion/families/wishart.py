@@ -14,7 +14,7 @@ from torch.distributions import Distribution, kl_divergence
 
 from pyro_fusion.distributions import NormalWishart
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.families.special import (
+from pyro_fusion.special import (
     mvdigamma,
     pack_symmetric,
     unpack_symmetric,

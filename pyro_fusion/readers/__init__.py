@@ -1,5 +1,5 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Readers: one file per source of posteriors. Each returns a :class:`~pyro_fusion.Posterior` and
-imports its source library only when it is used."""
+"""Readers: one file or folder per source of posteriors. Each returns a
+:class:`~pyro_fusion.Posterior` and imports its source library only when it is used."""

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pyro_fusion.distributions import NormalGamma, NormalWishart
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.projection import project_draws
-from pyro_fusion.families.special import (
+from pyro_fusion.special import (
     excess,
     gamma_concentration,
     log_minus_digamma,

@@ -53,7 +53,12 @@ def _log_minus_digamma_slope(c: Tensor) -> Tensor:
 def excess(x: Tensor, y: Tensor) -> Tensor:
     """``x/y - 1 - log(x/y)``, never negative, without cancellation where ``x`` is near ``y``."""
     gap = (x - y) / y
-    return gap - torch.where(gap < -0.5, (x / y).log(), gap.clamp(min=-0.5).log1p())
+    return gap - log_near_one(x / y, gap)
+
+
+def log_near_one(ratio: Tensor, gap: Tensor) -> Tensor:
+    """``log(ratio)`` given also ``gap = ratio - 1``, accurate near 1 and near 0."""
+    return torch.where(gap < -0.5, ratio.log(), gap.clamp(min=-0.5).log1p())
 
 
 def stirling_rest(x: Tensor) -> Tensor:
@@ -66,7 +71,7 @@ def stirling_rest(x: Tensor) -> Tensor:
     return torch.where(x > _ASYMPTOTIC, tail, value)
 
 
-def _stirling_rest_slope(x: Tensor) -> Tensor:
+def stirling_rest_slope(x: Tensor) -> Tensor:
     """The derivative of :func:`stirling_rest`: ``ψ(x) - log x + 1/(2x)``."""
     small, big = x.clamp(max=_ASYMPTOTIC), x.clamp(min=_ASYMPTOTIC)
     i2 = big**-2
@@ -81,7 +86,7 @@ def stirling_kl(a: Tensor, b: Tensor) -> Tensor:
     ``log Γ(b) - log Γ(a) - (b - a) ψ(a) = b (a/b - 1 - log(a/b)) + stirling_kl(a, b)``:
     by Stirling's formula what grows with the concentrations cancels on paper.
     """
-    bregman = stirling_rest(b) - stirling_rest(a) - (b - a) * _stirling_rest_slope(a)
+    bregman = stirling_rest(b) - stirling_rest(a) - (b - a) * stirling_rest_slope(a)
     return excess(b, a) / 2 + bregman
 
 

@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_fusion.errors import GuideError
-from pyro_fusion.readers.pyro_joint import (
+from pyro_fusion.readers.pyro.joint import (
     Joint,
     Labels,
     Piece,
@@ -49,8 +49,8 @@ from pyro_fusion.readers.pyro_joint import (
     marginals,
     structured_joint,
 )
-from pyro_fusion.readers.pyro_program import Program, modules_of, peel
-from pyro_fusion.readers.pyro_sites import (
+from pyro_fusion.readers.pyro.program import Program, modules_of, peel
+from pyro_fusion.readers.pyro.sites import (
     Draws,
     Read,
     Sites,
@@ -60,7 +60,7 @@ from pyro_fusion.readers.pyro_sites import (
     plates_of,
     transform_of,
 )
-from pyro_fusion.readers.pyro_trace import read_trace
+from pyro_fusion.readers.pyro.trace import read_trace
 
 __all__ = ["prototype_sites", "read", "require_called"]
 

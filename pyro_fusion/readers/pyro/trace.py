@@ -30,8 +30,8 @@ from torch.distributions import Distribution, biject_to, constraints
 from pyro_fusion.errors import GuideError, ParameterError, UnsupportedFamilyError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.projection import normal_from_draws
-from pyro_fusion.readers.pyro_program import Program
-from pyro_fusion.readers.pyro_sites import (
+from pyro_fusion.readers.pyro.program import Program
+from pyro_fusion.readers.pyro.sites import (
     Draws,
     Read,
     Sites,

@@ -20,7 +20,7 @@ from torch.distributions import transforms as tt
 from pyro_fusion.errors import FusionError, GuideError
 from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.transforms import flatten
-from pyro_fusion.readers.pyro_sites import (
+from pyro_fusion.readers.pyro.sites import (
     Read,
     Sites,
     normal_factor,

@@ -42,17 +42,17 @@ from torch import Tensor, nn
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.readers.pyro_autoguides import prototype_sites, read, require_called
-from pyro_fusion.readers.pyro_joint import Labels
-from pyro_fusion.readers.pyro_program import Program, isolated, peel
-from pyro_fusion.readers.pyro_sites import (
+from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
+from pyro_fusion.readers.pyro.joint import Labels
+from pyro_fusion.readers.pyro.program import Program, isolated, peel
+from pyro_fusion.readers.pyro.sites import (
     Read,
     Sites,
     Spread,
     latent_sites,
     plates_of,
 )
-from pyro_fusion.readers.pyro_trace import read_trace, resolve
+from pyro_fusion.readers.pyro.trace import read_trace, resolve
 
 __all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
 

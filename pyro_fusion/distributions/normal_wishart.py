@@ -1,9 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
-"""Distributions that torch and Pyro lack, with their KL divergences.
 
-Knows torch and Pyro's ``TorchDistribution``; knows nothing of fusion.
-"""
+"""The NormalWishart distribution, its support and its KL divergence."""
 
 from __future__ import annotations
 
@@ -15,14 +13,15 @@ from pyro.distributions import TorchDistribution
 from torch import Size, Tensor
 from torch.distributions import Gamma, biject_to, constraints, register_kl, transform_to
 from torch.distributions.transforms import Transform
-from torch.distributions.utils import broadcast_all, lazy_property
+from torch.distributions.utils import lazy_property
 
-__all__ = ["NormalGamma", "NormalWishart"]
+from pyro_fusion.distributions.shapes import broadcast_shapes
+from pyro_fusion.special import excess, log_near_one, stirling_kl
+
+__all__ = ["NormalWishart"]
 
 _LOG_PI = math.log(math.pi)
 _LOG_2PI = math.log(2 * math.pi)
-# Stirling's series: log Γ(x) = (x - 1/2) log x - x + log(2π)/2 + Σ c / x^n.
-_STIRLING = {1: 1 / 12, 3: -1 / 360, 5: 1 / 1260, 7: -1 / 1680, 9: 1 / 1188, 11: -691 / 360360}
 
 
 class _MeanAndPrecisionMatrix(constraints.Constraint):
@@ -151,7 +150,7 @@ class NormalWishart(TorchDistribution):
             )
         concentration = torch.as_tensor(concentration, dtype=loc.dtype, device=loc.device)
         df = torch.as_tensor(df, dtype=loc.dtype, device=loc.device)
-        batch_shape = _broadcast_shapes(
+        batch_shape = broadcast_shapes(
             {"loc": loc.shape[:-1], "concentration": concentration.shape}
             | {"df": df.shape, name: matrix.shape[:-2]}
         )
@@ -249,102 +248,6 @@ class NormalWishart(TorchDistribution):
         return self.df / 2 * (dim * math.log(2) + self._log_det()) + log_gamma
 
 
-class NormalGamma(TorchDistribution):
-    r"""``τ ~ Gamma(shape, rate)``, ``μ | τ ~ N(loc, 1 / (concentration · τ))``; value ``[μ, τ]``.
-
-    Value: event shape ``(2,)``; entry 0 is the mean μ, entry 1 the precision τ. It is the
-    :class:`NormalWishart` of ``D = 1`` with ``df = 2 · gamma_shape`` and ``V = 1 / (2 · rate)``.
-    Marginally μ is Student t with ``2 · gamma_shape`` degrees of freedom, so for a small
-    ``gamma_shape`` its mean is NaN or its variance infinite. Parameters are numbers or tensors
-    that broadcast.
-
-    :param loc: mean of μ.
-    :param concentration: pseudo-count of the mean, positive.
-    :param gamma_shape: shape of the Gamma, positive; not ``shape``, which is a method of every
-        Pyro distribution.
-    :param rate: rate of the Gamma, positive.
-    :raises ValueError: shapes that do not broadcast or, under validation, values outside
-        ``arg_constraints``.
-
-    Source: Murphy, *Conjugate Bayesian analysis of the Gaussian distribution* (2007), sec. 3.
-    """
-
-    arg_constraints = {
-        "loc": constraints.real,
-        "concentration": constraints.positive,
-        "gamma_shape": constraints.positive,
-        "rate": constraints.positive,
-    }
-    support = constraints.independent(
-        constraints.cat([constraints.real, constraints.positive], dim=-1), 1
-    )
-    has_rsample = True
-
-    def __init__(
-        self,
-        loc: Tensor | float,
-        concentration: Tensor | float,
-        gamma_shape: Tensor | float,
-        rate: Tensor | float,
-        validate_args: bool | None = None,
-    ) -> None:
-        named = {
-            "loc": loc,
-            "concentration": concentration,
-            "gamma_shape": gamma_shape,
-            "rate": rate,
-        }
-        _broadcast_shapes({n: v.shape for n, v in named.items() if isinstance(v, Tensor)})
-        self.loc, self.concentration, self.gamma_shape, self.rate = broadcast_all(*named.values())
-        super().__init__(self.loc.shape, Size((2,)), validate_args=validate_args)
-
-    def expand(self, batch_shape: Any, _instance: Any = None) -> NormalGamma:
-        """Expand the batch shape, as :meth:`torch.distributions.Distribution.expand` does."""
-        new = self._get_checked_instance(NormalGamma, _instance)
-        batch_shape = Size(batch_shape)
-        for name in self.arg_constraints:
-            setattr(new, name, getattr(self, name).expand(batch_shape))
-        super(NormalGamma, new).__init__(batch_shape, self.event_shape, validate_args=False)
-        new._validate_args = self._validate_args
-        return new
-
-    @property
-    def mean(self) -> Tensor:
-        """``[loc, shape / rate]``; the first NaN where ``shape <= 1/2``."""
-        loc = self.loc.masked_fill(self.gamma_shape <= 0.5, math.nan)
-        return torch.stack([loc, self.gamma_shape / self.rate], dim=-1)
-
-    @property
-    def variance(self) -> Tensor:
-        """Entrywise. The first is infinite where ``1/2 < shape <= 1``, NaN where below."""
-        of_mean = self.rate / (self.concentration * (self.gamma_shape - 1).clamp(min=0))
-        of_mean = of_mean.masked_fill(self.gamma_shape <= 0.5, math.nan)
-        return torch.stack([of_mean, self.gamma_shape / self.rate.square()], dim=-1)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        """Draw ``[μ, τ]``, shape ``sample_shape + batch_shape + (2,)``, with gradients."""
-        precision = Gamma(self.gamma_shape, self.rate, validate_args=False).rsample(sample_shape)
-        offset = torch.randn_like(precision) * (self.concentration * precision).rsqrt()
-        return torch.stack([self.loc + offset, precision], dim=-1)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log density of ``[μ, τ]``, shape ``(...)`` for value ``(..., 2)``."""
-        if self._validate_args:
-            self._validate_sample(value)
-        mean, precision = value.unbind(-1)
-        weight = self.concentration * precision
-        normal = (weight.log() - _LOG_2PI - weight * (mean - self.loc).square()) / 2
-        gamma = self.gamma_shape * self.rate.log() - self.gamma_shape.lgamma()
-        return normal + gamma + (self.gamma_shape - 1) * precision.log() - self.rate * precision
-
-    def entropy(self) -> Tensor:
-        """``E[-log p(μ, τ)]``, shape ``(...)``."""
-        log_precision = self.gamma_shape.digamma() - self.rate.log()
-        normal = (1 + _LOG_2PI - self.concentration.log() - log_precision) / 2
-        gamma = self.gamma_shape - self.rate.log() + self.gamma_shape.lgamma()
-        return normal + gamma + (1 - self.gamma_shape) * self.gamma_shape.digamma()
-
-
 @register_kl(NormalWishart, NormalWishart)
 def _kl_normal_wishart(p: NormalWishart, q: NormalWishart) -> Tensor:
     """``E_p[KL(N ‖ N) | Λ] + KL(Wishart ‖ Wishart)``, broadcast over batch shapes."""
@@ -354,17 +257,8 @@ def _kl_normal_wishart(p: NormalWishart, q: NormalWishart) -> Tensor:
         )
     offset = (p._tril.mT @ (p.loc - q.loc).unsqueeze(-1)).squeeze(-1)
     distance = q.concentration * p.df * offset.square().sum(-1)
-    spread = p.loc.shape[-1] * _excess(q.concentration, p.concentration)
+    spread = p.loc.shape[-1] * excess(q.concentration, p.concentration)
     return (spread + distance) / 2 + _kl_wishart(p.df, p._tril, q.df, q._tril)
-
-
-@register_kl(NormalGamma, NormalGamma)
-def _kl_normal_gamma(p: NormalGamma, q: NormalGamma) -> Tensor:
-    """``E_p[KL(N ‖ N) | τ] + KL(Gamma ‖ Gamma)``, broadcast over batch shapes."""
-    distance = q.concentration * p.gamma_shape / p.rate * (p.loc - q.loc).square()
-    spread = _excess(q.concentration, p.concentration)
-    gamma = q.gamma_shape * _excess(p.gamma_shape * q.rate, q.gamma_shape * p.rate)
-    return (spread + distance) / 2 + gamma + _kl_same_mean(2 * p.gamma_shape, 2 * q.gamma_shape, 1)
 
 
 def _kl_wishart(p_df: Tensor, p_tril: Tensor, q_df: Tensor, q_tril: Tensor) -> Tensor:
@@ -377,7 +271,7 @@ def _kl_wishart(p_df: Tensor, p_tril: Tensor, q_df: Tensor, q_tril: Tensor) -> T
     below = ratio.tril(-1).square().sum((-2, -1)) * p_df / q_df
     p_var = p_tril.diagonal(dim1=-2, dim2=-1).square() * p_df.unsqueeze(-1)
     q_var = q_tril.diagonal(dim1=-2, dim2=-1).square() * q_df.unsqueeze(-1)
-    different_mean = q_df / 2 * (below + _excess(p_var, q_var).sum(-1))
+    different_mean = q_df / 2 * (below + excess(p_var, q_var).sum(-1))
     return different_mean + _kl_same_mean(p_df, q_df, p_tril.shape[-1])
 
 
@@ -390,33 +284,11 @@ def _kl_same_mean(p_df: Tensor, q_df: Tensor, dim: int) -> Tensor:
     p_df, q_df = torch.broadcast_tensors(p_df, q_df)
     half = torch.arange(dim, dtype=p_df.dtype, device=p_df.device) / 2
     a, b, gap = _half_df(p_df, dim), _half_df(q_df, dim), ((q_df - p_df) / 2).unsqueeze(-1)
-    (p_rest, p_slope), (q_rest, _) = _stirling_rest(a), _stirling_rest(b)
-    terms = _excess(b, a) / 2 + q_rest - p_rest - gap * p_slope
+    terms = stirling_kl(a, b)
     # b_i log(b_i/a_i) - b_0 log(b_0/a_0), summed by hand to what is of order i, not of order df.
     p_half, q_half = p_df.unsqueeze(-1) / 2, q_df.unsqueeze(-1) / 2
-    terms = terms + b * _log_ratio(b * p_half / (a * q_half), half * gap / (a * q_half))
-    return (terms - half * _log_ratio(q_half / p_half, gap / p_half)).sum(-1)
-
-
-def _log_ratio(ratio: Tensor, excess: Tensor) -> Tensor:
-    """``log(ratio)`` given also ``excess = ratio - 1``, accurate near 1 and near 0."""
-    return torch.where(excess < -0.5, ratio.log(), excess.clamp(min=-0.5).log1p())
-
-
-def _excess(x: Tensor, y: Tensor) -> Tensor:
-    """``x/y - 1 - log(x/y)``, which is never negative, accurate also where x is near y."""
-    excess = (x - y) / y
-    return excess - _log_ratio(x / y, excess)
-
-
-def _stirling_rest(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Rest r(x) of Stirling's formula for log Γ, and its derivative; series above 10."""
-    near, far = x.clamp(max=10), x.clamp(min=10)
-    value = near.lgamma() - (near - 0.5) * near.log() + near - _LOG_2PI / 2
-    slope = near.digamma() - near.log() + 0.5 / near
-    far_value = torch.stack([c / far**n for n, c in _STIRLING.items()]).sum(0)
-    far_slope = torch.stack([-n * c / far ** (n + 1) for n, c in _STIRLING.items()]).sum(0)
-    return torch.where(x < 10, value, far_value), torch.where(x < 10, slope, far_slope)
+    terms = terms + b * log_near_one(b * p_half / (a * q_half), half * gap / (a * q_half))
+    return (terms - half * log_near_one(q_half / p_half, gap / p_half)).sum(-1)
 
 
 def _half_df(df: Tensor, dim: int) -> Tensor:
@@ -464,11 +336,3 @@ def _scale_tril(name: str, matrix: Tensor) -> Tensor:
 def _join(mean: Tensor, precision: Tensor) -> Tensor:
     """``[μ, Λ]`` as one tensor, shape ``(..., D, D + 1)``."""
     return torch.cat([mean.unsqueeze(-1), precision], dim=-1)
-
-
-def _broadcast_shapes(shapes: dict[str, Size]) -> Size:
-    try:
-        return torch.broadcast_shapes(*shapes.values())
-    except RuntimeError as error:
-        got = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
-        raise ValueError(f"expected batch shapes that broadcast, got {got}") from error

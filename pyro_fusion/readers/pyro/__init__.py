@@ -1,0 +1,13 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The reader of Pyro guides, and of the priors of Pyro models. ``guides.py`` says what is exact."""
+
+from pyro_fusion.readers.pyro.guides import (
+    check_not_shared,
+    from_guide,
+    prior_from_guide,
+    prior_from_model,
+)
+
+__all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]

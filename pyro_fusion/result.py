@@ -1,0 +1,158 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What :func:`~pyro_fusion.fuse` returns."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pyro_fusion.errors import StructureError
+from pyro_fusion.guide import PosteriorGuide
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.priors import AssignmentPrior
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Fusion", "Matching"]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How the components along one label became atoms.
+
+    :ivar label: the label.
+    :ivar assignment: per party a LongTensor ``[L_s]``: the atom of each component.
+    :ivar num_atoms: K. Atoms are numbered by falling popularity.
+    :ivar popularity: how many parties have each atom, LongTensor ``[K]``.
+    :ivar objective: F after the start and after each iteration; never rises.
+    :ivar dispersion: T.
+    :ivar prior: the prior of the assignment, with its parameters as estimated.
+    :ivar converged: whether coordinate ascent stopped by itself.
+    :ivar restarts: the objective that each start ended in.
+    """
+
+    label: str
+    assignment: list[Tensor]
+    num_atoms: int
+    popularity: Tensor
+    objective: list[float]
+    dispersion: float
+    prior: AssignmentPrior
+    converged: bool
+    restarts: list[float]
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The result of :func:`fuse`.
+
+    :ivar posterior: the fused posterior.
+    :ivar pooling: name of the pooling.
+    :ivar matchings: label -> :class:`Matching`; empty if no site has a label.
+    :ivar shared_objective: the divergence of the sites without a label, a constant.
+    :ivar party_names: names of the parties, for tables and plots.
+    """
+
+    posterior: Posterior
+    pooling: str
+    matchings: Mapping[str, Matching]
+    shared_objective: float
+    party_names: tuple[str, ...]
+
+    @cached_property
+    def guide(self) -> PosteriorGuide:
+        """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``."""
+        return self.posterior.to_guide()
+
+    def only_matching(self) -> Matching:
+        """The matching, if there is one label.
+
+        :raises StructureError: if there is none, or several.
+        """
+        if len(self.matchings) != 1:
+            raise StructureError(
+                f"expected one label, this fusion has {sorted(self.matchings)}: "
+                "use fusion.matchings[label]"
+            )
+        return next(iter(self.matchings.values()))
+
+    @property
+    def assignment(self) -> list[Tensor]:
+        """Per party a LongTensor ``[L_s]``: which atom each component became."""
+        return self.only_matching().assignment
+
+    @property
+    def num_atoms(self) -> int:
+        """K, the number of atoms."""
+        return self.only_matching().num_atoms
+
+    @property
+    def popularity(self) -> Tensor:
+        """How many parties have each atom, LongTensor ``[K]``."""
+        return self.only_matching().popularity
+
+    @property
+    def dispersion(self) -> float:
+        """T, as given or estimated."""
+        return self.only_matching().dispersion
+
+    @property
+    def converged(self) -> bool:
+        """Whether every label's assignment converged."""
+        return all(m.converged for m in self.matchings.values())
+
+    @property
+    def objective(self) -> list[float]:
+        """F after the start and after each iteration; never rises. Labels are done in turn."""
+        traces = [m.objective for m in self.matchings.values()]
+        total = sum(t[0] for t in traces) + self.shared_objective
+        result = [total]
+        for trace in traces:
+            result.extend(total - trace[0] + f for f in trace[1:])
+            total += trace[-1] - trace[0]
+        return result
+
+    def summary(self) -> str:
+        """A table to print: one block per label, one row per atom."""
+        shared = [s for s, axes in self.posterior.axes.items() if not any(axes)]
+        lines = [f"Fusion of {len(self.party_names)} parties, {self.pooling} pooling"]
+        if shared:
+            lines.append(f"shared sites: {', '.join(shared)}")
+        for m in self.matchings.values():
+            state = "converged" if m.converged else "NOT converged"
+            lines += [
+                "",
+                f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
+                f"({m.prior}, dispersion {m.dispersion:.4g})",
+                f"objective {m.objective[-1]:.6g}, {state} after {len(m.objective) - 1} "
+                f"iterations, best of {len(m.restarts)} starts",
+                "",
+                "  atom  parties  from (party:component)",
+            ]
+            for k in range(m.num_atoms):
+                members = [
+                    f"{name}:{int(i)}"
+                    for name, a in zip(self.party_names, m.assignment, strict=True)
+                    for i in (a == k).nonzero()
+                ]
+                shown = " ".join(members[:12]) + (" …" if len(members) > 12 else "")
+                lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Draw which party's component became which atom; see
+        :func:`pyro_fusion.plotting.plot_assignment`. Needs matplotlib."""
+        from pyro_fusion.plotting import plot_assignment
+
+        return plot_assignment(self, ax=ax)
+
+    def __repr__(self) -> str:
+        what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())
+        return f"Fusion({len(self.party_names)} parties, {self.pooling}: {what or 'shared sites'})"
