@@ -20,6 +20,10 @@ __all__ = ["starts"]
 # In units of the dispersion: between "only the closest share an atom" and "all that may, do".
 _THRESHOLDS = (0.5, 1.5, 0.15, 5.0, 0.05)
 
+# A start with more atoms than so many times the components of the largest party raises its
+# threshold: costs are atoms by components, so too low a one would be quadratic in the parties.
+_MAX_ATOMS_PER_COMPONENT = 20
+
 
 def starts(
     problem: MatchingProblem, prior: AssignmentPrior, restarts: int, seed: int
@@ -72,6 +76,8 @@ def _joined(problem: MatchingProblem, order: Tensor, threshold: float) -> Tensor
         members = torch.arange(ends[s] - problem.sizes[s], ends[s])
         party = problem.take(members)
         a = torch.full((len(members),), NEW)
+        if num_atoms > _MAX_ATOMS_PER_COMPONENT * max(problem.sizes):
+            threshold *= 2
         if num_atoms:
             # Openings are in the threshold, so that it means the same in every pooling.
             a = match(party.cost(atoms) + party.opening(atoms).unsqueeze(1), threshold)

@@ -25,7 +25,9 @@ def test_fused_beats_every_party_and_is_near_the_pooled_fit(result: demo.DemoRes
     # Parties score about -17 nats (they know half of the digits), the pooled fit about -13.5.
     best = max(row.log_density for row in result.parties)
     assert result.best_party.log_density == best
-    assert all(row.log_density > best for row in result.fused.values())
+    for row in result.fused.values():
+        assert row.log_density > best + 1.5
+        assert row.log_density > result.pooled.log_density - 1
     product = result.fused["product"].log_density
     assert product > best + 2
     assert product > result.pooled.log_density - 0.5

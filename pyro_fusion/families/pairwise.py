@@ -13,6 +13,7 @@ again one by one, by the family's own formula, each centred at its own first arg
 from collections.abc import Mapping
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
@@ -61,7 +62,8 @@ def kl(p: Distribution | Factor, q: Distribution | Factor) -> Tensor:
     """
     p, q = as_factor(p), as_factor(q)
     _check_pair(p, q)
-    shape = torch.broadcast_shapes(p.batch_shape, q.batch_shape)
+    # Not torch's broadcast_shapes, whose first call imports sympy for a second.
+    shape = torch.Size(np.broadcast_shapes(p.batch_shape, q.batch_shape))
     p = p.expand(shape + p.base_shape[p.batch_dim :])
     q = q.expand(shape + q.base_shape[q.batch_dim :])
     p, q = replace(p, batch_dim=len(shape)), replace(q, batch_dim=len(shape))
