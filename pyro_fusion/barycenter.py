@@ -237,6 +237,6 @@ def pooling_named(pooling: str | Pooling) -> Pooling:
     """
     if isinstance(pooling, Pooling):
         return pooling
-    if pooling not in _POOLINGS:
+    if not isinstance(pooling, str) or pooling not in _POOLINGS:
         raise ParameterError(f"pooling must be one of {sorted(_POOLINGS)}, got {pooling!r}")
     return _POOLINGS[pooling]

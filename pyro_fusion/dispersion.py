@@ -33,8 +33,8 @@ def estimate_dispersion(
     units of the objective: that of a wrong one, the median over components of merging with the
     nearest other component of the same party, which is known to be a different atom; and that of
     a right one, the lower quartile, over components and other parties, of merging with the nearest
-    component there. T is their geometric mean. Where no party has two components it is four times
-    the price of a right merge.
+    component there. T is their geometric mean. Where no party has two components, so that nothing
+    is known to be different, it is two nats per dimension.
 
     For ``product``: how much farther apart the same component of two parties is than their
     posteriors claim, the median divergence to the nearest component of another party over the
@@ -52,9 +52,9 @@ def estimate_dispersion(
     divergence = torch.stack([pairwise_kl(f, f) for f in part.values()]).sum(0).cpu()
     own = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     is_own = own.unsqueeze(1) == torch.arange(len(counts))
+    dimensions = sum(f.shape[1:].numel() for f in part.values())
     if pooling.needs_base:
         nearest = divergence.masked_fill(is_own[:, own], torch.inf).amin(1)
-        dimensions = sum(f.shape[1:].numel() for f in part.values())
         return max(1.0, float(nearest.median()) / dimensions)
     # The nearest component in each party, [N, S]; in one's own, of the others.
     symmetric = (divergence + divergence.mT).fill_diagonal_(torch.inf)
@@ -64,9 +64,9 @@ def estimate_dispersion(
     exists = torch.stack([b.values for b in blocks], 1).isfinite()
     wrong = _merge_costs(part, nearest, is_own & exists, pooling)
     right = _merge_costs(part, nearest, ~is_own & exists, pooling)
-    same = float(right.quantile(0.25))
     if len(wrong) == 0:
-        return 4 * same if same > 0 else 1.0
+        return 2.0 * dimensions
+    same = float(right.quantile(0.25))
     different = float(wrong.median())
     scale = (max(same, 1e-6 * different) * different) ** 0.5
     return scale if scale > 0 else 1.0

@@ -1,8 +1,11 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The exceptions of the package. Every message names the party, the site, what was expected
-and what came."""
+"""The exceptions and warnings of the package. Every message names the party, the site, what was
+expected and what came."""
+
+import sys
+import warnings
 
 __all__ = [
     "FileFormatError",
@@ -11,6 +14,7 @@ __all__ = [
     "ParameterError",
     "StructureError",
     "UnsupportedFamilyError",
+    "warn_user",
 ]
 
 
@@ -36,3 +40,17 @@ class GuideError(FusionError, ValueError):
 
 class FileFormatError(FusionError, ValueError):
     """A file that is not a posterior, is damaged, or is not to be trusted."""
+
+
+def warn_user(message: str) -> None:
+    """Warn at the line of the user's own code that led here, however deep inside the package."""
+    level = 1
+    frame = sys._getframe()
+    while frame.f_back is not None and _is_library(frame.f_globals.get("__name__", "")):
+        frame = frame.f_back
+        level += 1
+    warnings.warn(message, UserWarning, stacklevel=level)
+
+
+def _is_library(module: str) -> bool:
+    return module.split(".")[0] in ("pyro_fusion", "pyro", "torch", "contextlib")

@@ -5,38 +5,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
 from pyro_fusion.barycenter import Pooling, pooling_named
+from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
 from pyro_fusion.dispersion import estimate_dispersion, temper
 from pyro_fusion.em import EMResult, expectation_maximization
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet
-from pyro_fusion.problem import MatchingProblem
+from pyro_fusion.problem import MatchingProblem, by_popularity, canonical_order
 from pyro_fusion.result import Fusion, Matching
 from pyro_fusion.seeding import starts
 from pyro_fusion.structure import (
     Roles,
-    atom_base,
-    base_factors,
-    base_fill,
     check_parties,
     check_weights,
     site_roles,
+    warn_identical,
     warn_unlabelled_simplex,
 )
 
 __all__ = ["fuse"]
-
-Base = Posterior | Mapping[str, Distribution] | Callable[..., Any]
 
 
 def fuse(
@@ -102,6 +98,8 @@ def fuse(
         raise ParameterError(
             f"expected restarts >= 0 and max_iterations >= 1, got {restarts} and {max_iterations}"
         )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ParameterError(f"seed must be an integer, got {seed!r}")
     parties, guides = _read(posteriors, axes)
     w = check_weights(weights, len(parties))
     check_parties(parties)
@@ -110,9 +108,10 @@ def fuse(
     _check_num_atoms(parties, roles, prior)
     given: dict[str, Factor] = {}
     if how.needs_base and len(parties) > 1:
-        given = _base(base, guides, sorted(parties[0].axes))
+        given = resolve_base(base, guides, sorted(parties[0].axes))
     task = _Task(parties, w, how, prior, given, roles, dispersion, seed, restarts, max_iterations)
     names = tuple(str(s) for s in range(len(parties)))
+    warn_identical(parties)
     return task.run(names, progress)
 
 
@@ -151,19 +150,6 @@ def _check_num_atoms(parties: list[Posterior], roles: Roles, prior: AssignmentPr
                     f"party {s} has {p.components(label)} components along '{label}', but the "
                     f"prior allows only {prior.num_atoms} atoms"
                 )
-
-
-def _base(base: Base | None, guides: list[Any], sites: list[str]) -> dict[str, Factor]:
-    if base is not None:
-        return base_factors(base, sites)
-    if guides:
-        from pyro_fusion.readers.pyro import prior_from_guide
-
-        return dict(prior_from_guide(guides[0]).decomposed)
-    raise ParameterError(
-        "pooling 'product' divides out the prior of the local models: give it as `base` "
-        "(site -> distribution, or the Pyro model)"
-    )
 
 
 # So many of the starts' results are refined on the collapsed objective.
@@ -222,7 +208,7 @@ class _Task:
             if self.pooling.needs_base
         }
         scale = self.dispersion or estimate_dispersion(local, sizes, self.pooling)
-        order, ordered_sizes = _canonical_order(local, sizes, self.weights)
+        order, ordered_sizes = canonical_order(local, sizes, self.weights)
         problem = MatchingProblem(
             {site: f.index_select(0, order) for site, f in local.items()},
             ordered_sizes,
@@ -233,16 +219,19 @@ class _Task:
         )
         if self.pooling.needs_base:
             problem = _tempered(problem)
-        best, ends = self.search(problem, progress)
-        groups = torch.empty_like(best.groups)
-        groups[order] = best.groups.to(groups.device)
-        groups, popularity = _by_popularity(groups, best.num_atoms)
-        atoms = {
-            site: self.pooling.barycenter(
-                f, groups.to(device), best.num_atoms, weights, base.get(site)
-            ).like(self.parties[0].decomposed[site].batch_dim, (sites[site],))
-            for site, f in local.items()
-        }
+        try:
+            best, ends = self.search(problem, progress)
+            groups = torch.empty_like(best.groups)
+            groups[order] = best.groups.to(groups.device)
+            groups, popularity = by_popularity(groups, best.num_atoms)
+            atoms = {
+                site: self.pooling.barycenter(
+                    f, groups.to(device), best.num_atoms, weights, base.get(site)
+                ).like(self.parties[0].decomposed[site].batch_dim, (sites[site],))
+                for site, f in local.items()
+            }
+        except ParameterError as e:
+            raise located(e, local, base, sizes) from e
         matching = Matching(
             label,
             list(groups.split(sizes)),
@@ -292,7 +281,7 @@ class _Task:
                 f"site '{site}': label '{matching.label}' on {len(rows)} batch axes is not "
                 "supported; one of them must be the event axis of a Dirichlet"
             )
-        fill = base_fill(site, self.base)
+        fill = base_fill(site, self.base, self.parties[0].decomposed[site])
         local = []
         for p, a in zip(self.parties, matching.assignment, strict=True):
             f = p.decomposed[site].to(dtype=torch.float64)
@@ -312,9 +301,13 @@ class _Task:
             groups = torch.cat(matching.assignment).to(stacked.device)
             sizes = torch.tensor([len(a) for a in matching.assignment])
             weights = self.weights.repeat_interleave(sizes).to(stacked.device)
-            pooled = self.pooling.barycenter(stacked, groups, matching.num_atoms, weights, base)
+            try:
+                pooled = self.pooling.barycenter(stacked, groups, matching.num_atoms, weights, base)
+            except ParameterError as e:
+                raise located(e, {site: stacked}, {site: base}, tuple(sizes.tolist())) from e
             return pooled.like(self.parties[0].decomposed[site].batch_dim, rows)
-        return self._pool_all(stacked, base).like(self.parties[0].decomposed[site].batch_dim, ())
+        pooled = self._pool_all(site, stacked, base)
+        return pooled.like(self.parties[0].decomposed[site].batch_dim, ())
 
     # -- sites without a label ---------------------------------------------------------------------
 
@@ -326,17 +319,20 @@ class _Task:
         base = None
         if self.pooling.needs_base:
             base = atom_base(site, self.base, local, None).to(dtype=torch.float64)
-        pooled = self._pool_all(local, base)
+        pooled = self._pool_all(site, local, base)
         atom = _unsqueeze(pooled)
         weights = self.weights.to(local.device)
         cost = (self.pooling.cost(atom, local, base).squeeze(0) * weights).sum()
         divergence = float(cost + self.pooling.opening(atom, base).sum())
         return pooled.like(self.parties[0].decomposed[site].batch_dim, ()), divergence
 
-    def _pool_all(self, local: Factor, base: Factor | None) -> Factor:
+    def _pool_all(self, site: str, local: Factor, base: Factor | None) -> Factor:
         groups = torch.zeros(len(self.parties), dtype=torch.long, device=local.device)
         weights = self.weights.to(local.device)
-        pooled = self.pooling.barycenter(local, groups, 1, weights, base)
+        try:
+            pooled = self.pooling.barycenter(local, groups, 1, weights, base)
+        except ParameterError as e:
+            raise located(e, {site: local}, {site: base}, (1,) * len(self.parties)) from e
         return replace(pooled.map(lambda v: v.squeeze(0)), batch_dim=0)
 
 
@@ -362,35 +358,3 @@ def _tempered(problem: MatchingProblem) -> MatchingProblem:
         for site, f in problem.local.items()
     }
     return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)
-
-
-def _canonical_order(
-    local: Mapping[str, Factor], sizes: tuple[int, ...], weights: Tensor
-) -> tuple[Tensor, tuple[int, ...]]:
-    """An order of parties and components that depends only on their contents, so that permuting
-    the input changes nothing but labels."""
-    count = sum(sizes)
-    columns = [v.reshape(count, -1) for f in local.values() for v in f.params.values()]
-    features = torch.cat(columns, 1)
-    generator = torch.Generator().manual_seed(0)
-    direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
-    key = (features * direction.to(features.device)).sum(1).cpu()
-    ends = torch.tensor(sizes).cumsum(0).tolist()
-    parties = []
-    for size, end, weight in zip(sizes, ends, weights.tolist(), strict=True):
-        value, index = key[end - size : end].sort(stable=True)
-        parties.append((size, weight, value.tolist(), index + end - size))
-    parties.sort(key=lambda p: p[:3])
-    return torch.cat([p[3] for p in parties]), tuple(p[0] for p in parties)
-
-
-def _by_popularity(groups: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
-    """Number atoms by falling popularity, ties by first appearance."""
-    popularity = torch.bincount(groups, minlength=num_atoms)
-    first = torch.full((num_atoms,), len(groups)).scatter_reduce(
-        0, groups, torch.arange(len(groups)), "amin"
-    )
-    order = sorted(range(num_atoms), key=lambda k: (-int(popularity[k]), int(first[k])))
-    rank = torch.empty(num_atoms, dtype=torch.long)
-    rank[torch.tensor(order)] = torch.arange(num_atoms)
-    return rank[groups], popularity[torch.tensor(order)]

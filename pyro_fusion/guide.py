@@ -32,6 +32,10 @@ class PosteriorGuide(PyroModule):
     :class:`~pyro.nn.module.PyroParam`, so ``SVI`` goes on training from here. Each batch axis is a
     plate, called as in the guides that the posterior was read from.
 
+    Plates have their full size: a model that subsamples a plate with a latent site inside needs an
+    autoguide of its own, started from these values. A batch axis without a name gets a plate of
+    its own, of which Pyro warns if the model has none there.
+
     :param posterior: the factors and their plates; copied.
     """
 
@@ -39,8 +43,12 @@ class PosteriorGuide(PyroModule):
         super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
         self._factors = dict(posterior.decomposed)
         self._plate_names = {
-            site: [label or f"_{site}_axis{i}" for i, label in enumerate(posterior.plates[site])]
-            for site in self._factors
+            # An axis of size one needs no plate: it stands to the right of another plate's axis.
+            site: [
+                label or (None if f.batch_shape[i] == 1 else f"_{site}_axis{i}")
+                for i, label in enumerate(posterior.plates[site])
+            ]
+            for site, f in self._factors.items()
         }
         self._holders: dict[str, str] = {}
         for site, f in self._factors.items():
@@ -73,6 +81,8 @@ class PosteriorGuide(PyroModule):
             with ExitStack() as stack:
                 for i, name in enumerate(self._plate_names[site]):
                     dim = i - f.batch_dim
+                    if name is None:
+                        continue
                     if (name, dim) not in plates:
                         # One name at two depths needs two plates.
                         taken = any(other == name for other, _ in plates)

@@ -8,7 +8,6 @@ with labelled axes. Files are in ``serialization.py``, guides in ``readers/pyro`
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_fusion.errors import FusionError, StructureError
+from pyro_fusion.errors import FusionError, StructureError, warn_user
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.families.projection import (
     dirichlet_from_stick_breaking,
@@ -348,10 +347,9 @@ def _separated(site: str, f: Factor, joint: list[int]) -> Factor:
     if f.family.name == "MultivariateNormal" and elementwise:
         marginal, lost = to_marginals(f)
         if lost > _NATS_PER_DIMENSION * f.shape[-1]:
-            warnings.warn(
+            warn_user(
                 f"site '{site}': labelling the event axis of a MultivariateNormal keeps only its "
-                f"marginals, which loses {lost:.1f} nats of correlation",
-                stacklevel=4,
+                f"marginals, which loses {lost:.1f} nats of correlation"
             )
         return marginal
     # Raises if the family has no separable event axes, or a transform is in the way.

@@ -16,7 +16,7 @@ from pyro_fusion.assignment import NEW
 from pyro_fusion.barycenter import Pooling
 from pyro_fusion.families import Factor
 
-__all__ = ["Factors", "MatchingProblem", "compact"]
+__all__ = ["Factors", "MatchingProblem", "by_popularity", "canonical_order", "compact"]
 
 Factors = Mapping[str, Factor]
 
@@ -86,3 +86,35 @@ def compact(groups: Tensor) -> tuple[Tensor, int]:
     fresh = groups.max().clamp(min=0) + 1 + torch.arange(len(groups), device=groups.device)
     _, result = torch.where(new, fresh, groups).unique(return_inverse=True)
     return result, int(result.max()) + 1
+
+
+def canonical_order(
+    local: Mapping[str, Factor], sizes: tuple[int, ...], weights: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """An order of parties and components that depends only on their contents, so that permuting
+    the input changes nothing but labels."""
+    count = sum(sizes)
+    columns = [v.reshape(count, -1) for f in local.values() for v in f.params.values()]
+    features = torch.cat(columns, 1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
+    key = (features * direction.to(features.device)).sum(1).cpu()
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parties = []
+    for size, end, weight in zip(sizes, ends, weights.tolist(), strict=True):
+        value, index = key[end - size : end].sort(stable=True)
+        parties.append((size, weight, value.tolist(), index + end - size))
+    parties.sort(key=lambda p: p[:3])
+    return torch.cat([p[3] for p in parties]), tuple(p[0] for p in parties)
+
+
+def by_popularity(groups: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
+    """Number atoms by falling popularity, ties by first appearance."""
+    popularity = torch.bincount(groups, minlength=num_atoms)
+    first = torch.full((num_atoms,), len(groups)).scatter_reduce(
+        0, groups, torch.arange(len(groups)), "amin"
+    )
+    order = sorted(range(num_atoms), key=lambda k: (-int(popularity[k]), int(first[k])))
+    rank = torch.empty(num_atoms, dtype=torch.long)
+    rank[torch.tensor(order)] = torch.arange(num_atoms)
+    return rank[groups], popularity[torch.tensor(order)]

@@ -5,28 +5,24 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
 
-from pyro_fusion.errors import FusionError, ParameterError, StructureError
-from pyro_fusion.families import Factor, as_factor
-from pyro_fusion.families.projection import is_stick_breaking, project_onto
+from pyro_fusion.errors import ParameterError, StructureError, warn_user
+from pyro_fusion.families.projection import is_stick_breaking
 from pyro_fusion.posterior import Posterior
 
 __all__ = [
     "Roles",
-    "atom_base",
-    "base_factors",
-    "base_fill",
     "check_parties",
     "check_weights",
+    "show_structure",
     "site_roles",
+    "warn_identical",
     "warn_unlabelled_simplex",
 ]
 
@@ -57,8 +53,8 @@ def check_parties(posteriors: Sequence[Posterior]) -> None:
                     if what == "shape":
                         mine, theirs = tuple(f.shape), tuple(g.shape)
                     raise StructureError(
-                        f"site '{site}': {what} of party {s} is {_show(theirs)}, "
-                        f"of party 0 {_show(mine)}"
+                        f"site '{site}': {what} of party {s} is {show_structure(theirs)}, "
+                        f"of party 0 {show_structure(mine)}"
                     )
 
 
@@ -68,7 +64,7 @@ def _fixed(p: Posterior, site: str) -> tuple[int | None, ...]:
     return tuple(n if a is None else None for n, a in zip(shape, p.axes[site], strict=True))
 
 
-def _show(x: object) -> str:
+def show_structure(x: object) -> str:
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], tuple) and isinstance(x[0], str):
         name, transforms = x
         return " behind ".join([str(name), *map(str, reversed(transforms))])
@@ -105,7 +101,8 @@ def site_roles(posterior: Posterior) -> Roles:
         if len(labels) > 1:
             raise StructureError(
                 f"site '{site}' has the labels {labels}: sites with more than one label are not "
-                "supported yet"
+                f"supported yet. Label it once: axes={{'{site}': "
+                f"{tuple(a if a == labels[0] else None for a in axes)}}}, say"
             )
         label = labels[0]
         places = [i for i, a in enumerate(axes) if a == label]
@@ -131,89 +128,30 @@ def warn_unlabelled_simplex(posterior: Posterior, roles: Roles) -> None:
         simplex = is_stick_breaking(f) or f.family.name == "Dirichlet"
         for label in roles.matched:
             if simplex and f.shape[-1] == posterior.components(label):
-                warnings.warn(
+                warn_user(
                     f"site '{site}' is a simplex with as many entries as there are components "
                     f"along '{label}', but its axis has no label, so it is pooled as it stands. "
                     f"If they are the weights of the components, label it: axes={{'{site}': "
-                    f"('{label}',)}} (the last axis of its shape {tuple(f.shape)})",
-                    stacklevel=3,
+                    f"('{label}',)}} (the last axis of its shape {tuple(f.shape)})"
                 )
 
 
-# -- the prior ---------------------------------------------------------------------------------
-
-
-def base_factors(
-    base: Posterior | Mapping[str, Distribution] | Callable[..., Any], sites: Sequence[str]
-) -> dict[str, Factor]:
-    """The prior of ``sites`` as factors: from a posterior, a mapping, or a Pyro model that needs
-    no arguments."""
-    if isinstance(base, Posterior):
-        return dict(base.decomposed)
-    if isinstance(base, Mapping):
-        return {site: as_factor(d) for site, d in base.items()}
-    from pyro_fusion.readers.pyro import prior_from_model
-
-    return dict(prior_from_model(base, sites=sites).decomposed)
-
-
-def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | None) -> Factor:
-    """The prior of one atom at ``site``, as a factor of ``like``'s family with batch shape ``[1]``.
-
-    :param base: given priors: of one component, or with the labelled axis, all of whose
-        components then have the same prior.
-    :param like: a local factor with ``axis`` (or nothing) as its only batch axis, first.
-    :param axis: the labelled axis in the original shape; None for a shared site.
-    :raises StructureError: if the site is missing, of another shape, or its components differ.
-    """
-    if site not in base:
-        raise StructureError(
-            f"pooling 'product' needs the prior of site '{site}'; `base` has {sorted(base)}"
-        )
-    g = base[site]
-    shape = like.shape[1:]
-    target = (1, *like.base_shape[1:])
-    if axis is not None and len(g.shape) == len(like.shape):
-        if axis >= g.separable_axes:
-            raise StructureError(f"site '{site}': axis {axis} of its prior is not separable")
-        g = g.with_batch(axis)
-        if any(bool((v != v[:1]).any()) for v in g.params.values()):
-            raise StructureError(
-                f"site '{site}': the prior differs between components, so it cannot be the prior "
-                "of components whose order means nothing"
+def warn_identical(posteriors: Sequence[Posterior]) -> None:
+    """Warn of parties whose parameters are the same to the bit: no two fits are."""
+    seen: dict[bytes, int] = {}
+    for s, p in enumerate(posteriors):
+        digest = hashlib.sha256()
+        for f in p.decomposed.values():
+            for v in f.params.values():
+                digest.update(v.detach().cpu().double().numpy().tobytes())
+        first = seen.setdefault(digest.digest(), s)
+        if first != s:
+            warn_user(
+                f"party {first} and party {s} have identical parameters. If they are two fits, "
+                "they were read after both, and share Pyro's parameter store: read each guide "
+                "right after its fit, or fit it under `with pyro.get_param_store().scope():`"
             )
-        g = g.index_select(0, torch.tensor([0]))
-    else:
-        g = g.with_batch().map(lambda v: v.unsqueeze(0))
-        g = Factor(g.family, g.params, g.transforms, 1)
-    try:
-        if g.shape[1:] != shape and len(g.shape) > 1:
-            raise StructureError(
-                f"the prior has shape {tuple(g.shape[1:])}, expected {tuple(shape)}"
-            )
-        if g.shape[1:] != shape:
-            g = g.expand(target) if g.family.event_dim == 0 else g
-        one = like.index_select(0, torch.tensor([0], device=like.device))
-        g = project_onto(g.to(like.device, like.dtype), one)
-    except (FusionError, RuntimeError) as e:
-        raise StructureError(f"site '{site}': the prior does not fit the posterior: {e}") from e
-    return g
-
-
-def base_fill(site: str, base: Mapping[str, Factor]) -> Tensor | None:
-    """The one value that the prior of a carried site has for every component.
-
-    :raises StructureError: if it has several.
-    """
-    if site not in base:
-        return None
-    values = torch.cat([v.flatten() for v in base[site].params.values()])
-    if bool((values != values[0]).any()):
-        raise StructureError(
-            f"site '{site}': the prior is not symmetric, so it has no value for components "
-            "that some parties lack"
-        )
-    return values[0]
+            return
 
 
 def check_weights(weights: Sequence[float] | Tensor | None, num_parties: int) -> Tensor:
@@ -223,7 +161,10 @@ def check_weights(weights: Sequence[float] | Tensor | None, num_parties: int) ->
     """
     if weights is None:
         return torch.ones(num_parties, dtype=torch.float64)
-    w = torch.as_tensor(weights, dtype=torch.float64).flatten().cpu()
+    try:
+        w = torch.as_tensor(weights, dtype=torch.float64).flatten().cpu()
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise ParameterError(f"weights must be numbers, one per party, got {weights!r}") from e
     if len(w) != num_parties:
         raise ParameterError(f"expected {num_parties} weights, one per party, got {len(w)}")
     bad = (~torch.isfinite(w) | (w < 0)).nonzero().flatten().tolist()

@@ -167,6 +167,16 @@ class TestClosedForms:
         torch.testing.assert_close(atoms.loc[0], mean, rtol=1e-10, atol=1e-10)
         torch.testing.assert_close(atoms.covariance_matrix[0], expected, rtol=1e-10, atol=1e-10)
 
+        wide = 100 * torch.eye(2).double()
+        base = Factor.of(dist.MultivariateNormal(torch.zeros(1, 2).double(), wide[None]))
+        atoms = pooling_named("product").barycenter(local, groups, 1, self.w, base).distribution()
+        total = torch.einsum("s,sij->ij", self.w, precision) - (self.w.sum() - 1) * wide.inverse()
+        shift = torch.einsum("s,sij,sj->i", self.w, precision, self.loc)
+        torch.testing.assert_close(atoms.loc[0], total.inverse() @ shift, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(
+            atoms.covariance_matrix[0], total.inverse(), rtol=1e-10, atol=1e-10
+        )
+
     @pytest.mark.parametrize("pooling", POOLINGS)
     def test_far_from_the_origin_and_narrow(self, pooling):
         # The same, moved by 1e4 and shrunk to 1e-4, must be the same moved and shrunk.

@@ -396,6 +396,38 @@ class TestGuides:
         fusion = fuse(local, "product", base=self.model)
         assert fusion.num_atoms == 3
 
+    def test_guides_of_different_priors(self):
+        def model(scale):
+            pyro.sample("z", dist.Normal(0.0, scale))
+
+        guides = []
+        for scale in (1.0, 100.0):
+            pyro.clear_param_store()
+            guides.append(AutoNormal(functools.partial(model, scale)))
+            guides[-1]()
+        pyro.clear_param_store()
+        with torch.no_grad():
+            guides[1].locs.z_unconstrained.add_(0.5)
+        with pytest.raises(StructureError, match="site 'z': the model of guide 1 has another"):
+            fuse(guides, "product")
+
+    def test_plates_that_are_not_the_last(self):
+        def model():
+            with pyro.plate("g", 4, dim=-2):
+                theta = pyro.sample("theta", dist.Normal(0.0, 1.0))
+                with pyro.plate("h", 3, dim=-1):
+                    pyro.sample("x", dist.Normal(theta, 1.0), obs=torch.zeros(4, 3))
+
+        local = []
+        for seed in range(2):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(seed)
+            guide = AutoNormal(model, init_loc_fn=pyro.infer.autoguide.init_to_sample)
+            guide()
+            local.append(Posterior.from_guide(guide, axes={"theta": (None, None)}))
+        fusion = fuse(local)
+        SVI(model, fusion.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
+
     def test_shared_parameters_are_refused(self):
         first = AutoNormal(self.model)
         first(torch.zeros(4, 2))
@@ -421,6 +453,10 @@ def poutine_hide(guide):
 def normal_party(**changes):
     arguments = {"loc": torch.zeros(2, 3), "scale": torch.ones(2, 3)} | changes
     return Posterior({"z": dist.Normal(**arguments).to_event(1)}, {"z": ("component", None)})
+
+
+def two_parties():
+    return [normal_party(), normal_party(loc=torch.ones(2, 3))]
 
 
 class TestBadInput:
@@ -475,6 +511,7 @@ class TestBadInput:
             ([1.0, -1.0], "the weight of party 1 must be finite and non-negative"),
             ([1.0, float("nan")], "the weight of party 1"),
             ([0.0, 0.0], "all weights are zero"),
+            ("ab", "weights must be numbers"),
         ],
     )
     def test_weights(self, weights, message):
@@ -491,27 +528,57 @@ class TestBadInput:
 
     def test_prior_of_a_missing_site(self):
         with pytest.raises(StructureError, match="needs the prior of site 'z'"):
-            fuse([normal_party(), normal_party()], "product", base={"y": dist.Normal(0.0, 1.0)})
+            fuse(two_parties(), "product", base={"y": dist.Normal(0.0, 1.0)})
 
     def test_prior_of_another_shape(self):
         base = {"z": dist.Normal(torch.zeros(5), 1.0).to_event(1)}
         with pytest.raises(StructureError, match=r"site 'z'.*shape \(5,\), expected \(3,\)"):
-            fuse([normal_party(), normal_party()], "product", base=base)
+            fuse(two_parties(), "product", base=base)
 
     def test_prior_that_tells_components_apart(self):
         base = {"z": dist.Normal(torch.arange(6.0).reshape(2, 3), 1.0).to_event(1)}
         with pytest.raises(StructureError, match="site 'z': the prior differs between"):
-            fuse([normal_party(), normal_party()], "product", base=base)
+            fuse(two_parties(), "product", base=base)
 
     def test_prior_narrower_than_the_posteriors(self):
         base = {"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)}
-        with pytest.raises(ParameterError, match="wider than the prior"):
-            fuse([normal_party(), normal_party()], "product", base=base)
+        narrow = normal_party(scale=torch.full((2, 3), 0.1))
+        wide = normal_party(scale=torch.full((2, 3), 9.0))
+        with pytest.raises(ParameterError, match=r"site 'z', parties \[1, 2\].*wider than the"):
+            fuse([narrow, normal_party(), wide], "product", base=base)
+        shared = [Posterior({"z": dist.Normal(float(i), 1.0)}) for i in range(2)]
+        with pytest.raises(ParameterError, match=r"site 'z', parties \[0, 1\].*wider than the"):
+            fuse(shared, "product", base={"z": dist.Normal(0.0, 0.5)})
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
     def test_dispersion(self, value):
         with pytest.raises(ParameterError, match="dispersion must be positive"):
             fuse([normal_party(), normal_party()], dispersion=value)
+
+    @pytest.mark.parametrize(
+        ("base", "message"),
+        [
+            ("x", "`base` must be a mapping"),
+            ({"z": dist.StudentT(3.0)}, "site 'z' of `base`: no exponential family"),
+        ],
+    )
+    def test_base(self, base, message):
+        with pytest.raises(FusionError, match=message):
+            fuse(two_parties(), "product", base=base)
+
+    def test_prior_of_another_family_for_a_carried_site(self):
+        base = {**BASE, "weights": dist.Gamma(1.0, 1.0)}
+        with pytest.raises(StructureError, match="site 'weights': the prior is Gamma, expected"):
+            fuse(parties(), "product", base=base)
+
+    @pytest.mark.parametrize("seed", [None, 1.5, True])
+    def test_seed(self, seed):
+        with pytest.raises(ParameterError, match="seed must be an integer"):
+            fuse([normal_party(), normal_party()], seed=seed)
+
+    def test_identical_parties_are_noticed(self):
+        with pytest.warns(UserWarning, match="party 0 and party 2 have identical parameters"):
+            fuse([normal_party(), normal_party(loc=torch.ones(2, 3)), normal_party()])
 
     def test_prior_that_is_none(self):
         with pytest.raises(ParameterError, match="prior must be"):
@@ -531,10 +598,18 @@ class TestBadInput:
         local = [normal_party(), normal_party(loc=torch.ones(2, 3))]
         before = [p.sample() for p in local]
         values = [p.log_prob(v) for p, v in zip(local, before, strict=True)]
-        with pytest.raises(FusionError):
-            fuse(local, "product")
+        with pytest.raises(FusionError):  # found out in the middle of the work
+            fuse(local, "product", base={"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)})
         after = [p.log_prob(v) for p, v in zip(local, before, strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(values, after, strict=True))
+
+
+def test_one_component_per_party():
+    # Nothing says how far apart different components are: two nats per dimension.
+    far = [normal_party(loc=torch.full((1, 3), 1e3 * s), scale=torch.ones(1, 3)) for s in range(4)]
+    assert fuse(far).num_atoms == 4
+    near = [normal_party(loc=torch.full((1, 3), 0.1 * s), scale=torch.ones(1, 3)) for s in range(4)]
+    assert fuse(near).num_atoms == 1
 
 
 def test_summary_and_repr():

@@ -1,0 +1,191 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The prior of the local models, which ``product`` divides out: where it comes from, and what it is
+for one atom."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributions import Distribution
+
+from pyro_fusion.errors import FusionError, ParameterError, StructureError
+from pyro_fusion.families import Factor, as_factor
+from pyro_fusion.families.projection import project_onto
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.structure import show_structure
+
+__all__ = ["Base", "atom_base", "base_fill", "located", "resolve_base"]
+
+Base = Posterior | Mapping[str, Distribution] | Callable[..., Any]
+
+
+def resolve_base(
+    base: Base | None, guides: Sequence[Any], sites: Sequence[str]
+) -> dict[str, Factor]:
+    """The prior that ``product`` divides out: as given, else that of the guides' own models.
+
+    :raises StructureError: if the guides' models have different priors.
+    :raises ParameterError: if there is none.
+    """
+    if base is not None:
+        return _base_factors(base, sites)
+    if guides:
+        from pyro_fusion.readers.pyro import prior_from_guide
+
+        priors = [prior_from_guide(g) for g in guides]
+        for s, p in enumerate(priors[1:], 1):
+            _check_same_prior(priors[0], p, s)
+        return dict(priors[0].decomposed)
+    raise ParameterError(
+        "pooling 'product' divides out the prior of the local models: give it as `base` "
+        "(site -> distribution, or the Pyro model)"
+    )
+
+
+def _check_same_prior(first: Posterior, other: Posterior, s: int) -> None:
+    for site, f in first.decomposed.items():
+        g = other.decomposed.get(site)
+        if g is None or not _same_prior(f, g):
+            raise StructureError(
+                f"site '{site}': the model of guide {s} has another prior than that of guide 0; "
+                "fit them with one prior, or say as `base` which one to divide out"
+            )
+
+
+def _same_prior(f: Factor, g: Factor) -> bool:
+    """Equal but for the number of components, which are all alike where a prior is of use."""
+    if f.structure() != g.structure() or len(f.shape) != len(g.shape):
+        return False
+    for name, v in f.params.items():
+        w = g.params[name]
+        if v.shape != w.shape:
+            v, w = v[:1], w[:1]
+        if v.shape != w.shape:
+            return False
+        if not torch.allclose(v.double(), w.double(), rtol=1e-5, atol=1e-8):
+            return False
+    return True
+
+
+def _base_factors(
+    base: Posterior | Mapping[str, Distribution] | Callable[..., Any], sites: Sequence[str]
+) -> dict[str, Factor]:
+    """The prior of ``sites`` as factors: from a posterior, a mapping, or a Pyro model that needs
+    no arguments."""
+    if isinstance(base, Posterior | Mapping):
+        given = base.decomposed if isinstance(base, Posterior) else base
+        return {site: _prior_factor(site, given[site]) for site in sites if site in given}
+    if not callable(base):
+        raise ParameterError(
+            "`base` must be a mapping of sites to distributions, a Posterior or a Pyro model, got "
+            f"{type(base).__name__}"
+        )
+    from pyro_fusion.readers.pyro import prior_from_model
+
+    return dict(prior_from_model(base, sites=sites).decomposed)
+
+
+def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | None) -> Factor:
+    """The prior of one atom at ``site``, as a factor of ``like``'s family with batch shape ``[1]``.
+
+    :param base: given priors: of one component, or with the labelled axis, all of whose
+        components then have the same prior.
+    :param like: a local factor with ``axis`` (or nothing) as its only batch axis, first.
+    :param axis: the labelled axis in the original shape; None for a shared site.
+    :raises StructureError: if the site is missing, of another shape, or its components differ.
+    """
+    if site not in base:
+        raise StructureError(
+            f"pooling 'product' needs the prior of site '{site}'; `base` has {sorted(base)}"
+        )
+    g = base[site]
+    shape = like.shape[1:]
+    target = (1, *like.base_shape[1:])
+    if axis is not None and len(g.shape) == len(like.shape):
+        if axis >= g.separable_axes:
+            raise StructureError(f"site '{site}': axis {axis} of its prior is not separable")
+        g = g.with_batch(axis)
+        if any(bool((v != v[:1]).any()) for v in g.params.values()):
+            raise StructureError(
+                f"site '{site}': the prior differs between components, so it cannot be the prior "
+                "of components whose order means nothing"
+            )
+        g = g.index_select(0, torch.tensor([0]))
+    else:
+        g = g.with_batch().map(lambda v: v.unsqueeze(0))
+        g = Factor(g.family, g.params, g.transforms, 1)
+    try:
+        if g.shape[1:] != shape and len(g.shape) > 1:
+            raise StructureError(
+                f"the prior has shape {tuple(g.shape[1:])}, expected {tuple(shape)}"
+            )
+        if g.shape[1:] != shape:
+            g = g.expand(target) if g.family.event_dim == 0 else g
+        one = like.index_select(0, torch.tensor([0], device=like.device))
+        g = project_onto(g.to(like.device, like.dtype), one)
+    except (FusionError, RuntimeError) as e:
+        raise StructureError(f"site '{site}': the prior does not fit the posterior: {e}") from e
+    return g
+
+
+def _prior_factor(site: str, d: Distribution | Factor) -> Factor:
+    try:
+        return as_factor(d)
+    except FusionError as e:
+        raise type(e)(f"site '{site}' of `base`: {e}") from e
+
+
+def base_fill(site: str, base: Mapping[str, Factor], like: Factor) -> Tensor | None:
+    """The one value that the prior of a carried site, a factor as ``like``, has for every
+    component; None if there is no prior.
+
+    :raises StructureError: if it has several, or is of another family.
+    """
+    if site not in base:
+        return None
+    if base[site].structure() != like.structure():
+        raise StructureError(
+            f"site '{site}': the prior is {show_structure(base[site].structure())}, expected "
+            f"{show_structure(like.structure())} as the posteriors"
+        )
+    values = torch.cat([v.flatten() for v in base[site].params.values()])
+    if bool((values != values[0]).any()):
+        raise StructureError(
+            f"site '{site}': the prior is not symmetric, so it has no value for components "
+            "that some parties lack"
+        )
+    return values[0]
+
+
+def located(
+    error: ParameterError,
+    local: Mapping[str, Factor],
+    base: Mapping[str, Factor | None],
+    sizes: tuple[int, ...],
+) -> ParameterError:
+    """The error of a barycentre, with its site, and the parties that are wider than the prior."""
+    for site, f in local.items():
+        prior = base.get(site)
+        party = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).tolist()
+        wide = set()
+        for n in range(len(party) if prior is not None else 0):
+            one = f.index_select(0, torch.tensor([n]))
+            if prior is not None and _wider(one, prior):
+                wide.add(party[n])
+        if wide:
+            return ParameterError(f"site '{site}', parties {sorted(wide)[:10]}: {error}")
+    return ParameterError(f"site {' or '.join(repr(s) for s in local)}: {error}")
+
+
+def _wider(f: Factor, prior: Factor) -> bool:
+    """Whether ``f / prior`` cannot be made proper by another ``f``."""
+    try:
+        f.from_natural(2 * f.natural - prior.natural).check()
+    except (FusionError, RuntimeError):
+        return True
+    return False
