@@ -96,16 +96,4 @@ class PosteriorGuide(PyroModule):
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """A central value of every site: the image of the location where there is one, else of
         the mean; of discrete sites the mode. Site name -> value, as autoguides do."""
-        return {site: _center(self._factor(site)) for site in self._factors}
-
-
-def _center(f: Factor) -> Tensor:
-    base = f.family.build(f.params, validate_args=False)
-    location = None if f.family.location is None else f.params[f.family.location]
-    if location is not None and location.shape == base.batch_shape + base.event_shape:
-        x = location
-    else:
-        x = base.mode if getattr(base.support, "is_discrete", False) else base.mean
-    for t in f.transforms:
-        x = t(x)
-    return x.clone()
+        return {site: self._factor(site).center().clone() for site in self._factors}

@@ -289,7 +289,10 @@ class Posterior:
 
 
 def _as_index(index: Sequence[int] | Tensor) -> Tensor:
-    result = torch.as_tensor(index).reshape(-1)
+    try:
+        result = torch.as_tensor(index).reshape(-1)
+    except (TypeError, ValueError, RuntimeError) as e:
+        raise StructureError(f"expected the numbers of components, got {index!r}") from e
     if result.numel() and (result.is_floating_point() or result.dtype == torch.bool):
         raise StructureError(f"expected the numbers of components, got {result.dtype}")
     return result.long()
@@ -311,6 +314,8 @@ def _describe_axes(axes: tuple[str | None, ...]) -> str:
 
 
 def _names(site: str, names: Sequence[str | None] | str) -> tuple[str | None, ...]:
+    if not isinstance(names, Sequence):
+        raise StructureError(f"site '{site}': expected a sequence of labels, got {names!r}")
     names = (names,) if isinstance(names, str) else tuple(names)
     if any(not (name is None or (isinstance(name, str) and name)) for name in names):
         raise StructureError(f"site '{site}': labels must be names or None, got {names}")

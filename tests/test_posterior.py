@@ -385,3 +385,16 @@ def test_to_cuda_and_back():
     q = p.permute("component", [1, 2, 0]).permute("component", [2, 0, 1]).to("cpu")
     values = mixture().sample()
     torch.testing.assert_close(q.log_prob(values), mixture().log_prob(values))
+
+
+@pytest.mark.parametrize("labels", [None, 3])
+def test_labels_that_are_no_sequence(labels):
+    with pytest.raises(StructureError, match="site 'x': expected a sequence of labels"):
+        Posterior({"x": dist.Normal(torch.zeros(2), 1.0)}, {"x": labels})
+
+
+@pytest.mark.parametrize("index", [["b"], "b", [None]])
+def test_index_that_is_no_number(index):
+    p = Posterior({"x": dist.Normal(torch.zeros(2), 1.0)}, {"x": "a"})
+    with pytest.raises(StructureError, match="expected the numbers of components"):
+        p.select("a", index)

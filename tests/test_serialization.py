@@ -17,6 +17,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch.distributions import biject_to, constraints
+from torch.distributions import transforms as tt
 
 from pyro_fusion import serialization
 from pyro_fusion.errors import FileFormatError
@@ -463,6 +464,28 @@ class TestTensors:
         Posterior({"x": dist.Wishart(torch.tensor(4.0), torch.eye(3))}).save(tmp_path / "p")
         edit(tmp_path / "p", tensors={"x/df": torch.tensor(1.5)})
         refused(tmp_path / "p", "site 'x'.*df")
+
+    @pytest.mark.parametrize(
+        "transform",
+        [
+            ["PowerTransform", {"exponent": 0.5}],
+            ["ExpTransform.inv", {}],
+            ["SigmoidTransform.inv", {}],
+            ["AffineTransform", {"loc": 0.0, "scale": 1e308}],
+        ],
+        ids=str,
+    )
+    def test_transforms_of_other_supports(self, tmp_path, transform):
+        Posterior({"x": dist.Normal(torch.ones(3), 1.0)}).save(tmp_path / "p")
+        edit(tmp_path / "p", sites=change(0, transforms=[transform]))
+        refused(tmp_path / "p", "site 'x'")
+
+    def test_exponents_are_exact(self, tmp_path):
+        third = tt.PowerTransform(torch.tensor(1 / 3, dtype=torch.float64))
+        p = Posterior({"x": dist.TransformedDistribution(dist.Gamma(2.0, 1.0), [third])})
+        p.save(tmp_path / "p")
+        (t,) = Posterior.load(tmp_path / "p").decomposed["x"].transforms
+        assert t.exponent.dtype == torch.float64 and float(t.exponent) == 1 / 3
 
     @pytest.mark.parametrize("name", ["StickBreakingTransform", "OrderedTransform"])
     def test_transforms_of_vectors_on_scalars(self, tmp_path, name):

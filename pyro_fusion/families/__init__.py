@@ -7,10 +7,13 @@ Pure tensor mathematics: knows torch and the distributions, nothing of fusion. O
 of families; ``factor.py`` takes distributions apart, ``pairwise.py`` computes divergences.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
+from pyro_fusion.errors import FusionError, ParameterError
 from pyro_fusion.families import gamma, gaussian, simplex, wishart  # noqa: F401  (register)
 from pyro_fusion.families.base import (
     Family,
@@ -46,12 +49,16 @@ __all__ = [
 
 def natural_params(d: Distribution) -> Tensor:
     """Natural parameters of ``d`` as one vector per batch element: ``[*batch_shape, P]``,
-    float64. Event axes made by ``Independent`` are flattened into ``P``."""
+    float64. Event axes made by ``Independent`` are flattened into ``P``.
+
+    Far from the origin they lose digits; see :func:`from_natural_params`."""
     return as_factor(d).natural
 
 
 def mean_params(d: Distribution) -> Tensor:
-    """Mean parameters ``E[T(x)]`` of ``d``: ``[*batch_shape, P]``, float64."""
+    """Mean parameters ``E[T(x)]`` of ``d``: ``[*batch_shape, P]``, float64.
+
+    Far from the origin they lose digits; see :func:`from_mean_params`."""
     return as_factor(d).mean
 
 
@@ -62,11 +69,39 @@ def log_normalizer(d: Distribution) -> Tensor:
 
 def from_natural_params(like: Distribution, eta: Tensor) -> Distribution:
     """The distribution with natural parameters ``eta`` (``[*batch_shape, P]``, any batch shape)
-    and the family, transforms, event shape and dtype of ``like``."""
-    return as_factor(like).from_natural(torch.as_tensor(eta)).distribution()
+    and the family, transforms, event shape and dtype of ``like``.
+
+    Statistics taken far from the origin lose digits: they hold the square of the location beside
+    the spread. :meth:`Factor.shift` is the remedy: convert the shifted factor, and shift back.
+
+    :raises ParameterError: if no member of the family has them, in so far as can be told.
+    """
+    return _converted(like, eta, Factor.from_natural)
 
 
 def from_mean_params(like: Distribution, mu: Tensor) -> Distribution:
     """The distribution with mean parameters ``mu`` (``[*batch_shape, P]``, any batch shape)
-    and the family, transforms, event shape and dtype of ``like``."""
-    return as_factor(like).from_mean(torch.as_tensor(mu)).distribution()
+    and the family, transforms, event shape and dtype of ``like``.
+
+    Statistics taken far from the origin lose digits: they hold the square of the location beside
+    the spread. :meth:`Factor.shift` is the remedy: convert the shifted factor, and shift back.
+
+    :raises ParameterError: if no member of the family has them, in so far as can be told.
+    """
+    return _converted(like, mu, Factor.from_mean)
+
+
+def _converted(
+    like: Distribution, flat: Tensor, convert: Callable[[Factor, Tensor], Factor]
+) -> Distribution:
+    flat = torch.as_tensor(flat)
+    try:
+        f = convert(as_factor(like), flat)
+        if flat.numel():
+            f.check()
+        return f.distribution()
+    except FusionError:
+        raise
+    except (ValueError, RuntimeError) as e:
+        text = " ".join(str(e).split())[:300]
+        raise ParameterError(f"no member of the family has these parameters: {text}") from e

@@ -111,6 +111,15 @@ class Family(ABC):
         inner = ((self.natural(q) - self.natural(p)) * self.mean(p)).sum(-1)
         return self.log_normalizer(q) - self.log_normalizer(p) - inner
 
+    def center(self, params: Params) -> Tensor:
+        """A central value, ``[*batch_shape, *event_shape]``: the location where that is a value,
+        of discrete families the mode, else the mean."""
+        d = self.build(params, validate_args=False)
+        location = None if self.location is None else params[self.location]
+        if location is not None and location.shape == d.batch_shape + d.event_shape:
+            return location
+        return d.mode if getattr(d.support, "is_discrete", False) else d.mean
+
     def index_event(self, params: Params, axis: int, index: Tensor) -> Params:
         """The marginal (or restriction) to ``index`` along event axis ``axis`` (negative)."""
         raise StructureError(

@@ -12,18 +12,31 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from torch import Tensor
-from torch.distributions import Distribution, Independent, Transform, TransformedDistribution
+from torch.distributions import (
+    Distribution,
+    Independent,
+    Transform,
+    TransformedDistribution,
+    constraints,
+)
 from torch.distributions import transforms as tt
 
 from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
 from pyro_fusion.families.base import Family, Params, family_of
-from pyro_fusion.families.transforms import describe, flatten, is_elementwise
+from pyro_fusion.families.transforms import (
+    at_dtype,
+    check_domains,
+    describe,
+    flatten,
+    is_elementwise,
+    with_cache,
+)
 
 __all__ = ["Factor"]
 
@@ -51,6 +64,11 @@ class Factor:
     params: Params
     transforms: tuple[Transform, ...]
     batch_dim: int
+
+    def __post_init__(self) -> None:
+        # Whoever made them may go on using theirs, cache and all.
+        plain = tuple(with_cache(t, 0) for t in self.transforms)
+        object.__setattr__(self, "transforms", plain)
 
     # -- taking apart and putting together ---------------------------------------------------
 
@@ -82,7 +100,7 @@ class Factor:
         if independent:
             d = dist.Independent(d, independent, validate_args=validate_args)
         if self.transforms and named is None:
-            parts = [t.with_cache() for t in self.transforms]
+            parts = [with_cache(at_dtype(t, self.dtype), 1) for t in self.transforms]
             d = dist.TransformedDistribution(d, parts, validate_args=validate_args)
         return d
 
@@ -93,6 +111,15 @@ class Factor:
         if isinstance(t, tt.PowerTransform) and float(t.exponent) != -1:
             return None
         return _NAMED.get((self.family.distribution, type(t)))
+
+    def center(self) -> Tensor:
+        """A central value, of :attr:`shape`: the image of the family's."""
+        # Half precision lacks functions on some devices.
+        dtype = torch.promote_types(self.dtype, torch.float32)
+        x = self.family.center({k: v.to(dtype) for k, v in self.params.items()})
+        for t in self.transforms:
+            x = at_dtype(t, dtype)(x)
+        return x.to(self.dtype) if x.is_floating_point() else x
 
     # -- shapes ------------------------------------------------------------------------------
 
@@ -285,12 +312,19 @@ class Factor:
                 raise ParameterError(
                     f"{name} must be {self.dtype} like the rest, got {value.dtype}"
                 )
+            if value.numel() == 0:
+                raise ParameterError(f"{name} has no elements: its shape is {tuple(value.shape)}")
             if not bool(torch.isfinite(value).all()):
                 bad = value[~torch.isfinite(value)][0].item()
                 raise ParameterError(f"{name} must be finite, got {bad}")
         try:
             built = self.family.build(self.params, validate_args=True)
-            normalizer = self.log_normalizer
+            params = self._double()  # not kept, as the cached properties would be
+            normalizer = self.family.log_normalizer(params)
+            statistics = {
+                "natural parameters": self.family.natural(params),
+                "mean parameters": self.family.mean(params),
+            }
         except (ValueError, AssertionError, RuntimeError) as e:
             raise ParameterError(_first_line(e)) from e
         if built.batch_shape != self.base_shape:
@@ -300,6 +334,43 @@ class Factor:
             )
         if not bool(torch.isfinite(normalizer).all()):
             raise ParameterError("the log-normaliser is not finite: a singular scale")
+        for name, value in statistics.items():
+            if not bool(torch.isfinite(value).all()):
+                raise ParameterError(f"the {name} are not finite: a value at the family's boundary")
+        self._check_transforms(built)
+
+    def _check_transforms(self, base: Distribution) -> None:
+        """What comes out of the family, or of one transform, must be what the next one takes."""
+        if not self.transforms:
+            return
+        try:
+            check_domains(_support(base), self.transforms, self.dtype)
+            with torch.no_grad():
+                self._check_center()
+        except ParameterError:
+            raise
+        except (ValueError, AssertionError, LookupError, RuntimeError) as e:
+            raise ParameterError(f"the transforms do not fit: {_first_line(e)}") from e
+
+    def _check_center(self) -> None:
+        """Values that the bounds of supports do not tell of: overflow, constraints of one's own."""
+        x = self.family.center(self._double())
+        for t in self.transforms:
+            if not bool(t.domain.check(x).all()):
+                raise ParameterError(
+                    f"{self.family.name} does not fit the domain {t.domain} of {type(t).__name__}"
+                )
+            x = t(x)
+        if not bool(torch.isfinite(self.center()).all()):
+            names = ", ".join(type(t).__name__ for t in self.transforms)
+            raise ParameterError(f"a central value behind {names} is not finite")
+
+
+def _support(d: Distribution) -> constraints.Constraint | None:
+    try:
+        return d.support
+    except NotImplementedError:
+        return None
 
 
 def _first_line(e: Exception) -> str:
@@ -349,11 +420,12 @@ def _plain(t: Transform) -> Transform:
         if isinstance(inner, tt.AffineTransform):
             return tt.AffineTransform(-inner.loc / inner.scale, 1 / inner.scale)
         if isinstance(inner, tt.PowerTransform):
-            return _plain(tt.PowerTransform(1 / inner.exponent))
+            return _plain(tt.PowerTransform(1 / inner.exponent.double()))
         return t
     if isinstance(t, tt.PowerTransform):
         # torch reads exponent.sign(), so this one has to be a tensor.
-        return tt.PowerTransform(torch.tensor(_scalar(t, t.exponent)))
+        exponent = torch.tensor(_scalar(t, t.exponent), dtype=torch.float64)
+        return tt.PowerTransform(exponent)
     return t
 
 
@@ -361,13 +433,27 @@ def _affine(t: tt.AffineTransform) -> tt.AffineTransform:
     return tt.AffineTransform(_scalar(t, t.loc), _scalar(t, t.scale))
 
 
+def _is_multiple(t: Transform) -> TypeGuard[tt.AffineTransform]:
+    return (
+        isinstance(t, tt.AffineTransform)
+        and bool((torch.as_tensor(t.loc) == 0).all())
+        and bool((torch.as_tensor(t.scale) > 0).all())
+    )
+
+
 def _absorb_affine(factor: Factor) -> Factor:
-    """An affine map of a Normal is a Normal: parties may differ in it, so it is no transform."""
+    """An affine map of a Normal is a Normal, a positive multiple of a Gamma a Gamma: parties may
+    differ in it, so it is no transform."""
     params, transforms = dict(factor.params), factor.transforms
     if factor.family.distribution is dist.Normal:
         while transforms and isinstance(t := transforms[0], tt.AffineTransform):
             transforms = transforms[1:]
             loc, scale = params["loc"] * t.scale + t.loc, (params["scale"] * t.scale).abs()
             params["loc"], params["scale"] = torch.broadcast_tensors(loc, scale)
+    if factor.family.distribution in (dist.Gamma, dist.Exponential):
+        while transforms and _is_multiple(t := transforms[0]):
+            transforms = transforms[1:]
+            params["rate"] = params["rate"] / t.scale
+        params = dict(zip(params, torch.broadcast_tensors(*params.values()), strict=True))
     plain = tuple(_affine(t) if isinstance(t, tt.AffineTransform) else t for t in transforms)
     return replace(factor, params=params, transforms=plain)

@@ -179,5 +179,9 @@ class NormalGammaFamily(Family):
             "rate": -a / t,
         }
 
+    def center(self, params: Params) -> Tensor:
+        # Of the marginals: the joint mean does not exist at every gamma_shape.
+        return torch.stack([params["loc"], params["gamma_shape"] / params["rate"]], -1)
+
     def kl(self, p: Params, q: Params) -> Tensor:
         return kl_divergence(self.build(p, False), self.build(q, False))

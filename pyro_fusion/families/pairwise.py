@@ -84,7 +84,8 @@ def pairwise_kl(
     """``KL(a_k ‖ b_n)`` for all pairs: ``[K]`` and ``[N]`` -> ``[K, N]``, by one matrix product.
 
     Computed in float64, returned in the dtype of the inputs. Mappings of distributions are
-    products of independent factors: their divergences add up.
+    products of independent factors: their divergences add up. Divergences below about 1e-14 are
+    not refined: of them only the smallness is to be believed.
 
     :param a: batch shape ``[K]``.
     :param b: batch shape ``[N]``, the same family, transforms and event shape.

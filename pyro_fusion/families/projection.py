@@ -4,7 +4,6 @@
 """Moment matching onto a family: from draws, and from factors whose axes cannot be labelled."""
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
+from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError, warn_user
 from pyro_fusion.families.base import family_named
 from pyro_fusion.families.factor import Factor
 
@@ -107,11 +106,9 @@ def project_onto(
     target = " → ".join(
         [like.family.name, *(type(t).__name__.removesuffix("Transform") for t in like.transforms)]
     )
-    warnings.warn(
+    warn_user(
         f"a prior of family {name} is projected onto the posterior's, {target}, by moment matching "
         f"over {num_samples} draws",
-        UserWarning,
-        stacklevel=2,
     )
     return result
 

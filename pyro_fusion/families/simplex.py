@@ -15,30 +15,22 @@ from pyro_fusion.special import (
     dirichlet_concentration,
     excess,
     log_minus_digamma,
+    log_share,
     stirling_kl,
     stirling_rest,
 )
 
 
-def _log_share(alpha: Tensor, total: Tensor) -> Tensor:
-    """``log(α_k / Σα)``, relatively exact even where one part is nearly all of it."""
-    # The sum of the other parts, without a subtraction.
-    before = F.pad(alpha.cumsum(-1)[..., :-1], (1, 0))
-    after = F.pad(alpha.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
-    left = (before + after) / total
-    return torch.where(left < 0.5, (-left).log1p(), (alpha / total).log())
-
-
 def _expected_log(alpha: Tensor) -> Tensor:
     """``ψ(α_k) - ψ(Σα)``."""
     total = alpha.sum(-1, keepdim=True)
-    return _log_share(alpha, total) - log_minus_digamma(alpha) + log_minus_digamma(total)
+    return log_share(alpha, total) - log_minus_digamma(alpha) + log_minus_digamma(total)
 
 
 def _log_beta(alpha: Tensor) -> Tensor:
     """``Σ log Γ(α_k) - log Γ(Σα)``, of which what grows with ``α log α`` cancels on paper."""
     total = alpha.sum(-1, keepdim=True)
-    parts = alpha * _log_share(alpha, total) - alpha.log() / 2 + stirling_rest(alpha)
+    parts = alpha * log_share(alpha, total) - alpha.log() / 2 + stirling_rest(alpha)
     whole = -total.log() / 2 + stirling_rest(total)
     constant = (alpha.shape[-1] - 1) * 0.5 * math.log(2 * math.pi)
     return parts.sum(-1) - whole.squeeze(-1) + constant
@@ -198,3 +190,7 @@ class BernoulliFamily(Family):
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         return {"logits": torch.logit(mu[..., 0])}
+
+    def center(self, params: Params) -> Tensor:
+        # torch's mode is NaN where both values are as likely.
+        return (params["logits"] >= 0).to(params["logits"])

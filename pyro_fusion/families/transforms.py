@@ -8,18 +8,29 @@ KL and both KL barycentres are unchanged by a bijection, provided that it is the
 sides. Many torch transforms compare by identity, so they are compared by description here.
 """
 
+import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from pyro.distributions import transforms as pt
-from torch.distributions import Transform
+from torch.distributions import Transform, constraints
 from torch.distributions import transforms as tt
+from torch.distributions.constraints import Constraint
 
-from pyro_fusion.errors import UnsupportedFamilyError
+from pyro_fusion.errors import ParameterError, UnsupportedFamilyError
 
-__all__ = ["describe", "flatten", "is_elementwise", "rebuild", "register_transform"]
+__all__ = [
+    "at_dtype",
+    "check_domains",
+    "describe",
+    "flatten",
+    "is_elementwise",
+    "rebuild",
+    "register_transform",
+    "with_cache",
+]
 
 # Pyro has its own class for what is the same map.
 _SAME: dict[type[Transform], type[Transform]] = {pt.SoftplusTransform: tt.SoftplusTransform}
@@ -75,6 +86,34 @@ def _is_identity(t: Transform) -> bool:
         and bool((torch.as_tensor(t.loc) == 0).all())
         and bool((torch.as_tensor(t.scale) == 1).all())
     )
+
+
+def with_cache(t: Transform, size: int) -> Transform:
+    """``t`` with a cache of its own (``size`` 1), or without one (0): caches are neither shared
+    nor copied, as what they hold may be part of a graph."""
+    if size == t._cache_size == 0:
+        return t
+    if isinstance(t, tt._InverseTransform):
+        return with_cache(t.inv, size).inv
+    try:
+        if size != t._cache_size:
+            return t.with_cache(size)
+    except NotImplementedError:
+        pass
+    result = copy.copy(t)
+    result._cache_size = size
+    result._cached_x_y = None, None
+    return result
+
+
+def at_dtype(t: Transform, dtype: torch.dtype) -> Transform:
+    """``t`` for values of ``dtype``: one number to the power of another is of the wider type."""
+    if isinstance(t, tt._InverseTransform):
+        inner = at_dtype(t.inv, dtype)
+        return t if inner is t.inv else inner.inv
+    if isinstance(t, tt.PowerTransform) and t.exponent.dtype != dtype:
+        return tt.PowerTransform(t.exponent.to(dtype), cache_size=t._cache_size)
+    return t
 
 
 def is_elementwise(t: Transform) -> bool:
@@ -144,5 +183,94 @@ def _argument(cls: type[Transform], name: str, value: Any) -> Any:
             raise ValueError(f"{what} must be a finite number")
         if value == 0 and name != "loc":
             raise ValueError(f"{what} must not be zero")
-        return float(value)
+        # torch reads exponent.sign(), and makes a float32 of a number.
+        exact = torch.tensor(value, dtype=torch.float64)
+        return exact if cls is tt.PowerTransform else float(value)
     return torch.tensor(value) if isinstance(value, list) else value
+
+
+_Bounds = tuple[float, float]
+_EVERYTHING: _Bounds = (-math.inf, math.inf)
+# Overflow is this far away at the least from what an affine map does to one.
+_MARGIN = 1e3
+
+
+def _bare(c: Constraint) -> Constraint:
+    while isinstance(c, constraints.independent):
+        c = c.base_constraint
+    return c
+
+
+def _bounds(c: Constraint) -> _Bounds | None:
+    """Between which numbers all entries of a value lie; None if that is not known."""
+    c = _bare(c)
+    if isinstance(c, type(constraints.simplex)):
+        return 0.0, 1.0
+    if c is constraints.real or isinstance(c, type(constraints.real)):
+        return _EVERYTHING
+    low, high = getattr(c, "lower_bound", None), getattr(c, "upper_bound", None)
+    if c is constraints.boolean:
+        low, high = 0.0, 1.0
+    if low is None and high is None:
+        return None
+    lower = -math.inf if low is None else float(torch.as_tensor(low).min())
+    upper = math.inf if high is None else float(torch.as_tensor(high).max())
+    # Half a step wider: the ends themselves are values, where logarithms are not finite.
+    step = 0.5 if c.is_discrete else 0.0
+    return lower - step, upper + step
+
+
+def check_domains(
+    support: Constraint | None, transforms: Sequence[Transform], dtype: torch.dtype
+) -> None:
+    """Check that ``transforms`` can follow a family with this ``support``, one upon the other.
+
+    :raises ParameterError: naming the transform whose domain does not hold what comes before it.
+    """
+    before = None if support is None else _bare(support)
+    bounds = None if support is None else _bounds(support)
+    for t in transforms:
+        domain = _bare(t.domain)
+        inverse = isinstance(t, tt._InverseTransform)
+        name = f"{type(t.inv).__name__}{_INVERSE}" if inverse else type(t).__name__
+        needed = _bounds(domain)
+        if domain.event_dim and before is not None:
+            fits = isinstance(before, type(domain))
+        else:
+            # What lies between unknown bounds is left to a look at values.
+            fits = not (needed and bounds) or (needed[0] <= bounds[0] and bounds[1] <= needed[1])
+        if not fits:
+            raise ParameterError(
+                f"{name} takes values in {t.domain}, but what it is given is in {before}"
+            )
+        _check_size(t.inv if inverse else t, dtype)
+        if not isinstance(t, tt.ReshapeTransform):
+            before, bounds = _bare(t.codomain), _image(t, bounds)
+
+
+def _check_size(t: Transform, dtype: torch.dtype) -> None:
+    if isinstance(t, tt.PowerTransform):
+        size = float(t.exponent.abs().max())
+        if not 1 / _MARGIN <= size <= _MARGIN:
+            raise ParameterError(f"PowerTransform with exponent {t.exponent} leaves every range")
+    if not isinstance(t, tt.AffineTransform):
+        return
+    info = torch.finfo(torch.promote_types(dtype, torch.float32))
+    loc, scale = (torch.as_tensor(v).abs().max().item() for v in (t.loc, t.scale))
+    if max(loc, scale) > info.max / _MARGIN or scale < info.tiny * _MARGIN:
+        raise ParameterError(
+            f"AffineTransform with loc {t.loc} and scale {t.scale} leaves the range of {dtype}"
+        )
+
+
+def _image(t: Transform, bounds: _Bounds | None) -> _Bounds | None:
+    """Bounds of what ``t`` makes of values within ``bounds``: those of its codomain, or, where it
+    acts on each number alone and is thus monotone, of the ends."""
+    known = _bounds(t.codomain)
+    if bounds is None or not is_elementwise(t):
+        return known
+    ends = t(torch.tensor(bounds, dtype=torch.float64))
+    if bool(torch.isnan(ends).any()):
+        return known
+    low, high = float(ends.min()), float(ends.max())
+    return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))

@@ -183,5 +183,11 @@ class NormalWishartFamily(Family):
         k = dim / (-2 * quadratic - (m * pm).sum(-1))
         return {"loc": m, "concentration": k, "df": df, "scale_tril": tril}
 
+    def center(self, params: Params) -> Tensor:
+        # Of the marginals: the joint mean does not exist at every df.
+        tril = params["scale_tril"]
+        precision = params["df"][..., None, None] * (tril @ tril.mT)
+        return torch.cat([params["loc"].unsqueeze(-1), precision], -1)
+
     def kl(self, p: Params, q: Params) -> Tensor:
         return kl_divergence(self.build(p, False), self.build(q, False))

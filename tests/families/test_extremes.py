@@ -4,7 +4,9 @@
 """Where float64 runs out of digits: large means and tiny scales, near-identical components,
 concentrations of 1e-3 to 1e8. The truth is mpmath's, at 50 digits, of the float64 parameters."""
 
+import contextlib
 import itertools
+import math
 
 import mpmath
 import pyro.distributions as dist
@@ -13,10 +15,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pyro_fusion import families, special
 from pyro_fusion.distributions import NormalGamma, NormalWishart
+from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.projection import project_draws
 from pyro_fusion.special import (
+    _dirichlet_nested,
+    _dirichlet_newton,
+    dirichlet_concentration,
     excess,
     gamma_concentration,
     log_minus_digamma,
@@ -436,6 +443,67 @@ class TestConversions:
             rtol=1e-5,
             atol=0,
         )
+
+    @pytest.mark.parametrize("size", [2, 5, 100])
+    @pytest.mark.parametrize("low, high", [(-8, -6), (-3, -2), (-1, 1), (7.5, 8), (-3, 8)])
+    def test_both_solvers_of_dirichlets_agree(self, size, low, high):
+        t = Factor.of(dist.Dirichlet(exponents(low, high, 20, size))).mean
+        alpha, settled = _dirichlet_newton(t)
+        assert bool(settled.all())  # the slow one is for none of these
+        for solved in (alpha, _dirichlet_nested(t), dirichlet_concentration(t)):
+            mean = Factor.of(dist.Dirichlet(solved)).mean
+            torch.testing.assert_close(mean, t, rtol=1e-10, atol=1e-13)
+
+    def test_dirichlet_means_of_mixtures(self):
+        """Far from any one Dirichlet's: what inclusive pooling asks for."""
+        t = Factor.of(dist.Dirichlet(exponents(-3, 3, 10, 10, 200))).mean.mean(0)
+        alpha, settled = _dirichlet_newton(t)
+        assert bool(settled.all())
+        torch.testing.assert_close(Factor.of(dist.Dirichlet(alpha)).mean, t, rtol=1e-11, atol=0)
+
+    def test_elements_that_do_not_settle_are_solved_all_the_same(self, monkeypatch):
+        alpha = exponents(-3, 4, 20, 5)
+        t = Factor.of(dist.Dirichlet(alpha)).mean
+
+        def unsettled(flat):
+            alpha, settled = _dirichlet_newton(flat)
+            settled[::2] = False
+            return torch.where(settled.unsqueeze(-1), alpha, math.nan), settled
+
+        monkeypatch.setattr(special, "_dirichlet_newton", unsettled)
+        back = dirichlet_concentration(t)
+        torch.testing.assert_close(back, alpha, rtol=1e-8, atol=0)
+
+    def test_no_member_has_them(self):
+        """Far from the origin what is left of the spread is rounding."""
+        loc = tensor([[1e9, -1e9]])
+        d = NormalWishart(loc, tensor([1e3]), tensor([5.0]), scale_tril=torch.eye(2).double()[None])
+        mu = families.mean_params(d)
+        mu[..., 2] *= 1 - 1e-15  # -E[mᵀΛm]/2
+        with pytest.raises(ParameterError):
+            families.from_mean_params(d, mu)
+        f = Factor.of(d)
+        centred = f.shift(f.location())
+        back = centred.from_mean(centred.mean).shift(f.location(), 1.0)
+        torch.testing.assert_close(back.params["concentration"], d.concentration)
+        torch.testing.assert_close(back.params["loc"], loc)
+
+    def test_public_conversions_raise_only_parameter_errors(self):
+        above = 10.0 ** torch.arange(-3, 9).double()
+        for scale in (1e2, 1e5, 1e8):
+            for a, k in itertools.product(above, above):
+                tril = torch.eye(2).double()
+                d = NormalWishart(torch.full((2,), scale).double(), k, 1 + a, scale_tril=tril)
+                with contextlib.suppress(ParameterError):
+                    families.from_mean_params(d, families.mean_params(d))
+                with contextlib.suppress(ParameterError):
+                    families.from_natural_params(d, families.natural_params(d))
+        mvn = dist.MultivariateNormal(torch.zeros(2), torch.eye(2))
+        for bad in (torch.zeros(5), torch.full((5,), math.nan), torch.zeros(3)):
+            with pytest.raises(ParameterError):
+                families.from_mean_params(mvn, bad)
+            with pytest.raises(ParameterError):
+                families.from_natural_params(mvn, bad)
 
     def test_degenerate_means_come_back_finite(self):
         """Equality in Jensen's inequality, as rounding may bring about: a very concentrated one."""

@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_fusion.errors import GuideError, ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.projection import project_onto
+from pyro_fusion.fuse import fuse
 from pyro_fusion.readers.pyro import from_guide, prior_from_guide, prior_from_model
 
 DATA = torch.tensor([1.0, 2.0, -1.0])
@@ -222,3 +223,84 @@ def test_project_onto_errors() -> None:
         project_onto(dist.Gamma(torch.ones(3), 3.0), like)
     with pytest.raises(ParameterError):
         project_onto(dist.Normal(torch.zeros(2), 1.0), like)
+
+
+# -- equal priors of equal components --------------------------------------------------------------
+
+OTHER_FAMILIES = [dist.HalfNormal(1.5), dist.HalfCauchy(2.0), dist.Uniform(1.0, 4.0)]
+
+
+@pytest.mark.filterwarnings("ignore:this model is no product:UserWarning")
+@pytest.mark.parametrize("source", ["guide", "model", "recorded"])
+@pytest.mark.parametrize("prior", OTHER_FAMILIES, ids=lambda d: type(d).__name__)
+def test_product_with_a_prior_of_another_family_in_a_labelled_plate(
+    prior: Any, source: str
+) -> None:
+    def m() -> None:
+        with pyro.plate("component", 5):
+            pyro.sample("l", dist.Normal(0.0, 5.0))
+            pyro.sample("s", prior)
+
+    guides: list[Any] = []
+    for party in range(2):
+        with pyro.get_param_store().scope():
+            guide = autoguide.AutoNormal(m, init_loc_fn=autoguide.init_to_sample)
+            pyro.set_rng_seed(party)
+            guide()
+            guides.append(from_guide(guide) if source == "model" else guide)
+            if source == "recorded":
+                guide.__getstate__()
+    if source == "recorded":
+        with pytest.warns(UserWarning, match="as the guide recorded it"):
+            result = fuse(guides, "product")
+    else:
+        result = fuse(guides, "product", base=m if source == "model" else None)
+    assert result.posterior.factors["s"].batch_shape[0] >= 5
+
+
+@pytest.mark.filterwarnings("ignore:this model is no product:UserWarning")
+def test_draws_are_pooled_only_along_axes_where_the_prior_is_constant() -> None:
+    def m() -> None:
+        with pyro.plate("rows", 3, dim=-2), pyro.plate("columns", 4, dim=-1):
+            pyro.sample("h", dist.HalfNormal(torch.tensor([1.0, 5.0, 9.0]).unsqueeze(-1)))
+            pyro.sample("u", dist.Uniform(0.0, torch.tensor(2.0)))
+        pyro.sample("e", dist.HalfCauchy(torch.ones(3)).to_event(1))
+
+    n = 1000
+    prior = prior_from_model(m, num_samples=n)
+    h = prior.factors["h"]
+    assert torch.equal(h.loc, h.loc[:, :1].expand(3, 4))
+    mean = (torch.digamma(torch.tensor(0.5)) + math.log(2)) / 2
+    sd = (torch.polygamma(1, torch.tensor(0.5)) / 4).sqrt()
+    error = 4 * sd / math.sqrt(4 * n)  # four columns are pooled
+    assert ((h.loc[:, 0] - torch.tensor([1.0, 5.0, 9.0]).log() - mean).abs() < error).all()
+    base = prior.decomposed["u"].params["loc"]
+    assert base.shape == (3, 4)
+    assert base.unique().numel() == 1
+    assert prior.decomposed["e"].params["scale"].unique().numel() == 1
+    assert prior.axes["h"] == ("rows", "columns")
+
+
+@pytest.mark.filterwarnings("ignore:this model is no product:UserWarning")
+@pytest.mark.parametrize("size", [3, 5, 17])
+def test_dependent_priors_of_equal_components_are_equal(size: int) -> None:
+    def m() -> None:
+        scale = pyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        with pyro.plate("component", size):
+            pyro.sample("x", dist.Normal(scale, scale))
+            pyro.sample("h", dist.HalfNormal(scale))
+
+    prior = prior_from_model(m, sites=["x", "h"])
+    for f in prior.decomposed.values():
+        assert all(v.unique().numel() == 1 for v in f.params.values())
+
+
+@pytest.mark.filterwarnings("ignore:this model is no product:UserWarning")
+def test_projected_prior_along_a_subsampled_plate_is_expanded() -> None:
+    def m(vary: bool) -> None:
+        with pyro.plate("data", 6, subsample_size=2) as i:
+            pyro.sample("x", dist.HalfCauchy(1.0 + i.float() if vary else torch.ones(2)))
+
+    assert prior_from_model(m, False).factors["x"].batch_shape == (6,)
+    with pytest.raises(GuideError, match="plate 'data' is subsampled"):
+        prior_from_model(m, True)

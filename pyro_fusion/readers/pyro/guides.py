@@ -28,7 +28,6 @@ parameter store by name, so that fitting the second moves the first; see :func:`
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -40,7 +39,7 @@ from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
-from pyro_fusion.errors import FusionError, GuideError, ParameterError
+from pyro_fusion.errors import FusionError, GuideError, ParameterError, warn_user
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.joint import Labels
@@ -98,6 +97,11 @@ def from_guide(
     independent components; the rest of the event stays one MultivariateNormal (a Normal if there
     is no rest, if it lies to the left of a labelled axis, or if it has more than 512 numbers). A
     warning says so if that loses more than 0.1 nats per dimension.
+
+    Local latent variables, one for each row of a party's own data, get the label of the data plate
+    like any other, and would be matched across parties as if they were exchangeable components.
+    They belong to the party alone: hide them, ``poutine.block(guide, hide=["z"])``, or give them
+    other labels in ``axes``, as ``{"z": (None,)}``.
 
     Example::
 
@@ -165,12 +169,10 @@ def prior_from_guide(
             f"the priors of this {type(inner).__name__} are not to be had ({failure}); use "
             "prior_from_model(model, *args)"
         )
-    warnings.warn(
+    warn_user(
         f"{failure}. The prior is read as the guide recorded it at its first call: right, unless "
         "a site's prior depends on another site. Pass the arguments of the model, or use "
         "prior_from_model(model, *args)",
-        UserWarning,
-        stacklevel=2,
     )
     return _posterior(_recorded(wanted, seed, num_samples), labels)
 
@@ -188,7 +190,8 @@ def prior_from_model(
 
     Observed and enumerated sites are left out. A site whose prior depends on other sites is
     projected onto its own family by moment matching, a prior of no exponential family (HalfCauchy,
-    Uniform) onto a Normal in unconstrained space; a warning says so.
+    Uniform) onto a Normal in unconstrained space; a warning says so. Components that have the same
+    prior keep the same: their draws are pooled.
 
     :param args: arguments of the model, as for inference: without data its observed sites count
         as latent.

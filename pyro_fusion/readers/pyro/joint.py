@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import itertools
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from operator import attrgetter
@@ -17,7 +16,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import FusionError, GuideError
+from pyro_fusion.errors import FusionError, GuideError, warn_user
 from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.pyro.sites import (
@@ -136,12 +135,10 @@ def marginals(
             if structured
             else ("has strongly correlated sites or components")
         )
-        warnings.warn(
+        warn_user(
             f"{kind} {why}. It is read as its exact block marginals (fusion takes sites and "
             f"components for independent), which loses {lost:.1f} nats of correlation over "
             f"{dimension} dimensions",
-            UserWarning,
-            stacklevel=7,
         )
     return result
 

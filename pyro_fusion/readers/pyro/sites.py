@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyro.distributions as dist
@@ -49,12 +49,15 @@ class Draws:
         match a Normal to the unconstrained values instead.
     :param support: the support of the values, unless ``like`` is given.
     :param sample: draws ``n`` unconstrained values at once, where the program need not be run.
+    :param pooled: axis -> its full size, of the axes whose members have the same distribution:
+        their draws are pooled, so that the members come out equal.
     """
 
     plates: tuple[str | None, ...]
     support: Constraint | None = None
     like: Factor | None = None
     sample: Callable[[int], Tensor] | None = None
+    pooled: Mapping[int, int] = field(default_factory=dict)
 
 
 Sites = dict[str, Read | Draws]

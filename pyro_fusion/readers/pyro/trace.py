@@ -12,7 +12,6 @@ is a point mass.
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,16 +19,19 @@ import pyro
 import pyro.distributions as dist
 import pyro.poutine as poutine
 import torch
+from pyro.distributions.torch_distribution import ExpandedDistribution, MaskedDistribution
 from pyro.infer.inspect import TrackProvenance
 from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to, constraints
+from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import GuideError, ParameterError, UnsupportedFamilyError
+from pyro_fusion.errors import GuideError, ParameterError, UnsupportedFamilyError, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.families.projection import normal_from_draws
+from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.pyro.program import Program
 from pyro_fusion.readers.pyro.sites import (
     Draws,
@@ -46,6 +48,8 @@ __all__ = ["read_trace", "resolve"]
 
 # Enough to see that a distribution changes from run to run, where provenance cannot tell.
 _COMPARED = 3
+# Draws at which the densities of the members along an axis are compared.
+_PROBES = 32
 
 
 def _bare(d: Distribution) -> Distribution:
@@ -142,28 +146,128 @@ def read_trace(
             )
             continue
         factor = _try_factor(name, site)
-        if factor is None:
-            transform_of(name, fn.support)  # raises if draws would be of no use
-            result[name] = Draws(plates, support=fn.support)
-            continue
         like = [_try_factor(name, o) for o in others]
-        if name not in dependent and all(_same(factor, o) for o in like):
+        if factor is None or _has_learned_map(site, factor, support):
+            result[name] = _draws(name, [site, *others], plates, support)
+        elif name not in dependent and all(_same(factor, o) for o in like):
             result[name] = Read(factor if full else _filled(name, site, factor), plates)
         elif all(o is not None and o.structure() == factor.structure() for o in like):
+            plates_of(name, site, batch_dim)  # its members may differ
             result[name] = Draws(plates, like=factor)
         else:
-            transform_of(name, fn.support)
-            result[name] = Draws(plates, support=fn.support)
-        if isinstance(result[name], Draws):
-            plates_of(name, site, batch_dim)  # a subsample can be expanded only if it is constant
+            result[name] = _draws(name, [site, *others], plates, support)
     return result
+
+
+def _draws(
+    name: str, sites: Sequence[Mapping[str, Any]], plates: tuple[str | None, ...], support: Any
+) -> Draws:
+    """To be matched by a Normal, the same for members of the same distribution in all runs."""
+    transform_of(name, support)  # raises if draws would be of no use
+    constant = set.intersection(*(_constant_axes(s["fn"]) for s in sites))
+    shape = sites[0]["value"].shape
+    pooled = {axis: shape[axis] for axis in constant}
+    for frame in sites[0]["cond_indep_stack"]:
+        axis = len(plates) + frame.dim if frame.vectorized else -1
+        if axis in pooled and frame.full_size is not None:
+            pooled[axis] = frame.full_size
+        elif axis >= 0:
+            plates_of(name, {**sites[0], "cond_indep_stack": [frame]}, len(plates))
+    return Draws(plates, support=support, pooled=pooled)
+
+
+def _constant_axes(fn: Distribution) -> set[int]:
+    """The axes along which all members have the same density, at draws of each of them."""
+    while isinstance(fn, torch.distributions.Independent):
+        fn = fn.base_dist
+    rank = len(fn.batch_shape)
+    if isinstance(_bare(fn), dist.Delta):
+        return set()  # whose densities say nothing
+    result = set()
+    try:
+        draws = fn.sample(torch.Size([_PROBES]))
+        for axis, size in enumerate(fn.batch_shape):
+            member = (torch.arange(_PROBES, device=draws.device) * size) // _PROBES
+            index = member.reshape((-1,) + (1,) * (draws.dim() - 1))
+            shape = list(draws.shape)
+            shape[axis + 1] = 1
+            value = draws.gather(axis + 1, index.expand(shape)).expand(draws.shape)
+            density = fn.log_prob(value.contiguous())
+            first = density.narrow(axis + 1, 0, 1).expand(density.shape)
+            if density.dim() == rank + 1 and torch.allclose(density, first, rtol=1e-5):
+                result.add(axis)
+    except Exception:  # a draw of one is out of the support of another, or there is no density
+        return result
+    return result
+
+
+def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Any) -> bool:
+    """Whether an effect-based guide put a map of its own, other than that onto the support,
+    between the family and the value: no two guides have the same."""
+    if site["infer"].get("prior") is None:
+        return False
+    known = [t for t in flatten([transform_of(site["name"], support)]) if _is_affine(t)]
+    return any(_is_affine(t) and not any(_agree(t, k) for k in known) for t in factor.transforms)
+
+
+def _agree(a: Transform, b: Transform) -> bool:
+    at = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    return all(bool(((a(x) - b(x)).abs() <= 1e-5 * (1 + b(x).abs())).all()) for x in at)
 
 
 def _support(name: str, site: Mapping[str, Any], supports: Mapping[str, Any]) -> Any:
     prior = site["infer"].get("prior")  # effect-based guides leave it here
     if prior is not None:
         return prior.support
-    return supports.get(name, site["fn"].support)
+    return supports[name] if name in supports else _support_of(site["fn"])
+
+
+def _support_of(d: Distribution) -> Any:
+    """The support, where torch says "real" of whatever ends in an affine map."""
+    if isinstance(d, torch.distributions.Independent):
+        return _independent(_support_of(d.base_dist), d.reinterpreted_batch_ndims)
+    if isinstance(d, ExpandedDistribution | MaskedDistribution):
+        return _support_of(d.base_dist)
+    generic = torch.distributions.TransformedDistribution
+    if not isinstance(d, generic) or type(d).support is not generic.support:
+        return d.support
+    support = _support_of(d.base_dist)
+    for t in flatten(d.transforms):
+        support = _affine_image(t, support) if _is_affine(t) else t.codomain
+    return _independent(support, len(d.event_shape) - support.event_dim)
+
+
+def _independent(support: Any, n: int) -> Any:
+    return constraints.independent(support, n) if n > 0 else support
+
+
+def _is_affine(t: Transform) -> bool:
+    return isinstance(t.inv if isinstance(t, tt._InverseTransform) else t, tt.AffineTransform)
+
+
+def _affine_image(t: Transform, support: Any) -> Any:
+    """What an affine map makes of an interval, a half-line or the line."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
+    if lower is None and upper is None:
+        return t.codomain
+    steps = t(torch.ones(())) - t(torch.zeros(()))
+    ends = [None if b is None else _image_of(t, b) for b in (lower, upper)]
+    if bool((steps < 0).all()):
+        ends.reverse()
+    elif not bool((steps > 0).all()):
+        return t.codomain  # up for some, down for others
+    low, high = ends
+    if low is None:
+        return constraints.less_than(high)
+    return constraints.greater_than(low) if high is None else constraints.interval(low, high)
+
+
+def _image_of(t: Transform, bound: Any) -> Any:
+    image = t(torch.as_tensor(bound, dtype=torch.float64)).detach()
+    first = image.flatten()[0]
+    return first.item() if bool((image == first).all()) else image
 
 
 def _read_delta(
@@ -265,6 +369,8 @@ def resolve(sites: Sites, program: Program, num_samples: int) -> dict[str, Read]
             factor = _match(name, s, torch.cat(values[name]))
             dtype = dtypes[name] if s.like is None else s.like.dtype
             matched[name] = Read(factor.to(dtype=dtype), s.plates)
+        except UnsupportedFamilyError as e:
+            raise UnsupportedFamilyError(f"site '{name}': {e}") from e
         except (ParameterError, torch.linalg.LinAlgError) as e:
             raise GuideError(
                 f"site '{name}': {num_samples} draws of the {program.what} match no "
@@ -276,7 +382,6 @@ def resolve(sites: Sites, program: Program, num_samples: int) -> dict[str, Read]
 
 def _statistic(name: str, s: Draws, site: Mapping[str, Any]) -> Tensor:
     if s.like is None:
-        plates_of(name, site, len(s.plates))
         value: Tensor = transform_of(name, s.support).inv(site["value"].double())
         return value
     factor = _try_factor(name, site)
@@ -295,7 +400,13 @@ def _match(name: str, s: Draws, values: Tensor) -> Factor:
         )
     if s.like is None:
         t = transform_of(name, s.support)
-        return normal_from_draws(values, [t], len(s.plates))
+        inseparable = max((part.domain.event_dim for part in flatten([t])), default=0)
+        pooled = {k: n for k, n in s.pooled.items() if k + 1 < values.dim() - inseparable}
+        for axis in pooled:
+            values = torch.cat(values.split(1, axis + 1))
+        factor = normal_from_draws(values, [t], len(s.plates))
+        shape = [pooled.get(axis, size) for axis, size in enumerate(factor.base_shape)]
+        return factor.expand(shape).map(torch.clone)
     # Centred at the first conditional location: second moments cancel badly far from zero.
     origin = s.like.location()
     centred = s.like.shift(origin).from_mean(values.mean(0))
@@ -314,10 +425,8 @@ def _warn_projected(pending: Mapping[str, Draws], what: str, num_samples: int) -
         supports = ", ".join(sorted({str(pending[n].support) for n in drawn}))
         parts.append(f"{drawn} onto a Normal in the unconstrained space of {supports}")
     error = 1 / math.sqrt(num_samples)
-    warnings.warn(
+    warn_user(
         f"this {what} is no product of exponential families. Projected by moment matching over "
         f"{num_samples} draws (so to about {error:.1g} standard deviations): "
         + "; and ".join(parts),
-        UserWarning,
-        stacklevel=5,
     )
