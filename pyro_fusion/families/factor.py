@@ -35,6 +35,8 @@ from pyro_fusion.families.transforms import (
     describe,
     flatten,
     is_elementwise,
+    plain_affine,
+    plain_transform,
     with_cache,
 )
 
@@ -389,7 +391,7 @@ def _take_apart(d: Distribution) -> Factor:
         # They know only batch axes; what Independent made events inside stays as it is.
         inner = inner.expand(d.batch_shape + inner.base_shape[inner.batch_dim :])
     elif isinstance(d, TransformedDistribution):
-        outer = tuple(_plain(t) for t in flatten(d.transforms))
+        outer = tuple(plain_transform(t) for t in flatten(d.transforms))
         inner = replace(inner, transforms=inner.transforms + outer)
     # Independent and transforms turn the rightmost batch axes into event axes.
     return replace(inner, batch_dim=len(d.batch_shape))
@@ -401,36 +403,6 @@ def _require_full(mask: bool | Tensor) -> None:
             "a factor that is partly masked out is no posterior over its whole site; "
             "remove the mask or block the site"
         )
-
-
-def _scalar(t: Transform, value: float | Tensor) -> float:
-    values = torch.as_tensor(value).flatten()
-    if bool((values != values[0]).any()):
-        raise UnsupportedFamilyError(
-            f"{type(t).__name__} with arguments that differ along an axis is not one bijection "
-            "for all components"
-        )
-    return float(values[0])
-
-
-def _plain(t: Transform) -> Transform:
-    """Transforms that hold tensors, with plain numbers instead: the same on every device."""
-    if isinstance(t, tt._InverseTransform):
-        inner: Transform = t.inv
-        if isinstance(inner, tt.AffineTransform):
-            return tt.AffineTransform(-inner.loc / inner.scale, 1 / inner.scale)
-        if isinstance(inner, tt.PowerTransform):
-            return _plain(tt.PowerTransform(1 / inner.exponent.double()))
-        return t
-    if isinstance(t, tt.PowerTransform):
-        # torch reads exponent.sign(), so this one has to be a tensor.
-        exponent = torch.tensor(_scalar(t, t.exponent), dtype=torch.float64)
-        return tt.PowerTransform(exponent)
-    return t
-
-
-def _affine(t: tt.AffineTransform) -> tt.AffineTransform:
-    return tt.AffineTransform(_scalar(t, t.loc), _scalar(t, t.scale))
 
 
 def _is_multiple(t: Transform) -> TypeGuard[tt.AffineTransform]:
@@ -455,5 +427,5 @@ def _absorb_affine(factor: Factor) -> Factor:
             transforms = transforms[1:]
             params["rate"] = params["rate"] / t.scale
         params = dict(zip(params, torch.broadcast_tensors(*params.values()), strict=True))
-    plain = tuple(_affine(t) if isinstance(t, tt.AffineTransform) else t for t in transforms)
+    plain = tuple(plain_affine(t) if isinstance(t, tt.AffineTransform) else t for t in transforms)
     return replace(factor, params=params, transforms=plain)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from pyro.distributions import transforms as pt
+from torch import Tensor
 from torch.distributions import Transform, constraints
 from torch.distributions import transforms as tt
 from torch.distributions.constraints import Constraint
@@ -27,6 +28,8 @@ __all__ = [
     "describe",
     "flatten",
     "is_elementwise",
+    "plain_affine",
+    "plain_transform",
     "rebuild",
     "register_transform",
     "with_cache",
@@ -274,3 +277,37 @@ def _image(t: Transform, bounds: _Bounds | None) -> _Bounds | None:
         return known
     low, high = float(ends.min()), float(ends.max())
     return (low, high) if known is None else (max(low, known[0]), min(high, known[1]))
+
+
+def _scalar(t: Transform, value: float | Tensor) -> float:
+    values = torch.as_tensor(value).flatten()
+    if bool((values != values[0]).any()):
+        raise UnsupportedFamilyError(
+            f"{type(t).__name__} with arguments that differ along an axis is not one bijection "
+            "for all components"
+        )
+    return float(values[0])
+
+
+def plain_transform(t: Transform) -> Transform:
+    """Transforms that hold tensors, with plain numbers instead: the same on every device."""
+    if isinstance(t, tt._InverseTransform):
+        inner: Transform = t.inv
+        if isinstance(inner, tt.AffineTransform):
+            return tt.AffineTransform(-inner.loc / inner.scale, 1 / inner.scale)
+        if isinstance(inner, tt.PowerTransform):
+            return plain_transform(tt.PowerTransform(1 / inner.exponent.double()))
+        return t
+    if isinstance(t, tt.PowerTransform):
+        # torch reads exponent.sign(), so this one has to be a tensor.
+        exponent = torch.tensor(_scalar(t, t.exponent), dtype=torch.float64)
+        return tt.PowerTransform(exponent)
+    return t
+
+
+def plain_affine(t: tt.AffineTransform) -> tt.AffineTransform:
+    """``t`` with plain numbers.
+
+    :raises UnsupportedFamilyError: if its arguments differ along an axis.
+    """
+    return tt.AffineTransform(_scalar(t, t.loc), _scalar(t, t.scale))
