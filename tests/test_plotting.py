@@ -142,9 +142,9 @@ def test_ink_and_ground_differ_enough() -> None:
 def test_labels_are_checked() -> None:
     with pytest.raises(StructureError, match="no label 'topic'; its labels are \\['component'\\]"):
         plot_assignment(fusion(THREE), "topic")
-    shared = Posterior({"b": dist.Normal(torch.zeros(2), 1.0)})
+    shared = [Posterior({"b": dist.Normal(torch.full((2,), x), 1.0)}) for x in (0.0, 1.0)]
     with pytest.raises(StructureError, match="expected one label"):
-        fuse([shared, shared]).plot()
+        fuse(shared).plot()
 
 
 # -- plot_objective --------------------------------------------------------------------------------
