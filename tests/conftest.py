@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """What every test shares: a clean parameter store, seeds, validation, a Hypothesis profile."""
 
 from collections.abc import Iterator

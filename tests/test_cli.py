@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """The command: what it prints, what it writes, and what it says when something is wrong."""
 
 import configparser

@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """What `import pyro_fusion` costs, what it leaves alone, and what it offers."""
 
 import os

@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """Pictures: where they are drawn, what is in them, what they need."""
 
 import sys

@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """The README: its code runs as printed and prints what it says, its commands work, its picture of
 the package is true."""
 

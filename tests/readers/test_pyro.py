@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """Reading Pyro's guides: each class against an independent truth (median, quantiles, get_posterior,
 closed forms, or draws with a tolerance in standard errors), and every fact of DESIGN section 4."""
 

@@ -1,3 +1,6 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
 """Priors of Pyro models, and their projection onto the family of a posterior."""
 
 import math
