@@ -52,18 +52,8 @@ def assignment_objective(
     opening: Tensor | None = None,
 ) -> float:
     """F of an assignment; arguments as for :func:`coordinate`."""
-    num_atoms = cost[0].shape[0]
-    popularity = torch.zeros(num_atoms, dtype=torch.long)
-    total = 0.0
-    for c, a in zip(cost, atoms, strict=True):
-        standing = (a != NEW).nonzero().squeeze(-1)
-        popularity += torch.bincount(a[standing], minlength=num_atoms)
-        total += float(c.cpu()[a[standing], standing].sum())
-        total += float(penalty[1]) * (len(a) - len(standing))
-    total += float(penalty[popularity].sum())
-    if opening is not None:
-        total += float(opening.cpu()[popularity > 0].sum())
-    return total
+    problem = _Problem.of(cost, penalty, opening, new_atoms=True)
+    return problem.objective([np.asarray(a) for a in atoms])
 
 
 def coordinate(
@@ -96,19 +86,13 @@ def coordinate(
     Source: Yurochkin et al., *Statistical Model Aggregation via Parameter Matching* (NeurIPS
     2019), alg. 1; exact linear assignment by ``scipy.optimize.linear_sum_assignment``.
     """
-    matrices = [c.detach().cpu().double().numpy() for c in cost]
-    num_atoms = _check(matrices, penalty, new_atoms)
-    problem = _Problem(
-        matrices,
-        penalty.cpu().double().numpy(),
-        np.zeros(num_atoms) if opening is None else opening.detach().cpu().double().numpy(),
-        new_atoms,
-    )
+    problem = _Problem.of(cost, penalty, opening, new_atoms)
+    _check(problem)
     rng = np.random.default_rng(seed)
-    starts = [_first(problem) if start is None else [np.asarray(a) for a in start]]
-    best = problem.descend(starts[0], np.arange(len(matrices)), max_sweeps)
+    first = _first(problem) if start is None else [np.asarray(a) for a in start]
+    best = problem.descend(first, np.arange(len(cost)), max_sweeps)
     for _ in range(restarts):
-        order = rng.permutation(len(matrices))
+        order = rng.permutation(len(cost))
         candidate = problem.descend(_random(problem, rng), order, max_sweeps)
         if candidate[1] < best[1]:
             best = candidate
@@ -123,14 +107,11 @@ def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:
     :param room: how many new atoms there may be; by default one for each component.
     :return: LongTensor ``[L]`` of atoms or :data:`NEW`; an exact linear assignment.
     """
-    matrix = cost.detach().cpu().double().numpy().T
-    size, num_atoms = matrix.shape
-    slots = size if room is None else min(size, room)
-    columns = _solve(np.concatenate([matrix, np.full((size, slots), new)], 1))
-    return torch.as_tensor(np.where(columns < num_atoms, columns, NEW))
+    return torch.as_tensor(_solve(_array(cost), new, room))
 
 
-def _check(cost: Sequence[np.ndarray], penalty: Tensor, new_atoms: bool) -> int:
+def _check(problem: _Problem) -> None:
+    cost, penalty = problem.cost, problem.penalty
     if not cost:
         raise StructureError("expected at least one party, got none")
     num_atoms = cost[0].shape[0]
@@ -139,7 +120,7 @@ def _check(cost: Sequence[np.ndarray], penalty: Tensor, new_atoms: bool) -> int:
             raise StructureError(
                 f"party {s}: expected costs of shape [{num_atoms}, L], got {list(c.shape)}"
             )
-        if not new_atoms and c.shape[1] > num_atoms:
+        if not problem.new_atoms and c.shape[1] > num_atoms:
             raise StructureError(
                 f"party {s} has {c.shape[1]} components, but there are only {num_atoms} atoms"
             )
@@ -149,17 +130,23 @@ def _check(cost: Sequence[np.ndarray], penalty: Tensor, new_atoms: bool) -> int:
         raise StructureError(
             f"expected a penalty of shape [{len(cost) + 1}], got {list(penalty.shape)}"
         )
-    return num_atoms
 
 
 _Atoms = list[np.ndarray]
 
 
-def _solve(matrix: np.ndarray) -> np.ndarray:
-    """The column of each row in an exact rectangular linear assignment."""
+def _array(x: Tensor) -> np.ndarray:
+    return x.detach().cpu().double().numpy()
+
+
+def _solve(cost: np.ndarray, new: float, room: int | None) -> np.ndarray:
+    """:func:`match` on arrays; ValueError if every assignment has infinite cost."""
     from scipy.optimize import linear_sum_assignment  # slow to import: only when needed
 
-    return linear_sum_assignment(matrix)[1]
+    num_atoms, size = cost.shape
+    slots = size if room is None else min(size, room)
+    _, columns = linear_sum_assignment(np.concatenate([cost.T, np.full((size, slots), new)], 1))
+    return np.where(columns < num_atoms, columns, NEW)
 
 
 @dataclass
@@ -168,6 +155,15 @@ class _Problem:
     penalty: np.ndarray
     opening: np.ndarray
     new_atoms: bool
+
+    @classmethod
+    def of(
+        cls, cost: Sequence[Tensor], penalty: Tensor, opening: Tensor | None, new_atoms: bool
+    ) -> _Problem:
+        arrays = [_array(c) for c in cost]
+        if opening is None:
+            opening = torch.zeros(cost[0].shape[:1] if len(cost) else 0, dtype=torch.float64)
+        return cls(arrays, _array(penalty), _array(opening), new_atoms)
 
     def popularity(self, atoms: _Atoms) -> np.ndarray:
         m = np.zeros(len(self.opening), dtype=np.int64)
@@ -186,15 +182,11 @@ class _Problem:
     def visit(self, s: int, m: np.ndarray) -> np.ndarray:
         """The best assignment of party ``s`` given popularities ``m`` among the others."""
         join = self.penalty[m + 1] - self.penalty[m] + np.where(m == 0, self.opening, 0.0)
-        matrix = (self.cost[s] + join[:, None]).T
-        size, num_atoms = matrix.shape
-        if self.new_atoms:
-            matrix = np.concatenate([matrix, np.full((size, size), self.penalty[1])], 1)
+        room = None if self.new_atoms else 0
         try:
-            columns = _solve(matrix)
+            return _solve(self.cost[s] + join[:, None], self.penalty[1], room)
         except ValueError as e:
             raise ParameterError(f"party {s}: every assignment has infinite cost") from e
-        return np.where(columns < num_atoms, columns, NEW)
 
     def descend(
         self, start: _Atoms, order: np.ndarray, max_sweeps: int
@@ -228,7 +220,7 @@ class _Problem:
 def _first(problem: _Problem) -> _Atoms:
     if problem.new_atoms:
         return [np.full(c.shape[1], NEW) for c in problem.cost]
-    return [_solve(c.T) for c in problem.cost]
+    return [_solve(c, 0.0, 0) for c in problem.cost]
 
 
 def _random(problem: _Problem, rng: np.random.Generator) -> _Atoms:

@@ -93,17 +93,15 @@ class Pooling(ABC):
         weight = w.new_zeros(num_atoms).index_add(0, groups, w)
         origin = group_mean(local.location(), groups, w, weight)
         shifted = local if origin is None else local.shift(origin[groups])
-        shifted_base = base
-        if base is not None and origin is not None:
-            shifted_base = base.expand((num_atoms, *base.base_shape[1:])).shift(origin)
-        per_component = None
-        if shifted_base is not None and origin is not None:
-            per_component = shifted_base.index_select(0, groups)
-        statistics = self.statistics(shifted, per_component if origin is not None else base)
+        own_base = None  # the prior in the coordinates of each component's group
+        if base is not None:
+            base = base.expand_batch((num_atoms,)).shift(origin)
+            own_base = base.index_select(0, groups)
+        statistics = self.statistics(shifted, own_base)
         total = statistics.new_zeros(num_atoms, statistics.shape[1])
         total = total.index_add(0, groups, statistics * w.unsqueeze(1))
         try:
-            atoms = self.from_statistics(local, total, weight, shifted_base)
+            atoms = self.from_statistics(local, total, weight, base)
             atoms.check()
         except (torch.linalg.LinAlgError, FusionError) as e:
             raise ParameterError(f"the {self.name} barycentre {self.failure}") from e

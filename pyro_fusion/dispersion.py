@@ -100,7 +100,7 @@ def temper(local: Factor, base: Factor, weights: Tensor, dispersion: float) -> F
     :param local: batch shape ``[N]``; ``base``: ``[1]``; ``weights``: ``[N]``.
     """
     origin = local.location()
-    shifted_base = base.expand((len(weights), *base.base_shape[1:])).shift(origin)
+    shifted_base = base.expand_batch((len(weights),)).shift(origin)
     shifted = local.shift(origin)
     message = (shifted.natural - shifted_base.natural) * (weights / dispersion).unsqueeze(1)
     return local.from_natural(shifted_base.natural + message).shift(origin, sign=1.0)

@@ -272,16 +272,15 @@ class _Task:
 
     def carry(self, site: str, matching: Matching) -> Factor:
         """Pool a site that follows the assignment of its label."""
-        axes = self.parties[0].axes[site]
-        separable = self.parties[0].decomposed[site].separable_axes
+        axes, first = self.parties[0].axes[site], self.parties[0].decomposed[site]
         places = [i for i, a in enumerate(axes) if a == matching.label]
-        rows = [i for i in places if i < separable]
+        rows = [i for i in places if i < first.separable_axes]
         if len(rows) > 1:
             raise StructureError(
                 f"site '{site}': label '{matching.label}' on {len(rows)} batch axes is not "
                 "supported; one of them must be the event axis of a Dirichlet"
             )
-        fill = base_fill(site, self.base, self.parties[0].decomposed[site])
+        fill = base_fill(site, self.base, first)
         local = []
         for p, a in zip(self.parties, matching.assignment, strict=True):
             f = p.decomposed[site].to(dtype=torch.float64)
@@ -297,17 +296,10 @@ class _Task:
                 raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
             one = stacked.index_select(0, torch.zeros(1, dtype=torch.long, device=stacked.device))
             base = one.map(lambda v: torch.full_like(v, float(fill)))
-        if rows:
-            groups = torch.cat(matching.assignment).to(stacked.device)
-            sizes = torch.tensor([len(a) for a in matching.assignment])
-            weights = self.weights.repeat_interleave(sizes).to(stacked.device)
-            try:
-                pooled = self.pooling.barycenter(stacked, groups, matching.num_atoms, weights, base)
-            except ParameterError as e:
-                raise located(e, {site: stacked}, {site: base}, tuple(sizes.tolist())) from e
-            return pooled.like(self.parties[0].decomposed[site].batch_dim, rows)
-        pooled = self._pool_all(site, stacked, base)
-        return pooled.like(self.parties[0].decomposed[site].batch_dim, ())
+        if not rows:
+            return self._pool_all(site, stacked, base).like(first.batch_dim, ())
+        pooled = self._pool(site, stacked, matching.assignment, matching.num_atoms, base)
+        return pooled.like(first.batch_dim, rows)
 
     # -- sites without a label ---------------------------------------------------------------------
 
@@ -326,13 +318,20 @@ class _Task:
         divergence = float(cost + self.pooling.opening(atom, base).sum())
         return pooled.like(self.parties[0].decomposed[site].batch_dim, ()), divergence
 
-    def _pool_all(self, site: str, local: Factor, base: Factor | None) -> Factor:
-        groups = torch.zeros(len(self.parties), dtype=torch.long, device=local.device)
-        weights = self.weights.to(local.device)
+    def _pool(
+        self, site: str, local: Factor, groups: list[Tensor], num_atoms: int, base: Factor | None
+    ) -> Factor:
+        """The barycentres of one site, ``groups`` per party; errors name the site."""
+        sizes = [len(a) for a in groups]
+        weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(local.device)
+        every = torch.cat(groups).to(local.device)
         try:
-            pooled = self.pooling.barycenter(local, groups, 1, weights, base)
+            return self.pooling.barycenter(local, every, num_atoms, weights, base)
         except ParameterError as e:
-            raise located(e, {site: local}, {site: base}, (1,) * len(self.parties)) from e
+            raise located(e, {site: local}, {site: base}, tuple(sizes)) from e
+
+    def _pool_all(self, site: str, local: Factor, base: Factor | None) -> Factor:
+        pooled = self._pool(site, local, [torch.tensor([0])] * len(self.parties), 1, base)
         return replace(pooled.map(lambda v: v.squeeze(0)), batch_dim=0)
 
 

@@ -127,7 +127,7 @@ class _Sums:
         part = self.local.index_select(0, members)
         base = self.base
         if base is not None:
-            base = base.expand((len(groups), *base.base_shape[1:]))
+            base = base.expand_batch((len(groups),))
         if self.origin is None:
             return part, base
         origin = self.origin[groups]

@@ -91,10 +91,9 @@ def _joined(problem: MatchingProblem, order: Tensor, threshold: float) -> Tensor
             # All atoms anew, but ever more rarely, so that the whole stays linear in S.
             atoms, since_update = problem.take(seen).barycenter(groups[seen], num_atoms), 0
         else:
-            fresh = party.local
             index = new.nonzero().squeeze(-1)
             atoms = {
                 site: Factor.cat([atoms[site], f.index_select(0, index)])
-                for site, f in fresh.items()
+                for site, f in party.local.items()
             }
     return groups

@@ -65,6 +65,7 @@ def _fixed(p: Posterior, site: str) -> tuple[int | None, ...]:
 
 
 def show_structure(x: object) -> str:
+    """What :meth:`Factor.structure` returns, for a message; anything else as it prints."""
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], tuple) and isinstance(x[0], str):
         name, transforms = x
         return " behind ".join([str(name), *map(str, reversed(transforms))])

@@ -254,6 +254,12 @@ class Factor:
             params[name] = v.expand(tuple(base_shape) + v.shape[v.dim() - event_dim :])
         return replace(self, params=params)
 
+    def expand_batch(self, batch_shape: Sequence[int]) -> "Factor":
+        """Expand the batch axes alone, as ``Distribution.expand`` does."""
+        shape = tuple(batch_shape)
+        expanded = self.expand(shape + self.base_shape[self.batch_dim :])
+        return replace(expanded, batch_dim=len(shape))
+
     def index_select(self, axis: int, index: Tensor) -> "Factor":
         """Keep ``index`` along ``axis`` of :attr:`shape` (non-negative)."""
         if axis < self.separable_axes:
@@ -280,19 +286,20 @@ class Factor:
     def with_batch(self, *axes: int) -> "Factor":
         """Make ``axes`` of :attr:`shape` the batch axes, in this order; the other separable axes
         become event axes, which changes nothing in a product of independent parts."""
-        rest = [i for i in range(len(self.base_shape)) if i not in axes]
-        order = [*axes, *rest]
-        n = len(order)
-        moved = self.map(lambda v: v.permute(order + list(range(n, v.dim()))))
-        return replace(moved, batch_dim=len(axes))
+        return self._permuted(self._first(axes), len(axes))
 
     def like(self, batch_dim: int, axes: Sequence[int]) -> "Factor":
         """Undo :meth:`with_batch`: ``axes`` as given there, ``batch_dim`` of the original."""
-        rest = [i for i in range(len(self.base_shape)) if i not in axes]
-        order = [*axes, *rest]
-        inverse = [order.index(i) for i in range(len(order))]
+        order = self._first(axes)
+        return self._permuted([order.index(i) for i in range(len(order))], batch_dim)
+
+    def _first(self, axes: Sequence[int]) -> list[int]:
+        """The axes of :attr:`base_shape`, ``axes`` before the others."""
+        return [*axes, *(i for i in range(len(self.base_shape)) if i not in axes)]
+
+    def _permuted(self, order: list[int], batch_dim: int) -> "Factor":
         n = len(order)
-        moved = self.map(lambda v: v.permute(inverse + list(range(n, v.dim()))))
+        moved = self.map(lambda v: v.permute(order + list(range(n, v.dim()))))
         return replace(moved, batch_dim=batch_dim)
 
     @staticmethod

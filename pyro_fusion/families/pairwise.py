@@ -11,7 +11,6 @@ again one by one, by the family's own formula, each centred at its own first arg
 """
 
 from collections.abc import Mapping
-from dataclasses import replace
 
 import numpy as np
 import torch
@@ -64,10 +63,9 @@ def kl(p: Distribution | Factor, q: Distribution | Factor) -> Tensor:
     _check_pair(p, q)
     # Not torch's broadcast_shapes, whose first call imports sympy for a second.
     shape = torch.Size(np.broadcast_shapes(p.batch_shape, q.batch_shape))
-    p = p.expand(shape + p.base_shape[p.batch_dim :])
-    q = q.expand(shape + q.base_shape[q.batch_dim :])
-    p, q = replace(p, batch_dim=len(shape)), replace(q, batch_dim=len(shape))
-    return _direct(p, q).to(torch.promote_types(p.dtype, q.dtype))
+    return _direct(p.expand_batch(shape), q.expand_batch(shape)).to(
+        torch.promote_types(p.dtype, q.dtype)
+    )
 
 
 def _direct(p: Factor, q: Factor) -> Tensor:
