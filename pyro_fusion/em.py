@@ -86,10 +86,9 @@ def expectation_maximization(
 def _e_step(problem: MatchingProblem, state: _State) -> Tensor:
     result = coordinate(
         problem.split(state.cost),
-        state.prior.penalty(problem.num_parties),
+        state.prior,
         opening=state.opening,
         start=problem.split(state.groups),
-        new_atoms=state.prior.num_atoms is None,
     )
     return torch.cat(result.atoms)
 
@@ -105,6 +104,6 @@ def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) 
     prior = prior.update(num_atoms, problem.num_parties)
     cost, opening = problem.cost(atoms), problem.opening(atoms)
     objective = prior.constant(problem.num_parties) + assignment_objective(
-        problem.split(cost), prior.penalty(problem.num_parties), problem.split(groups), opening
+        problem.split(cost), prior, problem.split(groups), opening
     )
     return _State(groups, num_atoms, atoms, cost, opening, prior, objective)

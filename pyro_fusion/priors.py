@@ -28,6 +28,14 @@ class AssignmentPrior(ABC):
     def penalty(self, num_parties: int) -> Tensor:
         """``φ(0), ..., φ(S)``: float64, shape ``[num_parties + 1]``."""
 
+    def rank_weights(self, num_ranks: int, free: int) -> Tensor:
+        """The factor of ``φ`` for each rank by falling popularity, never falling: float64, shape
+        ``[num_ranks]``.
+
+        :param free: ``max L_s``; so many atoms there must be in any case.
+        """
+        return torch.ones(num_ranks, dtype=torch.float64)
+
     def constant(self, num_parties: int) -> float:
         """The part of the objective that does not depend on the assignment."""
         return 0.0
@@ -108,6 +116,8 @@ class GroupNorm(AssignmentPrior):
 
     :param scale: λ, non-negative, in units of the dispersion. By default ``1 / (2 - √2)``, with
         which two lone components share an atom just when that costs less than one dispersion.
+    :param ranked: the paper's weights: φ of the atom of rank ``r`` by falling popularity (1, 2,
+        ...) times ``√max(0, r - max L_s)``, so that the most popular ``max L_s`` atoms are free.
     :raises ParameterError: if ``scale`` is negative or not finite.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), eq. 9, in a
@@ -115,6 +125,7 @@ class GroupNorm(AssignmentPrior):
     """
 
     scale: float = 1 / (2 - math.sqrt(2))
+    ranked: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.scale < math.inf:
@@ -122,6 +133,12 @@ class GroupNorm(AssignmentPrior):
 
     def penalty(self, num_parties: int) -> Tensor:
         return self.scale * torch.arange(num_parties + 1, dtype=torch.float64).sqrt()
+
+    def rank_weights(self, num_ranks: int, free: int) -> Tensor:
+        if not self.ranked:
+            return super().rank_weights(num_ranks, free)
+        ranks = torch.arange(1, num_ranks + 1, dtype=torch.float64)
+        return (ranks - free).clamp(min=0).sqrt()
 
 
 @dataclass(frozen=True)

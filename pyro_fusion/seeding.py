@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment import NEW, coordinate, match
 from pyro_fusion.families import Factor
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.priors import AssignmentPrior, Parametric
 from pyro_fusion.problem import MatchingProblem
 
 __all__ = ["starts"]
@@ -61,8 +61,7 @@ def _seeded(problem: MatchingProblem, num_atoms: int, generator: torch.Generator
         row = problem.cost(seed).squeeze(0) + problem.opening(seed)
         cost.append(row)
         distance = row if distance is None else torch.minimum(distance, row)
-    penalty = torch.zeros(problem.num_parties + 1, dtype=torch.float64)
-    result = coordinate(problem.split(torch.stack(cost)), penalty, new_atoms=False)
+    result = coordinate(problem.split(torch.stack(cost)), Parametric(len(cost)))
     return torch.cat(result.atoms)
 
 
