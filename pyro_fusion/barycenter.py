@@ -9,15 +9,20 @@ they always lower the same objective.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from pyro_fusion.errors import FusionError, ParameterError
+from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
 
 __all__ = ["Exclusive", "Inclusive", "Pooling", "Product", "group_mean", "pooling_named"]
+
+# An atom that lies less than the root of this from the origin, in units of its width, has ten
+# digits or so after sums about that origin; others are summed about their own.
+_FAR = 1e6
 
 
 class Pooling(ABC):
@@ -83,29 +88,65 @@ class Pooling(ABC):
         :param base: batch shape ``[1]``.
         :raises ParameterError: if an atom is empty, or ``product`` is improper.
         """
-        w = local.natural.new_ones(len(groups)) if weights is None else weights.double()
-        empty = (torch.bincount(groups, minlength=num_atoms) == 0).nonzero().flatten().tolist()
-        if empty:
+        w = torch.ones_like(groups, dtype=torch.float64) if weights is None else weights.double()
+        if self.needs_base:
+            _given(base)
+        count = torch.bincount(groups, minlength=num_atoms)
+        if not bool(count.all()):
+            empty = (count == 0).nonzero().flatten().tolist()
             raise ParameterError(f"atoms {empty} have no component")
         weight = w.new_zeros(num_atoms).index_add(0, groups, w)
-        # Where only parties of weight zero have an atom, they count alike.
-        w = torch.where(weight[groups] > 0, w, 1.0) if self.normalised else w
-        weight = w.new_zeros(num_atoms).index_add(0, groups, w)
+        if self.normalised and not bool(weight.all()):
+            # Where only parties of weight zero have an atom, they count alike.
+            w = torch.where(weight[groups] > 0, w, 1.0)
+            weight = w.new_zeros(num_atoms).index_add(0, groups, w)
+        # About one origin for all, where the statistics of `local` stay in its cache.
+        origin = local.origin
+        limit = torch.inf if origin is None else _FAR * origin.numel()
+        try:
+            own = None if base is None else base.shift(origin)
+            atoms = self._sum(local.centred, groups, w, weight, own)
+            far = atoms.first.size > limit
+        except (RuntimeError, ValueError):  # perhaps for want of digits
+            far = torch.ones_like(weight, dtype=torch.bool)
+        if not bool(far.any()):
+            return atoms.shift(origin, sign=1.0).to(dtype=local.dtype)
+        members = far[groups].nonzero().squeeze(-1)
+        index = (far.cumsum(0) - 1)[groups[members]]
+        part = local.index_select(0, members)
+        try:
+            exact = self._sum_about_means(part, index, w[members], weight[far], base)
+        except (RuntimeError, ValueError) as e:
+            raise ParameterError(f"the {self.name} barycentre {self.failure}") from e
+        if not bool(far.all()):
+            params = atoms.shift(origin, sign=1.0).params
+            place = far.nonzero().squeeze(-1)
+            both = {k: v.index_copy(0, place, exact.params[k]) for k, v in params.items()}
+            exact = replace(exact, params=both)
+        return exact.to(dtype=local.dtype)
+
+    def _sum(
+        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, base: Factor | None
+    ) -> Factor:
+        """The atoms, in the coordinates that ``local`` and ``base`` are in; a RuntimeError or a
+        ValueError if one is no member of the family."""
+        total = _group_sum(self.statistics(local), groups, w, len(weight))
+        atoms = self.from_statistics(local, total, weight, base)
+        if not self.normalised:  # means of members are members, but these are no means
+            atoms.family.build(atoms.params, validate_args=True)
+        if not bool(atoms.first.size.isfinite().all()):
+            raise ParameterError("natural or mean parameters are not finite")
+        return atoms
+
+    def _sum_about_means(
+        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, base: Factor | None
+    ) -> Factor:
+        """The atoms, each summed about the mean location of its group: nothing cancels there."""
         origin = group_mean(local.location(), groups, w, weight)
         shifted = local if origin is None else local.shift(origin[groups])
-        own_base = None  # the prior in the coordinates of each component's group
         if base is not None:
-            base = base.expand_batch((num_atoms,)).shift(origin)
-            own_base = base.index_select(0, groups)
-        statistics = self.statistics(shifted, own_base)
-        total = statistics.new_zeros(num_atoms, statistics.shape[1])
-        total = total.index_add(0, groups, statistics * w.unsqueeze(1))
-        try:
-            atoms = self.from_statistics(local, total, weight, base)
-            atoms.check()
-        except (torch.linalg.LinAlgError, FusionError) as e:
-            raise ParameterError(f"the {self.name} barycentre {self.failure}") from e
-        return atoms.shift(origin, sign=1.0).to(dtype=local.dtype)
+            base = base.expand_batch((len(weight),)).shift(origin)
+        return self._sum(shifted, groups, w, weight, base).shift(origin, sign=1.0)
 
 
 class Inclusive(Pooling):
@@ -129,10 +170,10 @@ class Inclusive(Pooling):
         return like.to(dtype=torch.float64).from_mean(total / weight.unsqueeze(1))
 
     def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
-        return _negative_entropy(local)
+        return local.first.offset
 
     def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
-        return weight * _negative_entropy(atoms)
+        return weight * atoms.first.offset
 
 
 class Exclusive(Pooling):
@@ -190,12 +231,14 @@ class Product(Pooling):
         return kl(atoms, _given(base)).double()
 
     def statistics(self, local: Factor, base: Factor | None = None) -> Tensor:
-        return local.natural - _given(base).natural
+        return local.natural
 
     def from_statistics(
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
-        return like.to(dtype=torch.float64).from_natural(total + _given(base).natural)
+        return like.to(dtype=torch.float64).from_natural(
+            total + (1 - weight.unsqueeze(1)) * _given(base).natural
+        )
 
     def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
         return local.log_normalizer - _given(base).log_normalizer
@@ -210,9 +253,11 @@ def _given(base: Factor | None) -> Factor:
     return base
 
 
-def _negative_entropy(f: Factor) -> Tensor:
-    """``A*(μ) = <η, μ> - A(η)``, the negative entropy relative to the carrier measure."""
-    return (f.natural * f.mean).sum(-1) - f.log_normalizer
+def _group_sum(x: Tensor, groups: Tensor, w: Tensor, num_groups: int) -> Tensor:
+    """``Σ_n w_n x_n`` over each group, ``[N, P] -> [K, P]``, without a temporary."""
+    index = torch.stack([groups, torch.arange(len(groups), device=groups.device)])
+    shape = (num_groups, len(groups))
+    return torch.sparse_coo_tensor(index, w, shape, check_invariants=False) @ x
 
 
 def group_mean(loc: Tensor | None, groups: Tensor, w: Tensor, weight: Tensor) -> Tensor | None:

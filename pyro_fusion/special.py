@@ -9,6 +9,7 @@ a bracket is enough: it cannot diverge, whatever the parameters. (Of Dirichlets,
 a nested one, it is what a faster method falls back on.)
 """
 
+import functools
 import math
 from collections.abc import Callable
 
@@ -21,6 +22,7 @@ __all__ = [
     "dirichlet_concentration",
     "excess",
     "gamma_concentration",
+    "inverse_tril",
     "log_minus_digamma",
     "log_share",
     "mvdigamma",
@@ -282,20 +284,34 @@ def mvdigamma(x: Tensor, dim: int) -> Tensor:
     return torch.digamma(x.unsqueeze(-1) - i / 2).sum(-1)
 
 
+@functools.lru_cache(maxsize=16)
+def _packing(dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Of each packed entry, its place in the flat matrix and its factor; of each entry of the
+    matrix, its place among the packed."""
+    with torch.inference_mode(False):  # they outlive the mode of the first who asks
+        i, j = torch.tril_indices(dim, dim, device=device)
+        place = torch.empty(dim, dim, dtype=torch.long, device=device)
+        place[i, j] = place[j, i] = torch.arange(len(i), device=device)
+        return i * dim + j, math.sqrt(2) ** (i != j).double(), place.flatten()
+
+
 def pack_symmetric(matrix: Tensor) -> Tensor:
     """``[..., D, D] -> [..., D(D+1)/2]``, off-diagonal entries times √2, so that inner products
     of packed matrices are traces of the products."""
-    dim = matrix.shape[-1]
-    i, j = torch.tril_indices(dim, dim, device=matrix.device)
-    scale = math.sqrt(2) ** (i != j).to(matrix.dtype)
-    return matrix[..., i, j] * scale
+    index, scale, _ = _packing(matrix.shape[-1], matrix.device)
+    return matrix.flatten(-2).index_select(-1, index) * scale.to(matrix.dtype)
 
 
 def unpack_symmetric(packed: Tensor, dim: int) -> Tensor:
     """Inverse of :func:`pack_symmetric`."""
-    i, j = torch.tril_indices(dim, dim, device=packed.device)
-    scale = math.sqrt(0.5) ** (i != j).to(packed.dtype)
-    matrix = packed.new_zeros(packed.shape[:-1] + (dim, dim))
-    matrix[..., i, j] = packed * scale
-    matrix[..., j, i] = packed * scale
-    return matrix
+    _, scale, place = _packing(dim, packed.device)
+    entries = packed / scale.to(packed.dtype)
+    return entries.index_select(-1, place).unflatten(-1, (dim, dim))
+
+
+def inverse_tril(matrix: Tensor) -> Tensor:
+    """The Cholesky factor of the inverse, lower triangular."""
+    # From J M J = C Cᵀ, J reversing the order, M⁻¹ = (J C⁻ᵀ J)(J C⁻ᵀ J)ᵀ.
+    reverse = torch.linalg.cholesky(matrix.flip(-2, -1)).flip(-2, -1).mT
+    eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    return torch.linalg.solve_triangular(reverse, eye, upper=False)

@@ -9,9 +9,9 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_fusion import ParameterError
-from pyro_fusion.barycenter import pooling_named
+from pyro_fusion.barycenter import _FAR, pooling_named
 from pyro_fusion.families import Factor, kl
-from tests.families.members import BARE
+from tests.families.members import BARE, mvn, normal, normal_gamma, normal_wishart
 
 POOLINGS = ["inclusive", "exclusive", "product"]
 GROUPS = torch.tensor([0, 1, 1, 0, 2, 1, 0])
@@ -203,6 +203,35 @@ class TestClosedForms:
         torch.testing.assert_close(
             far.params["scale"] / unit, near.params["scale"], rtol=1e-6, atol=0
         )
+
+
+class TestCoordinates:
+    """Sums are about one origin for all, and where that costs digits about the atom's own."""
+
+    @pytest.mark.parametrize("pooling", ["inclusive", "exclusive"])
+    @pytest.mark.parametrize("make", [normal, mvn, normal_gamma, normal_wishart])
+    def test_near_and_far_atoms_at_once(self, pooling, make):
+        how = pooling_named(pooling)
+        near = Factor.of(make(torch.arange(6))).index_select(0, torch.arange(300) % 6)
+        groups = torch.arange(300) % 6 // 2
+        groups[-2:] = 3
+        expected = how.barycenter(near, groups, 4)
+        move = torch.tensor([0.0, 0.0, 0.0, 2.0**15], dtype=torch.float64)
+        move = move.reshape(-1, *[1] * (near.location().dim() - 1))
+        local = near.shift(move[groups], 1.0)
+        atoms = how.barycenter(local, groups, 4)
+        size = atoms.shift(local.origin).first.size / local.origin.numel()
+        assert size.max() > _FAR > size.min()
+        assert (kl(expected, atoms.shift(move)) < 1e-12).all()
+
+    @pytest.mark.parametrize("pooling", ["inclusive", "exclusive"])
+    def test_costs_do_not_depend_on_what_is_cached(self, pooling):
+        how, local = pooling_named(pooling), Factor.of(normal_wishart(torch.arange(7)))
+        atoms = how.barycenter(local, GROUPS, 3, WEIGHTS)
+        plain = Factor.of(atoms.distribution())
+        expected = how.cost(plain, Factor.of(local.distribution()))
+        torch.testing.assert_close(how.cost(atoms, local), expected, rtol=1e-9, atol=1e-12)
+        assert how.cost(atoms, local).equal(how.cost(atoms, local))
 
 
 class TestProductIsBayesRule:

@@ -11,7 +11,7 @@ Everything that fusion does to a distribution (index, permute, stack, convert, p
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeGuard
 
 import pyro.distributions as dist
@@ -29,6 +29,7 @@ from torch.distributions import transforms as tt
 
 from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
 from pyro_fusion.families.base import Family, Params, family_of
+from pyro_fusion.families.sides import Side
 from pyro_fusion.families.transforms import (
     at_dtype,
     check_domains,
@@ -66,6 +67,7 @@ class Factor:
     params: Params
     transforms: tuple[Transform, ...]
     batch_dim: int
+    _before: "tuple[Tensor, Factor] | None" = field(default=None, init=False, repr=False)
 
     def __post_init__(self) -> None:
         # Whoever made them may go on using theirs, cache and all.
@@ -197,6 +199,18 @@ class Factor:
         """Log-normaliser, ``[*batch_shape]``, float64."""
         return self._sum(self.family.log_normalizer(self._double()))
 
+    @functools.cached_property
+    def first(self) -> Side:
+        """The factor as the first argument of KL divergences."""
+        products = self.natural * self.mean
+        offset = products.sum(-1) - self.log_normalizer
+        return Side(self.mean, offset, products.abs_().sum(-1) + self.log_normalizer.abs())
+
+    @functools.cached_property
+    def second(self) -> Side:
+        """The factor as the second argument of KL divergences."""
+        return Side(self.natural, self.log_normalizer, self.log_normalizer.abs())
+
     def divergence(self, other: "Factor") -> Tensor:
         """``KL(self ‖ other)`` by the family's formula, ``[*batch_shape]``, float64. Both have one
         structure and one :attr:`base_shape`."""
@@ -225,14 +239,36 @@ class Factor:
         name = self.family.location
         return None if name is None else self.params[name].double()
 
+    @functools.cached_property
+    def origin(self) -> Tensor | None:
+        """The mean location, about which :attr:`centred` is."""
+        location = self.location()
+        return None if location is None else location.flatten(0, self.batch_dim - 1).mean(0)
+
+    @property
+    def centred(self) -> "Factor":
+        """This factor shifted by its own :attr:`origin`, with all that is cached there."""
+        return self if self.origin is None else self._centred
+
+    @functools.cached_property
+    def _centred(self) -> "Factor":
+        return self.shift(self.origin)
+
     def shift(self, origin: Tensor | None, sign: float = -1.0) -> "Factor":
-        """The factor of ``x - origin`` (``x + origin`` for ``sign=1``), in float64."""
+        """The factor of ``x - origin`` (``x + origin`` for ``sign=1``), in float64.
+
+        Moved there with ``sign=1``, the way back is free and keeps what was cached."""
         name = self.family.location
         if origin is None or name is None:
             return self
+        if sign < 0 and self._before is not None and self._before[0] is origin:
+            return self._before[1]
         params = self._double()
         params[name] = params[name] + sign * origin
-        return replace(self, params=params)
+        result = replace(self, params=params)
+        if sign > 0:  # not both ways: they would keep each other alive
+            object.__setattr__(result, "_before", (origin, self))
+        return result
 
     # -- axes ----------------------------------------------------------------------------------
 
@@ -243,8 +279,10 @@ class Factor:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> "Factor":
-        """Move and cast the parameters."""
-        return self.map(lambda v: v.to(device=device, dtype=dtype))
+        """Move and cast the parameters; what is already there stays itself, cache and all."""
+        params = {k: v.to(device=device, dtype=dtype) for k, v in self.params.items()}
+        same = all(v is self.params[k] for k, v in params.items())
+        return self if same else replace(self, params=params)
 
     def expand(self, base_shape: Sequence[int]) -> "Factor":
         """Expand the parameters to a larger :attr:`base_shape`."""

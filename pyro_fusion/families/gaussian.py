@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.special import excess, pack_symmetric, unpack_symmetric
+from pyro_fusion.special import excess, inverse_tril, pack_symmetric, unpack_symmetric
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
@@ -75,11 +75,11 @@ class MultivariateNormalFamily(Family):
     def natural(self, params: Params) -> Tensor:
         precision = torch.cholesky_inverse(params["scale_tril"])
         shift = (precision @ params["loc"].unsqueeze(-1)).squeeze(-1)
-        return torch.cat([shift, pack_symmetric(-precision / 2)], -1)
+        return torch.cat([shift, pack_symmetric(precision) / -2], -1)
 
     def mean(self, params: Params) -> Tensor:
         loc, tril = params["loc"], params["scale_tril"]
-        second = tril @ tril.mT + loc.unsqueeze(-1) * loc.unsqueeze(-2)
+        second = torch.addcmul(tril @ tril.mT, loc.unsqueeze(-1), loc.unsqueeze(-2))
         return torch.cat([loc, pack_symmetric(second)], -1)
 
     def log_normalizer(self, params: Params) -> Tensor:
@@ -90,15 +90,15 @@ class MultivariateNormalFamily(Family):
 
     def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
         dim = event_shape[-1]
-        precision = -2 * unpack_symmetric(eta[..., dim:], dim)
-        covariance = torch.cholesky_inverse(torch.linalg.cholesky(precision))
-        loc = (covariance @ eta[..., :dim].unsqueeze(-1)).squeeze(-1)
-        return {"loc": loc, "scale_tril": torch.linalg.cholesky(covariance)}
+        tril = inverse_tril(unpack_symmetric(-2 * eta[..., dim:], dim))
+        loc = (tril @ (tril.mT @ eta[..., :dim].unsqueeze(-1))).squeeze(-1)
+        return {"loc": loc, "scale_tril": tril}
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         dim = event_shape[-1]
         loc = mu[..., :dim]
-        covariance = unpack_symmetric(mu[..., dim:], dim) - loc.unsqueeze(-1) * loc.unsqueeze(-2)
+        second = unpack_symmetric(mu[..., dim:], dim)
+        covariance = torch.addcmul(second, loc.unsqueeze(-1), loc.unsqueeze(-2), value=-1)
         return {"loc": loc, "scale_tril": torch.linalg.cholesky(covariance)}
 
     def kl(self, p: Params, q: Params) -> Tensor:

@@ -24,10 +24,10 @@ __all__ = ["as_factor", "kl", "pairwise_kl"]
 
 # Entries whose bound on the relative error exceeds this are computed again.
 _TOLERANCE = 1e-7
-# Below this a divergence is zero for every purpose, and is not worth refining.
-_ABSOLUTE = 1e-14
-# Elements per block of refined pairs: bounds the memory of the fall-back.
-_BLOCK = 1 << 22
+# Numbers in a block of pairs that are computed again: bounds the memory.
+_PAIRS = 1 << 22
+# Entries of the matrix that are checked at a time.
+_BLOCK = 1 << 16
 
 
 def as_factor(d: Distribution | Factor) -> Factor:
@@ -36,17 +36,15 @@ def as_factor(d: Distribution | Factor) -> Factor:
 
 
 def _check_pair(a: Factor, b: Factor) -> None:
-    if (
-        a.structure() != b.structure()
-        or a.event_shape != b.event_shape
-        or _event_parts(a) != _event_parts(b)
-    ):
+    same = a.family is b.family and a.transforms == b.transforms
+    if not (same or a.structure() == b.structure()) or _event_parts(a) != _event_parts(b):
         raise StructureError(f"no common exponential family: {_describe(a)} against {_describe(b)}")
 
 
 def _event_parts(f: Factor) -> list[torch.Size]:
-    """Of each parameter: they tell apart what event shapes do not, the numbers of categories."""
-    return [f.params[name].shape[-n:] for name, n in f.family.parameters.items() if n]
+    """Of each parameter, so of the event too, and of what its shape does not tell: the numbers of
+    categories."""
+    return [f.params[name].shape[f.batch_dim :] for name in f.family.parameters]
 
 
 def _describe(f: Factor) -> str:
@@ -82,8 +80,7 @@ def pairwise_kl(
     """``KL(a_k ‖ b_n)`` for all pairs: ``[K]`` and ``[N]`` -> ``[K, N]``, by one matrix product.
 
     Computed in float64, returned in the dtype of the inputs. Mappings of distributions are
-    products of independent factors: their divergences add up. Divergences below about 1e-14 are
-    not refined: of them only the smallness is to be believed.
+    products of independent factors: their divergences add up.
 
     :param a: batch shape ``[K]``.
     :param b: batch shape ``[N]``, the same family, transforms and event shape.
@@ -104,33 +101,44 @@ def pairwise_kl(
         )
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype=torch.float64), b.to(dtype=torch.float64)
-    location = b.location()
-    origin = None if location is None else location.mean(0)
-    ca, cb = a.shift(origin), b.shift(origin)
-    result, bound = _by_matrix_product(ca, cb)
-    spoiled = bound > _TOLERANCE * result.clamp(min=0) + _ABSOLUTE
-    spoiled |= ~torch.isfinite(result)
-    index = spoiled.nonzero()
+    # The longer side often stays from call to call, and has its coordinates in its cache.
+    if a.batch_shape > b.batch_shape:
+        p, q = a.centred.first, b.shift(a.origin).second
+        size_p, scale = p.bound
+        size_q = q.values.abs() @ scale
+    else:
+        p, q = a.shift(b.origin).first, b.centred.second
+        size_q, scale = q.bound
+        size_p = p.values.abs() @ scale
+    result = torch.addmm(q.offset, p.values, q.values.mT, alpha=-1)
+    result += p.offset.unsqueeze(1)
+    index = _spoiled(result, torch.stack([size_p, p.size]), torch.stack([size_q, q.size]))
     if len(index):
-        block = max(1, _BLOCK // max(1, a.natural.shape[-1]))
-        for rows in index.split(block):
+        for rows in index.split(max(1, _PAIRS // p.values.shape[1])):
             i, j = rows.unbind(1)
             result[i, j] = _direct(a.index_select(0, i), b.index_select(0, j))
-    return result.clamp_(min=0).to(dtype)
+    return result.to(dtype)
 
 
-def _by_matrix_product(a: Factor, b: Factor) -> tuple[Tensor, Tensor]:
-    """The divergences and a bound on their rounding errors, each ``[K, N]``."""
-    product = a.mean @ b.natural.mT
-    own = (a.mean * a.natural).sum(-1) - a.log_normalizer
-    result = own.unsqueeze(1) + b.log_normalizer - product
-    # Cauchy-Schwarz in coordinates scaled to balance the two sides: |<η, μ>| <= ‖sη‖ ‖μ/s‖.
-    size_b, size_a = b.natural.abs().mean(0), a.mean.abs().mean(0)
-    s = ((size_a + 1e-300) / (size_b + 1e-300)).sqrt()
-    norm_b = torch.linalg.vector_norm(b.natural * s, dim=-1)
-    norm_a = torch.linalg.vector_norm(a.mean / s, dim=-1)
-    own_size = (a.mean * a.natural).abs().sum(-1) + a.log_normalizer.abs()
-    magnitude = norm_a.unsqueeze(1) * norm_b
-    magnitude += own_size.unsqueeze(1) + b.log_normalizer.abs()
-    # Generous: the log-normalisers are themselves sums in which larger terms may have cancelled.
-    return result, magnitude.mul_(64 * torch.finfo(torch.float64).eps)
+def _spoiled(result: Tensor, size_p: Tensor, size_q: Tensor) -> Tensor:
+    """The entries of ``result`` that rounding may have spoiled, ``[M, 2]``.
+
+    :param size_p, size_q: ``[2, K]`` and ``[2, N]``; what was added up to an entry is at most the
+        product of their first rows plus the sum of their second.
+    """
+    # In units of the error that is allowed, and so of the least safe entry. Generous: the
+    # log-normalisers are themselves sums in which larger terms may have cancelled.
+    unit = 64 * torch.finfo(torch.float64).eps / _TOLERANCE
+    (product_p, sum_p), (product_q, sum_q) = unit * size_p.unsqueeze(-1), size_q
+    sum_q = unit * sum_q
+    block = max(1, _BLOCK // max(1, result.shape[1]))
+    found = []
+    # Blocks that stay in the processor's cache: the matrix is read once.
+    for start in range(0, len(result), block):
+        rows = slice(start, start + block)
+        least = torch.addcmul(sum_q, product_p[rows], product_q).add_(sum_p[rows])
+        # Not "less": NaN is spoiled, and so is all that is negative.
+        index = (result[rows] > least).logical_not_().nonzero()
+        index[:, 0] += start
+        found.append(index)
+    return torch.cat(found)

@@ -15,6 +15,7 @@ from torch.distributions import Distribution, kl_divergence
 from pyro_fusion.distributions import NormalWishart
 from pyro_fusion.families.base import Family, Params, register_family
 from pyro_fusion.special import (
+    inverse_tril,
     mvdigamma,
     pack_symmetric,
     unpack_symmetric,
@@ -41,11 +42,6 @@ def _from_mean(half_negative: Tensor, half_log_det: Tensor) -> tuple[Tensor, Ten
     tril = torch.linalg.cholesky(-2 * half_negative)
     df = wishart_df(_log_det(tril) - 2 * half_log_det, tril.shape[-1])
     return df, tril / df[..., None, None].sqrt()
-
-
-def _inverse_tril(matrix: Tensor) -> Tensor:
-    """The Cholesky factor of the inverse."""
-    return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix)))
 
 
 class Wishart(dist.Wishart):
@@ -97,16 +93,16 @@ class WishartFamily(Family):
 
     def mean(self, params: Params) -> Tensor:
         df, tril = params["df"], params["scale_tril"]
-        expected = df[..., None, None] * (tril @ tril.mT)
+        half_negative = pack_symmetric(tril @ tril.mT) * (-df / 2).unsqueeze(-1)
         half_log_det = _expected_log_det(df, tril) / 2
-        return torch.cat([pack_symmetric(-expected / 2), half_log_det.unsqueeze(-1)], -1)
+        return torch.cat([half_negative, half_log_det.unsqueeze(-1)], -1)
 
     def log_normalizer(self, params: Params) -> Tensor:
         return _log_normalizer(params["df"], params["scale_tril"])
 
     def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
         dim = event_shape[-1]
-        tril = _inverse_tril(unpack_symmetric(eta[..., :-1], dim))
+        tril = inverse_tril(unpack_symmetric(eta[..., :-1], dim))
         return {"df": eta[..., -1] + dim + 1, "scale_tril": tril}
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
@@ -133,10 +129,8 @@ class NormalWishartFamily(Family):
         return torch.Size([dim, dim + 1])
 
     @staticmethod
-    def _join(first: Tensor, second: Tensor, matrix: Tensor, last: Tensor) -> Tensor:
-        return torch.cat(
-            [first, second.unsqueeze(-1), pack_symmetric(matrix), last.unsqueeze(-1)], -1
-        )
+    def _join(first: Tensor, second: Tensor, packed: Tensor, last: Tensor) -> Tensor:
+        return torch.cat([first, second.unsqueeze(-1), packed, last.unsqueeze(-1)], -1)
 
     @staticmethod
     def _split(flat: Tensor, dim: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -147,20 +141,22 @@ class NormalWishartFamily(Family):
         m, precision = value[..., 0], value[..., 1:]
         pm = (precision @ m.unsqueeze(-1)).squeeze(-1)
         half_log_det = torch.linalg.slogdet(precision).logabsdet / 2
-        return self._join(pm, -(m * pm).sum(-1) / 2, -precision / 2, half_log_det)
+        packed = pack_symmetric(-precision / 2)
+        return self._join(pm, -(m * pm).sum(-1) / 2, packed, half_log_det)
 
     def natural(self, params: Params) -> Tensor:
         m, k, df, tril = (params[n] for n in self.parameters)
         km = k.unsqueeze(-1) * m
-        matrix = torch.cholesky_inverse(tril) + km.unsqueeze(-1) * m.unsqueeze(-2)
-        return self._join(km, k, matrix, df - m.shape[-1])
+        precision = torch.cholesky_inverse(tril)
+        matrix = torch.addcmul(precision, km.unsqueeze(-1), m.unsqueeze(-2))
+        return self._join(km, k, pack_symmetric(matrix), df - m.shape[-1])
 
     def mean(self, params: Params) -> Tensor:
         m, k, df, tril = (params[n] for n in self.parameters)
-        precision = df[..., None, None] * (tril @ tril.mT)
-        pm = (precision @ m.unsqueeze(-1)).squeeze(-1)
+        pm = df.unsqueeze(-1) * (tril @ (tril.mT @ m.unsqueeze(-1))).squeeze(-1)
         quadratic = m.shape[-1] / k + (m * pm).sum(-1)
-        return self._join(pm, -quadratic / 2, -precision / 2, _expected_log_det(df, tril) / 2)
+        half_negative = pack_symmetric(tril @ tril.mT) * (-df / 2).unsqueeze(-1)
+        return self._join(pm, -quadratic / 2, half_negative, _expected_log_det(df, tril) / 2)
 
     def log_normalizer(self, params: Params) -> Tensor:
         dim = params["loc"].shape[-1]
@@ -171,8 +167,13 @@ class NormalWishartFamily(Family):
         dim = event_shape[0]
         km, k, matrix, degrees = self._split(eta, dim)
         m = km / k.unsqueeze(-1)
-        tril = _inverse_tril(matrix - km.unsqueeze(-1) * m.unsqueeze(-2))
-        return {"loc": m, "concentration": k, "df": degrees + dim, "scale_tril": tril}
+        outer = torch.addcmul(matrix, km.unsqueeze(-1), m.unsqueeze(-2), value=-1)
+        return {
+            "loc": m,
+            "concentration": k,
+            "df": degrees + dim,
+            "scale_tril": inverse_tril(outer),
+        }
 
     def from_mean(self, mu: Tensor, event_shape: torch.Size) -> Params:
         dim = event_shape[0]
