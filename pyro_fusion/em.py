@@ -16,9 +16,9 @@ from torch import Tensor
 
 from pyro_fusion.assignment import assignment_objective, coordinate
 from pyro_fusion.families import Factor
+from pyro_fusion.moves import regroup, rematch
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem, compact
-from pyro_fusion.rematch import rematch
 
 __all__ = ["EMResult", "expectation_maximization"]
 
@@ -65,14 +65,15 @@ def expectation_maximization(
 
     :param start: the group of each component, LongTensor ``[N]``, any integers; no two components
         of a party share one.
-    :param collapsed: where that has come to an end, match each party once more on the collapsed
-        objective (``rematch.py``), and go on from there if that helped.
+    :param collapsed: where that has come to an end, and merges and splits of atoms too, let several
+        parties move at once, then match each once more on the collapsed objective (``moves.py``),
+        and go on from there if that helped.
     """
     state = _maximise(problem, prior, start)
     trace = [state.objective]
     converged = False
     while not converged and len(trace) <= max_iterations:
-        for step in (_e_step, _rematch) if collapsed else (_e_step,):
+        for step in _STEPS if collapsed else _STEPS[:2]:
             proposal = _maximise(problem, state.prior, step(problem, state))
             # Equality up to rounding is convergence; what stands is kept: the trace never rises.
             converged = not proposal.objective < state.objective - 1e-12 * abs(state.objective)
@@ -83,18 +84,34 @@ def expectation_maximization(
     return EMResult(state.groups, state.num_atoms, state.atoms, state.prior, trace, converged)
 
 
-def _e_step(problem: MatchingProblem, state: _State) -> Tensor:
+def _e_step(problem: MatchingProblem, state: _State, moves: bool = False) -> Tensor:
     result = coordinate(
         problem.split(state.cost),
         state.prior,
         opening=state.opening,
         start=problem.split(state.groups),
+        moves=moves,
     )
     return torch.cat(result.atoms)
 
 
+def _move(problem: MatchingProblem, state: _State) -> Tensor:
+    return _e_step(problem, state, moves=True)
+
+
+def _regroup(problem: MatchingProblem, state: _State) -> Tensor:
+    try:
+        return regroup(problem, state.prior, state.groups, state.num_atoms, state.cost)
+    except (RuntimeError, ValueError):
+        return state.groups  # some candidate group is improper
+
+
 def _rematch(problem: MatchingProblem, state: _State) -> Tensor:
-    return rematch(problem, state.prior, state.groups, state.num_atoms)
+    return rematch(problem, state.prior, state.groups, state.num_atoms, state.cost)
+
+
+# From the cheapest to the dearest: each is taken only where those before do not help.
+_STEPS = (_e_step, _regroup, _move, _rematch)
 
 
 def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) -> _State:

@@ -76,7 +76,8 @@ def fuse(
     :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
         the assignment with messages tempered by 1/T and then pools the messages as they are.
     :param seed: of the random starts; the same seed gives the same result.
-    :param restarts: starts beyond the first; the best is kept.
+    :param restarts: starts beyond the first, at most; the best is kept. When three have come to
+        one end, and none to a better, there are no more.
     :param max_iterations: of coordinate ascent, per start.
     :param progress: show a progress bar over the starts.
     :raises StructureError: if parties do not fit together; names both, the site and what differs.
@@ -154,6 +155,14 @@ def _check_num_atoms(parties: list[Posterior], roles: Roles, prior: AssignmentPr
 
 # So many of the starts' results are refined on the collapsed objective.
 _REFINED = 3
+
+# When so many starts have come to one end, and none to a better, there are no more.
+_AGREEING = 3
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether two objectives are those of one assignment, up to rounding."""
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
 
 
 @dataclass(frozen=True)
@@ -252,12 +261,21 @@ class _Task:
 
         begin = starts(problem, self.prior, self.restarts, self.seed)
         bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not progress)
-        results = [
-            expectation_maximization(problem, self.prior, s, self.max_iterations, collapsed=False)
-            for s in bar
-        ]
-        ends = [r.objective[-1] for r in results]
-        order = sorted(range(len(ends)), key=ends.__getitem__)
+        results: list[EMResult] = []
+        ends: list[float] = []
+        for start in bar:
+            results.append(
+                expectation_maximization(
+                    problem, self.prior, start, self.max_iterations, collapsed=False
+                )
+            )
+            ends.append(results[-1].objective[-1])
+            if sum(_same(f, min(ends)) for f in ends) == _AGREEING:
+                break
+        order: list[int] = []
+        for i in sorted(range(len(ends)), key=ends.__getitem__):
+            if not any(_same(ends[i], ends[k]) for k in order):
+                order.append(i)
         best: EMResult | None = None
         for i in order[:_REFINED]:
             result = expectation_maximization(

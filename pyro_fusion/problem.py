@@ -61,21 +61,26 @@ class MatchingProblem:
 
     def cost(self, atoms: Factors) -> Tensor:
         """``w D / T`` summed over sites: ``[K, N]``."""
-        terms = [
-            self.pooling.cost(atoms[site], f, self.base.get(site)) for site, f in self.local.items()
-        ]
-        return torch.stack(terms).sum(0) * (self.weights / self.dispersion)
+        total: Tensor | None = None
+        for site, f in self.local.items():
+            term = self.pooling.cost(atoms[site], f, self.base.get(site))
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total.mul_(self.weights / self.dispersion)
 
     def opening(self, atoms: Factors) -> Tensor:
         """The cost of an atom by itself over T, summed over sites: ``[K]``."""
         terms = [self.pooling.opening(a, self.base.get(site)) for site, a in atoms.items()]
         return torch.stack(terms).sum(0) / self.dispersion
 
-    def barycenter(self, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
-        """M-step: the atoms of the groups ``[N]``."""
+    def barycenter(
+        self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
+    ) -> dict[str, Factor]:
+        """M-step: the atoms of the groups ``[N]``, with other weights if they are given."""
         groups = groups.to(self.weights.device)
+        w = self.weights if weights is None else weights
         return {
-            site: self.pooling.barycenter(f, groups, num_atoms, self.weights, self.base.get(site))
+            site: self.pooling.barycenter(f, groups, num_atoms, w, self.base.get(site))
             for site, f in self.local.items()
         }
 

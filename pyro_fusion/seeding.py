@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import NEW, coordinate, match
-from pyro_fusion.families import Factor
 from pyro_fusion.priors import AssignmentPrior, Parametric
 from pyro_fusion.problem import MatchingProblem
 
@@ -43,7 +42,7 @@ def starts(
         order = torch.arange(problem.num_parties)
         if i >= len(_THRESHOLDS):
             order = torch.randperm(problem.num_parties, generator=generator)
-        yield _joined(problem, order, _THRESHOLDS[i % len(_THRESHOLDS)])
+        yield _joined(problem, order.tolist(), _THRESHOLDS[i % len(_THRESHOLDS)])
 
 
 def _seeded(problem: MatchingProblem, num_atoms: int, generator: torch.Generator) -> Tensor:
@@ -57,42 +56,64 @@ def _seeded(problem: MatchingProblem, num_atoms: int, generator: torch.Generator
             p = distance.clamp(min=0).cpu()
             p = p if bool(p.sum() > 0) else torch.ones(count)
         chosen = torch.multinomial(p.double(), 1, generator=generator)
-        seed = {site: f.index_select(0, chosen) for site, f in problem.local.items()}
-        row = problem.cost(seed).squeeze(0) + problem.opening(seed)
+        row = _cost(problem, chosen).squeeze(0)
         cost.append(row)
         distance = row if distance is None else torch.minimum(distance, row)
     result = coordinate(problem.split(torch.stack(cost)), Parametric(len(cost)))
     return torch.cat(result.atoms)
 
 
-def _joined(problem: MatchingProblem, order: Tensor, threshold: float) -> Tensor:
+def _cost(problem: MatchingProblem, index: Tensor) -> Tensor:
+    """What each component costs in atoms that are the components ``index``: ``[len(index), N]``."""
+    atoms = {site: f.index_select(0, index) for site, f in problem.local.items()}
+    return problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
+
+
+def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Tensor:
+    """The parties join in blocks that double: a block is matched with the atoms of those before,
+    then what is new in it among itself, so that there are few costs and barycentres to compute."""
     ends = torch.tensor(problem.sizes).cumsum(0).tolist()
+    parties = [torch.arange(ends[s] - problem.sizes[s], ends[s]) for s in order]
+    limit = _MAX_ATOMS_PER_COMPONENT * max(problem.sizes)
     groups = torch.full((ends[-1],), NEW)
-    seen = torch.empty(0, dtype=torch.long)
-    num_atoms, since_update = 0, 0
-    atoms: dict[str, Factor] = {}
-    for s in order.tolist():
-        members = torch.arange(ends[s] - problem.sizes[s], ends[s])
-        party = problem.take(members)
-        a = torch.full((len(members),), NEW)
-        if num_atoms > _MAX_ATOMS_PER_COMPONENT * max(problem.sizes):
-            threshold *= 2
-        if num_atoms:
-            # Openings are in the threshold, so that it means the same in every pooling.
-            a = match(party.cost(atoms) + party.opening(atoms).unsqueeze(1), threshold)
-        new = a == NEW
-        a = torch.where(new, num_atoms + new.cumsum(0) - 1, a)
-        groups[members] = a
-        seen = torch.cat([seen, members])
-        num_atoms = max(num_atoms, int(a.max()) + 1)
-        since_update += 1
-        if 3 * since_update >= len(seen) / len(members) or s == order[0]:
-            # All atoms anew, but ever more rarely, so that the whole stays linear in S.
-            atoms, since_update = problem.take(seen).barycenter(groups[seen], num_atoms), 0
-        else:
-            index = new.nonzero().squeeze(-1)
-            atoms = {
-                site: Factor.cat([atoms[site], f.index_select(0, index)])
-                for site, f in party.local.items()
-            }
+    groups[parties[0]] = torch.arange(len(parties[0]))
+    num_atoms, done = len(parties[0]), 1
+    while done < len(parties):
+        seen = (groups != NEW).to(problem.weights.device)
+        weights = torch.where(seen, problem.weights, 0.0)
+        atoms = problem.barycenter(groups.clamp(min=0), num_atoms, weights)
+        # Openings are in the threshold, so that it means the same in every pooling.
+        cost = (problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)).cpu()
+        fresh: list[Tensor] = []
+        for members in parties[done : 2 * done]:
+            if num_atoms + sum(map(len, fresh)) > limit:
+                threshold *= 2
+            a = match(cost[:, members], threshold)
+            groups[members] = a
+            fresh.append(members[a == NEW])
+            done += 1
+            if num_atoms + sum(map(len, fresh)) > 2 * limit:
+                break
+        num_atoms = _found(problem, groups, fresh, num_atoms, threshold)
     return groups
+
+
+def _found(
+    problem: MatchingProblem, groups: Tensor, fresh: list[Tensor], num_atoms: int, threshold: float
+) -> int:
+    """New atoms for the components ``fresh`` of each party, shared where they are close; the
+    number of atoms there are then. Writes to ``groups``."""
+    every = torch.cat(fresh)
+    if len(every) == 0:
+        return num_atoms
+    cost = _cost(problem.take(every), torch.arange(len(every))).cpu()
+    founders = torch.empty(0, dtype=torch.long)  # places in `every`
+    place = 0
+    for members in fresh:
+        own = torch.arange(place, place + len(members))
+        place += len(members)
+        a = match(cost[founders][:, own], threshold)
+        new = a == NEW
+        groups[members] = num_atoms + torch.where(new, len(founders) + new.cumsum(0) - 1, a)
+        founders = torch.cat([founders, own[new]])
+    return num_atoms + len(founders)

@@ -17,7 +17,7 @@ from pyro_fusion.barycenter import pooling_named
 from pyro_fusion.em import expectation_maximization
 from pyro_fusion.families import Factor
 from pyro_fusion.problem import MatchingProblem, compact
-from pyro_fusion.rematch import rematch
+from pyro_fusion.moves import rematch
 from pyro_fusion.seeding import starts
 from tests.families.members import BARE
 from tests.test_barycenter import prior_of
@@ -158,16 +158,19 @@ def test_rematching_leaves_a_poor_optimum(pooling):
     # Two parties see the same three atoms; everything starts in groups of its own.
     problem = gaussian_problem(0, pooling, spread=0.1)
     prior = GroupNorm()
-    groups, count = compact(rematch(problem, prior, torch.arange(9), 9))
+    cost = problem.cost(problem.barycenter(torch.arange(9), 9))
+    groups, count = compact(rematch(problem, prior, torch.arange(9), 9, cost))
     assert count == 3
     assert torch.equal(groups[:3], groups[3:6])
     assert torch.equal(groups[:3], groups[6:])
 
 
-def test_too_large_for_rematching_comes_back_as_it_is(monkeypatch):
-    monkeypatch.setattr("pyro_fusion.rematch._MAX_NUMBERS", 1)
+def test_rematching_in_parts_gives_the_same(monkeypatch):
     problem = gaussian_problem(0, "inclusive", spread=0.1)
-    assert torch.equal(rematch(problem, GroupNorm(), torch.arange(9), 9), torch.arange(9))
+    cost = problem.cost(problem.barycenter(torch.arange(9), 9))
+    whole = rematch(problem, GroupNorm(), torch.arange(9), 9, cost)
+    monkeypatch.setattr("pyro_fusion.moves._NUMBERS", 1)
+    assert torch.equal(rematch(problem, GroupNorm(), torch.arange(9), 9, cost), whole)
 
 
 @pytest.mark.cuda
