@@ -16,8 +16,8 @@ from pyro_fusion import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.barycenter import pooling_named
 from pyro_fusion.em import expectation_maximization
 from pyro_fusion.families import Factor
-from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.moves import rematch
+from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
 from tests.families.members import BARE
 from tests.test_barycenter import prior_of

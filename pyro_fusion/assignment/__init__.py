@@ -19,12 +19,19 @@ keyword ``opening`` (``[K]``), ``start`` (an assignment) and its own settings.
 
 from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem, assignment_objective
 from pyro_fusion.assignment.coordinate import coordinate, match
+from pyro_fusion.assignment.relaxed import RelaxedAssignment, relaxed
+from pyro_fusion.assignment.sinkhorn import SoftAssignment, sinkhorn, soft_assignment
 
 __all__ = [
     "NEW",
     "Assignment",
     "AssignmentProblem",
+    "RelaxedAssignment",
+    "SoftAssignment",
     "assignment_objective",
     "coordinate",
     "match",
+    "relaxed",
+    "sinkhorn",
+    "soft_assignment",
 ]

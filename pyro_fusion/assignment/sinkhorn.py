@@ -1,0 +1,263 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The entropic solver: all parties at once on the costs' device, soft assignments at a temperature,
+and annealing. Nothing here loops over parties, atoms or components but the rounding at the end."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot, pad
+
+from pyro_fusion.assignment.base import Assignment, AssignmentProblem
+from pyro_fusion.assignment.coordinate import coordinate, match
+from pyro_fusion.errors import ParameterError
+from pyro_fusion.priors import AssignmentPrior
+
+__all__ = ["SoftAssignment", "sinkhorn", "soft_assignment"]
+
+# Annealing ends when so little of a component is elsewhere than in its most probable place, on
+# average, or at so small a fraction of the first temperature.
+_INTEGRAL = 1e-3
+_COLDEST = 1e-5
+
+# On the way there, rows and prices need be right only so far.
+_ROUGHLY = 0.1
+
+# A median needs no more numbers than this, about.
+_MAX_NUMBERS = 1 << 20
+
+
+@dataclass(frozen=True)
+class SoftAssignment:
+    """The result of :func:`soft_assignment`.
+
+    :ivar soft: ``P``, ``[K, N]``; what a column lacks to 1 is a new atom's.
+    :ivar dual: the multipliers of the row constraints, ``[S, K]``, never positive.
+    :ivar iterations: of Sinkhorn.
+    :ivar converged: whether rows and prices stand still up to the tolerance.
+    """
+
+    soft: Tensor
+    dual: Tensor
+    iterations: int
+    converged: bool
+
+
+def sinkhorn(
+    cost: Sequence[Tensor],
+    prior: AssignmentPrior,
+    *,
+    opening: Tensor | None = None,
+    start: Sequence[Tensor] | None = None,
+    temperature: float | None = None,
+    annealing: float = 0.5,
+    tolerance: float = 1e-3,
+    max_iterations: int = 100,
+) -> Assignment:
+    """Soft assignments at falling temperatures, each rounded by an exact linear assignment per
+    party; the best of them, polished by :func:`coordinate`. ``soft`` is that of the last
+    temperature.
+
+    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair.
+    :param prior: of the assignment; with a fixed number of atoms they are the ``K`` given.
+    :param opening: cost of using an atom at all, ``[K]``; zero by default.
+    :param start: an assignment whose popularities set the first prices; the result is no worse. By
+        default all atoms are priced alike, by the convex envelope of ``φ``.
+    :param temperature: the only one, in the units of the costs. By default from the median of what
+        an atom costs more than the cheapest down to where the assignment is all but integral.
+    :param annealing: the factor from one temperature to the next, between 0 and 1.
+    :param tolerance: of :func:`soft_assignment` at the last temperature.
+    :param max_iterations: of :func:`soft_assignment` at each temperature.
+    :raises StructureError: if shapes do not fit, or a party has more components than there are
+        atoms while their number is fixed.
+    :raises ParameterError: if costs are NaN or ``-inf``, if every assignment is forbidden, or if
+        temperature or annealing are out of range.
+
+    Source: as for :func:`soft_assignment`; annealing after Rose, *Deterministic Annealing for
+    Clustering, Compression, Classification, Regression, and Related Optimization Problems* (Proc.
+    IEEE 1998).
+    """
+    problem = AssignmentProblem.of(cost, prior, opening)
+    if not 0 < annealing < 1:
+        raise ParameterError(f"annealing must be between 0 and 1, got {annealing}")
+    state, candidates, iterations = None, [], 0
+    if start is not None:
+        candidates.append(torch.cat([torch.as_tensor(a) for a in start]))
+        state = _hard(problem, candidates[0])
+    if temperature is None:
+        temperature = first = _scale(problem)
+        while True:
+            state = soft_assignment(
+                problem, temperature, state, tolerance=_ROUGHLY, max_iterations=max_iterations
+            )
+            iterations += state.iterations
+            if _is_integral(state.soft) or temperature <= _COLDEST * first:
+                break
+            candidates.append(_round(problem, state.soft))
+            temperature *= annealing
+    state = soft_assignment(
+        problem, temperature, state, tolerance=tolerance, max_iterations=max_iterations
+    )
+    candidates.append(_round(problem, state.soft))
+    best = min(candidates, key=problem.objective)
+    polished = coordinate(cost, prior, opening=opening, start=problem.split(best))
+    return Assignment(
+        polished.atoms,
+        polished.objective,
+        iterations + state.iterations,
+        state.converged and polished.converged,
+        soft=problem.split(state.soft),
+    )
+
+
+def soft_assignment(
+    problem: AssignmentProblem,
+    temperature: float,
+    start: SoftAssignment | None = None,
+    *,
+    tolerance: float = 1e-3,
+    max_iterations: int = 1000,
+) -> SoftAssignment:
+    r"""The mean field of F at temperature ``ε``: per party the entropic programme
+
+    .. math:: \min_P \sum_{kl} P_{kl} (C_{kl} + c_k + \varepsilon \log P_{kl})
+        + \sum_l u_l (\varphi(1) + \varepsilon \log u_l), \quad
+        \sum_k P_{kl} + u_l = 1, \quad \sum_l P_{kl} \le 1
+
+    at prices ``c_k`` that depend on the other parties: what joining atom ``k`` is expected to cost,
+    ``φ(m + 1) - φ(m)`` at their popularity ``m``, between integers by interpolation. ``u`` are new
+    atoms, and the inequality is what lets a party lack an atom.
+
+    Rows and columns are scaled in turn, all parties at once: a column is a softmax, a row a step
+    of its multiplier, clamped at zero. Once the rows hold, prices move half the way to what they
+    should be (all the way, parties that all react at once may overshoot forever), and so on.
+
+    :param temperature: ``ε``, positive, in the units of the costs.
+    :param start: a result to go on from, at this or another temperature and other costs.
+    :param tolerance: rows sum to at most ``1 + tolerance`` when converged, and prices are right up
+        to ``tolerance`` times ``ε``. Columns are exact.
+    :param max_iterations: limit on the scalings.
+    :raises ParameterError: unless the temperature is positive and finite. Where every assignment
+        is forbidden, it does not converge.
+
+    Source: Cuturi, *Sinkhorn Distances* (NeurIPS 2013); Peyré & Cuturi, *Computational Optimal
+    Transport* (2019), sec. 4.4, for the log domain; Chizat et al., *Scaling Algorithms for
+    Unbalanced Optimal Transport Problems* (Math. Comp. 2018), for inequalities.
+    """
+    if not 0 < temperature < math.inf:
+        raise ParameterError(f"temperature must be positive and finite, got {temperature}")
+    cost, num_parties, num_atoms = problem.cost, problem.num_parties, problem.num_atoms
+    tiny = torch.finfo(cost.dtype).tiny
+    temperature = max(temperature, tiny**0.5)  # colder, costs over it overflow
+    lengths = torch.tensor(problem.sizes, device=cost.device)
+    party = torch.arange(num_parties, device=cost.device).repeat_interleave(lengths)
+    slack = int(problem.new_atoms)
+    costs = pad(cost.T, (0, slack))  # [N, K + 1]: a new atom is one more
+    if start is None:
+        dual = cost.new_zeros(num_parties, num_atoms)
+        # The chord of φ is its convex envelope: the best assignment there depends on no start.
+        chord = (problem.penalty[-1] + problem.opening) / num_parties
+        price, new = chord.to(cost).expand_as(dual), problem.penalty[1].to(cost)
+    else:
+        dual = start.dual
+        p = torch.cat([start.soft, 1 - start.soft.sum(0, keepdim=True)])[: num_atoms + slack].T
+        price, new = _prices(problem, p, torch.segment_reduce(p, "sum", lengths=lengths))
+    p = torch.empty_like(costs)
+    converged, iteration = False, 0
+    while not converged and iteration < max_iterations:
+        iteration += 1
+        if slack:
+            costs[:, -1] = new
+        logits = pad(dual - price, (0, slack)).index_select(0, party).sub_(costs)
+        torch.softmax(logits.div_(temperature), 1, out=p)
+        rows = torch.segment_reduce(p, "sum", lengths=lengths)
+        # A row that underflows leaves its true multiplier in several steps, never beyond it.
+        step = rows[:, :num_atoms].clamp(min=tiny).log_().mul_(-temperature)
+        last, dual = dual, (dual + step).clamp_(max=0)
+        # Rows themselves too: a step may be lost in rounding.
+        rows_hold = bool((rows[:, :num_atoms] <= 1 + tolerance).all())
+        if rows_hold and _near(last, dual, tolerance * temperature):
+            last, (target, new) = price, _prices(problem, p, rows)
+            converged = _near(last, target, tolerance * temperature)
+            price = (last + target) / 2
+    return SoftAssignment(p[:, :num_atoms].T, dual, iteration, converged)
+
+
+def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
+    return bool((a - b).abs_().le(tolerance).all())
+
+
+def _prices(problem: AssignmentProblem, p: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Of joining each atom for each party, ``[S, K]``, and of the new atoms, ``[]`` or ``[N]``.
+
+    :param p: the columns, ``[N, K]`` or, with new atoms, ``[N, K + 1]``.
+    :param rows: their sums per party.
+    """
+    num_atoms = problem.num_atoms
+    # Before the rows hold, a party may claim an atom more than once; it counts as one.
+    own = rows[:, :num_atoms].clamp(max=1)
+    m = own.sum(0)
+    others = (m - own).clamp_(0, problem.num_parties - 1)
+    step = problem.penalty.diff().to(own)
+    low = others.floor()
+    price = step[low.long()].lerp(step[others.ceil().long()], others - low)
+    new = problem.penalty[1].to(own)
+    if bool((problem.weights != 1).any()):
+        factor = _rank_weights(problem, torch.cat([m, p[:, num_atoms:].flatten()]))
+        price, new = price * factor[:num_atoms], new * factor[num_atoms:]
+    price += problem.opening.to(own) * (1 - others).clamp_(min=0)
+    return price, new
+
+
+def _rank_weights(problem: AssignmentProblem, m: Tensor) -> Tensor:
+    """The weight of each atom, new ones among them, by what more popular ones there are; one of
+    popularity ``m < 1`` is that part of one."""
+    order = m.argsort(descending=True, stable=True)
+    there = m[order].clamp(max=1)
+    rank = (there.cumsum(0) - there).round().long()
+    return torch.empty_like(m).index_copy_(0, order, problem.weights.to(m)[rank])
+
+
+def _hard(problem: AssignmentProblem, atoms: Tensor) -> SoftAssignment:
+    """An assignment ``[N]`` as the soft one that it is."""
+    soft = one_hot(atoms.to(problem.cost.device) + 1, problem.num_atoms + 1)[:, 1:].T
+    dual = problem.cost.new_zeros(problem.num_parties, problem.num_atoms)
+    return SoftAssignment(soft.to(problem.cost), dual, 0, True)
+
+
+def _scale(problem: AssignmentProblem) -> float:
+    """The median of what an atom costs more than the cheapest, or than a new one; 1 if nothing."""
+    cost = problem.cost[:, :: 1 + problem.cost.numel() // _MAX_NUMBERS]
+    cheapest = cost.amin(0)
+    if problem.new_atoms:
+        cheapest = cheapest.clamp(max=float(problem.penalty[1]))
+    more = (cost - cheapest).flatten()
+    more = more[more.isfinite() & (more > 0)]
+    return float(more.median()) if len(more) else 1.0
+
+
+def _is_integral(soft: Tensor) -> bool:
+    elsewhere = torch.minimum(1 - soft.amax(0), soft.sum(0))
+    return bool(elsewhere.mean() <= _INTEGRAL)
+
+
+def _round(problem: AssignmentProblem, soft: Tensor) -> Tensor:
+    """The assignment ``[N]`` of the greatest probability that is left, party by party."""
+    value = -soft
+    if problem.new_atoms:
+        value += 1 - soft.sum(0)  # against that of a new atom
+    value = torch.where(problem.cost.isfinite(), value, torch.inf).cpu()
+    room = None if problem.new_atoms else 0
+    atoms = []
+    for s, v in enumerate(problem.split(value)):
+        try:
+            atoms.append(match(v, 0.0, room))
+        except ValueError as e:
+            raise ParameterError(f"party {s}: every assignment has infinite cost") from e
+    return torch.cat(atoms)
