@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import Literal, NoReturn, TextIO
 
 from pyro_fusion._version import __version__
 from pyro_fusion.errors import FusionError, ParameterError
@@ -81,6 +81,10 @@ def _integer(text: str) -> int:
     return value
 
 
+def _scale(text: str) -> float | Literal["auto"]:
+    return "auto" if text == "auto" else float(text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pyro-fusion", description="Fuse posteriors into one, without their data."
@@ -95,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     p.add_argument(
         "--pooling",
         choices=("inclusive", "exclusive", "product"),
-        default="inclusive",
+        default="exclusive",
         help="how the components of an atom are pooled (default: %(default)s)",
     )
     p.add_argument(
@@ -104,14 +108,22 @@ def _parser() -> argparse.ArgumentParser:
         help="of the assignment; by default the one that an option of it is given for, else that "
         "of pyro_fusion.fuse",
     )
-    p.add_argument("--alpha", type=float, help="mass of the Indian buffet; 0 learns it")
-    p.add_argument("--scale", type=float, help="λ of the group norm")
+    p.add_argument(
+        "--alpha", type=float, help="mass of the Indian buffet; 0, the default, learns it"
+    )
+    p.add_argument("--scale", type=_scale, help="λ of the group norm, or 'auto' for the paper's")
     p.add_argument("--num-atoms", type=int, help="number of atoms of the parametric prior")
     p.add_argument("--base", type=Path, metavar="FILE", help="the prior, for --pooling product")
     p.add_argument("--weights", type=float, nargs="+", help="one per file, after the files")
     p.add_argument("--dispersion", type=float, help="T; estimated by default")
     p.add_argument("--seed", type=_integer, default=0, help="of the random starts")
     p.add_argument("--restarts", type=_integer, default=9, help="starts beyond the first")
+    p.add_argument(
+        "--solver",
+        choices=["coordinate", "relaxed", "sinkhorn"],
+        default="coordinate",
+        help="of the assignments",
+    )
     p.add_argument("-q", "--quiet", action="store_true", help="print no summary, show no progress")
     p.set_defaults(run=_fuse)
 
@@ -174,6 +186,7 @@ def _fuse(arguments: argparse.Namespace) -> None:
             dispersion=arguments.dispersion,
             seed=arguments.seed,
             restarts=arguments.restarts,
+            solver=arguments.solver,
             progress=not arguments.quiet and sys.stderr.isatty(),
         )
     except FusionError as e:

@@ -9,12 +9,15 @@ r"""Closed-form coordinate ascent: E-steps from ``assignment.py`` and M-steps fr
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment import assignment_objective, coordinate
+from pyro_fusion.assignment import Assignment, assignment_objective, coordinate
 from pyro_fusion.families import Factor
 from pyro_fusion.moves import regroup, rematch
 from pyro_fusion.priors import AssignmentPrior
@@ -33,6 +36,7 @@ class EMResult:
     :ivar prior: the prior, its own parameters at their estimates.
     :ivar objective: F after the start and after each iteration; never rises.
     :ivar converged: whether it stopped because nothing changed any more.
+    :ivar bound: no assignment to these atoms has a lower F; ``-inf`` where the solver knows none.
     """
 
     groups: Tensor
@@ -41,6 +45,7 @@ class EMResult:
     prior: AssignmentPrior
     objective: list[float]
     converged: bool
+    bound: float
 
 
 @dataclass(frozen=True)
@@ -60,6 +65,7 @@ def expectation_maximization(
     start: Tensor,
     max_iterations: int = 100,
     collapsed: bool = True,
+    solver: Callable[..., Assignment] = coordinate,
 ) -> EMResult:
     """Alternate E- and M-steps from an assignment until F no longer falls.
 
@@ -68,35 +74,50 @@ def expectation_maximization(
     :param collapsed: where that has come to an end, and merges and splits of atoms too, let several
         parties move at once, then match each once more on the collapsed objective (``moves.py``),
         and go on from there if that helped.
+    :param solver: of the E-steps.
     """
     state = _maximise(problem, prior, start)
     trace = [state.objective]
+    bound = -math.inf
+
+    def e_step(problem: MatchingProblem, state: _State) -> Tensor:
+        nonlocal bound
+        settings = {"moves": False} if solver is coordinate else {}
+        result = _solve(problem, state, solver, **settings)
+        bound = result.bound + state.prior.constant(problem.num_parties)
+        return torch.cat(result.atoms)
+
+    # From the cheapest to the dearest: each is taken only where those before do not help.
+    steps = (e_step, _regroup, _move, _rematch) if collapsed else (e_step, _regroup)
     converged = False
     while not converged and len(trace) <= max_iterations:
-        for step in _STEPS if collapsed else _STEPS[:2]:
+        for step in steps:
             proposal = _maximise(problem, state.prior, step(problem, state))
             # Equality up to rounding is convergence; what stands is kept: the trace never rises.
             converged = not proposal.objective < state.objective - 1e-12 * abs(state.objective)
             if not converged:
-                state = proposal
+                state, bound = proposal, -math.inf
                 trace.append(state.objective)
                 break
-    return EMResult(state.groups, state.num_atoms, state.atoms, state.prior, trace, converged)
+    return EMResult(
+        state.groups, state.num_atoms, state.atoms, state.prior, trace, converged, bound
+    )
 
 
-def _e_step(problem: MatchingProblem, state: _State, moves: bool = False) -> Tensor:
-    result = coordinate(
+def _solve(
+    problem: MatchingProblem, state: _State, solver: Callable[..., Assignment], **settings: Any
+) -> Assignment:
+    return solver(
         problem.split(state.cost),
         state.prior,
         opening=state.opening,
         start=problem.split(state.groups),
-        moves=moves,
+        **settings,
     )
-    return torch.cat(result.atoms)
 
 
 def _move(problem: MatchingProblem, state: _State) -> Tensor:
-    return _e_step(problem, state, moves=True)
+    return torch.cat(_solve(problem, state, coordinate).atoms)
 
 
 def _regroup(problem: MatchingProblem, state: _State) -> Tensor:
@@ -108,10 +129,6 @@ def _regroup(problem: MatchingProblem, state: _State) -> Tensor:
 
 def _rematch(problem: MatchingProblem, state: _State) -> Tensor:
     return rematch(problem, state.prior, state.groups, state.num_atoms, state.cost)
-
-
-# From the cheapest to the dearest: each is taken only where those before do not help.
-_STEPS = (_e_step, _regroup, _move, _rematch)
 
 
 def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) -> _State:

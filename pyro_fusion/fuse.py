@@ -7,19 +7,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from pyro_fusion.annealing import annealed
+from pyro_fusion.assignment import Assignment, coordinate, relaxed, sinkhorn
 from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
-from pyro_fusion.dispersion import estimate_dispersion, temper
+from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread, temper
 from pyro_fusion.em import EMResult, expectation_maximization
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet
+from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.problem import MatchingProblem, by_popularity, canonical_order
 from pyro_fusion.result import Fusion, Matching
 from pyro_fusion.seeding import starts
@@ -37,7 +39,7 @@ __all__ = ["fuse"]
 
 def fuse(
     posteriors: Sequence[Posterior | Callable[..., Any]],
-    pooling: str | Pooling = "inclusive",
+    pooling: str | Pooling = "exclusive",
     prior: AssignmentPrior | None = None,
     *,
     weights: Sequence[float] | Tensor | None = None,
@@ -47,6 +49,7 @@ def fuse(
     seed: int = 0,
     restarts: int = 9,
     max_iterations: int = 100,
+    solver: Literal["coordinate", "relaxed", "sinkhorn"] = "coordinate",
     progress: bool = False,
 ) -> Fusion:
     r"""Fuse local posteriors into one, without the data.
@@ -61,9 +64,9 @@ def fuse(
 
     :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
         no arguments (else ``Posterior.from_guide(guide, *args)``).
-    :param pooling: ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread),
-        ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool) or ``"product"`` (Bayes' rule
-        for independent data; needs the prior).
+    :param pooling: ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool: the paper's
+        barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread) or
+        ``"product"`` (Bayes' rule for independent data; needs the prior).
     :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default for ``product``,
         whose evidence it belongs to), :class:`~pyro_fusion.GroupNorm` (default for the others) or
         :class:`~pyro_fusion.Parametric`.
@@ -79,6 +82,10 @@ def fuse(
     :param restarts: starts beyond the first, at most; the best is kept. When three have come to
         one end, and none to a better, there are no more.
     :param max_iterations: of coordinate ascent, per start.
+    :param solver: of the E-steps. ``"coordinate"``: one party at a time, exactly. ``"relaxed"``:
+        the paper's convex programme, rounded; ``fusion.only_matching().gap`` then says within how
+        much of optimal the assignment to these atoms is (``GroupNorm`` or ``Parametric``, not
+        ``product``). ``"sinkhorn"``: starts from soft E- and M-steps at falling temperatures.
     :param progress: show a progress bar over the starts.
     :raises StructureError: if parties do not fit together; names both, the site and what differs.
     :raises ParameterError: for weights, base or other arguments out of range.
@@ -101,6 +108,13 @@ def fuse(
         )
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise ParameterError(f"seed must be an integer, got {seed!r}")
+    if solver not in _SOLVERS:
+        raise ParameterError(f"solver must be one of {sorted(_SOLVERS)}, got {solver!r}")
+    if solver == "relaxed" and (how.needs_base or not isinstance(prior, (GroupNorm, Parametric))):
+        raise ParameterError(
+            "solver 'relaxed' needs prior GroupNorm or Parametric and pooling 'inclusive' or "
+            f"'exclusive', got {prior!r} and {how.name!r}"
+        )
     parties, guides = _read(posteriors, axes)
     w = check_weights(weights, len(parties))
     check_parties(parties)
@@ -111,6 +125,7 @@ def fuse(
     if how.needs_base and len(parties) > 1:
         given = resolve_base(base, guides, sorted(parties[0].axes))
     task = _Task(parties, w, how, prior, given, roles, dispersion, seed, restarts, max_iterations)
+    task = replace(task, solver=solver)
     names = tuple(str(s) for s in range(len(parties)))
     warn_identical(parties)
     return task.run(names, progress)
@@ -153,6 +168,12 @@ def _check_num_atoms(parties: list[Posterior], roles: Roles, prior: AssignmentPr
                 )
 
 
+_SOLVERS: dict[str, Callable[..., Assignment]] = {
+    "coordinate": coordinate,
+    "relaxed": relaxed,
+    "sinkhorn": sinkhorn,
+}
+
 # So many of the starts' results are refined on the collapsed objective.
 _REFINED = 3
 
@@ -177,6 +198,7 @@ class _Task:
     seed: int
     restarts: int
     max_iterations: int
+    solver: str = "coordinate"
 
     def run(self, names: tuple[str, ...], progress: bool) -> Fusion:
         first = self.parties[0]
@@ -216,7 +238,7 @@ class _Task:
             for site, axis in sites.items()
             if self.pooling.needs_base
         }
-        scale = self.dispersion or estimate_dispersion(local, sizes, self.pooling)
+        scale = self.dispersion or estimate_dispersion(local, sizes, self.pooling, base)
         order, ordered_sizes = canonical_order(local, sizes, self.weights)
         problem = MatchingProblem(
             {site: f.index_select(0, order) for site, f in local.items()},
@@ -226,10 +248,11 @@ class _Task:
             base,
             scale,
         )
+        prior = self.prior.calibrated(lambda: pairwise_spread(local, sizes) / scale)
         if self.pooling.needs_base:
             problem = _tempered(problem)
         try:
-            best, ends = self.search(problem, progress)
+            best, ends = self.search(problem, prior, progress)
             groups = torch.empty_like(best.groups)
             groups[order] = best.groups.to(groups.device)
             groups, popularity = by_popularity(groups, best.num_atoms)
@@ -251,22 +274,28 @@ class _Task:
             best.prior,
             best.converged,
             ends,
+            best.bound,
         )
         return matching, atoms
 
-    def search(self, problem: MatchingProblem, progress: bool) -> tuple[EMResult, list[float]]:
+    def search(
+        self, problem: MatchingProblem, prior: AssignmentPrior, progress: bool
+    ) -> tuple[EMResult, list[float]]:
         """Coordinate ascent from every start, the best few then on the collapsed objective, which
         takes longer; the best result and where each start ended."""
         from tqdm import tqdm
 
-        begin = starts(problem, self.prior, self.restarts, self.seed)
+        begin = starts(problem, prior, self.restarts, self.seed)
         bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not progress)
         results: list[EMResult] = []
         ends: list[float] = []
+        solver = _SOLVERS[self.solver]
         for start in bar:
+            if solver is sinkhorn:
+                start = annealed(problem, prior, start)
             results.append(
                 expectation_maximization(
-                    problem, self.prior, start, self.max_iterations, collapsed=False
+                    problem, prior, start, self.max_iterations, collapsed=False
                 )
             )
             ends.append(results[-1].objective[-1])
@@ -279,7 +308,7 @@ class _Task:
         best: EMResult | None = None
         for i in order[:_REFINED]:
             result = expectation_maximization(
-                problem, self.prior, results[i].groups, self.max_iterations
+                problem, prior, results[i].groups, self.max_iterations, solver=solver
             )
             ends[i] = result.objective[-1]
             if best is None or result.objective[-1] < best.objective[-1]:

@@ -143,19 +143,19 @@ def rematch(
         rank[popularity.argsort(descending=True, stable=True)] = torch.arange(len(popularity))
         used = int((popularity > 0).sum())
         room = None if prior.num_atoms is None else prior.num_atoms - used
-        choice = old
         try:
             value = sums.increments(
                 members.repeat(len(standing)), standing.repeat_interleave(len(members))
             )
-        except (RuntimeError, ValueError):
-            pass  # some candidate group is improper: this party stays as it is
-        else:
             join = (step[popularity[standing]] * weights[rank[standing]]).unsqueeze(1)
             value = value.reshape(len(standing), len(members)) + join
             value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
             a = match(value, new * float(weights[used]), room)
             choice = torch.cat([standing, torch.tensor([NEW])])[a]  # NEW, -1, is the last place
+        except (RuntimeError, ValueError):
+            choice = old  # some candidate group is improper, or lost its digits
+        # One that was alone and is so again keeps its number, which others have as near.
+        choice = torch.where((choice == NEW) & (popularity[old] == 0), old, choice)
         fresh = choice == NEW
         choice = torch.where(fresh, len(popularity) + fresh.cumsum(0) - 1, choice)
         added = int(fresh.sum())

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -40,6 +42,11 @@ class AssignmentPrior(ABC):
         """The part of the objective that does not depend on the assignment."""
         return 0.0
 
+    def calibrated(self, spread: Callable[[], float]) -> AssignmentPrior:
+        """The prior with what it takes from the posteriors: ``spread()`` is the standard deviation
+        of all their pairwise divergences over the dispersion. By default itself."""
+        return self
+
     def update(self, num_atoms: int, num_parties: int) -> AssignmentPrior:
         """The prior with its own parameters at their optimum given the assignment; lowers the
         objective. A prior without parameters returns itself."""
@@ -60,7 +67,7 @@ class IndianBuffet(AssignmentPrior):
     ``log S`` at each step, times the dispersion) then merges what merely may be merged.
 
     :param alpha: the mass parameter, positive: the expected number of atoms is
-        ``alpha * H_S``. None: learned, at its mode under a Gamma prior.
+        ``alpha * H_S``. By default learned, at its mode under a Gamma prior.
     :param concentration, rate: of the Gamma prior over a learned ``alpha``; concentration >= 1.
     :raises ParameterError: for values out of range.
 
@@ -68,7 +75,7 @@ class IndianBuffet(AssignmentPrior):
     prior Yurochkin et al., *Statistical Model Aggregation via Parameter Matching* (NeurIPS 2019).
     """
 
-    alpha: float | None = 1.0
+    alpha: float | None = None
     concentration: float = 1.0
     rate: float = 1.0
     _estimate: float = field(default=1.0, init=False, repr=False)
@@ -116,6 +123,8 @@ class GroupNorm(AssignmentPrior):
 
     :param scale: λ, non-negative, in units of the dispersion. By default ``1 / (2 - √2)``, with
         which two lone components share an atom just when that costs less than one dispersion.
+        ``"auto"`` is the paper's: half the standard deviation of all pairwise divergences, whatever
+        the dispersion.
     :param ranked: the paper's weights: φ of the atom of rank ``r`` by falling popularity (1, 2,
         ...) times ``√max(0, r - max L_s)``, so that the most popular ``max L_s`` atoms are free.
     :raises ParameterError: if ``scale`` is negative or not finite.
@@ -124,14 +133,21 @@ class GroupNorm(AssignmentPrior):
     form that does not depend on the order of parties and components.
     """
 
-    scale: float = 1 / (2 - math.sqrt(2))
+    scale: float | Literal["auto"] = 1 / (2 - math.sqrt(2))
     ranked: bool = False
 
     def __post_init__(self) -> None:
-        if not 0 <= self.scale < math.inf:
-            raise ParameterError(f"scale must be non-negative and finite, got {self.scale}")
+        if self.scale != "auto" and (isinstance(self.scale, str) or not 0 <= self.scale < math.inf):
+            raise ParameterError(
+                f"scale must be non-negative and finite, or 'auto', got {self.scale!r}"
+            )
+
+    def calibrated(self, spread: Callable[[], float]) -> GroupNorm:
+        return replace(self, scale=spread() / 2) if self.scale == "auto" else self
 
     def penalty(self, num_parties: int) -> Tensor:
+        if self.scale == "auto":
+            raise ParameterError("scale='auto' depends on the posteriors: `fuse` finds it")
         return self.scale * torch.arange(num_parties + 1, dtype=torch.float64).sqrt()
 
     def rank_weights(self, num_ranks: int, free: int) -> Tensor:

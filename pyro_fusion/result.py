@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from pyro_fusion.assignment.base import relative_gap
 from pyro_fusion.errors import StructureError
 from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.posterior import Posterior
@@ -36,6 +38,7 @@ class Matching:
     :ivar prior: the prior of the assignment, with its parameters as estimated.
     :ivar converged: whether coordinate ascent stopped by itself.
     :ivar restarts: the objective that each start ended in.
+    :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
     """
 
     label: str
@@ -47,6 +50,12 @@ class Matching:
     prior: AssignmentPrior
     converged: bool
     restarts: list[float]
+    bound: float = -math.inf
+
+    @property
+    def gap(self) -> float:
+        """How far F is above the bound, relative to F: 0.03 reads "within 3 % of optimal"."""
+        return relative_gap(self.objective[-1], self.bound)
 
 
 @dataclass(frozen=True)

@@ -79,20 +79,22 @@ def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Ten
     groups[parties[0]] = torch.arange(len(parties[0]))
     num_atoms, done = len(parties[0]), 1
     while done < len(parties):
-        seen = (groups != NEW).to(problem.weights.device)
-        weights = torch.where(seen, problem.weights, 0.0)
-        atoms = problem.barycenter(groups.clamp(min=0), num_atoms, weights)
+        seen, block = torch.cat(parties[:done]), parties[done : 2 * done]
+        atoms = problem.take(seen).barycenter(groups[seen], num_atoms)
         # Openings are in the threshold, so that it means the same in every pooling.
-        cost = (problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)).cpu()
+        cost = problem.take(torch.cat(block)).cost(atoms) + problem.opening(atoms).unsqueeze(1)
         fresh: list[Tensor] = []
-        for members in parties[done : 2 * done]:
-            if num_atoms + sum(map(len, fresh)) > limit:
+        found = num_atoms
+        costs = cost.cpu().split([len(members) for members in block], 1)
+        for members, own in zip(block, costs, strict=True):
+            if found > limit:
                 threshold *= 2
-            a = match(cost[:, members], threshold)
+            a = match(own, threshold)
             groups[members] = a
             fresh.append(members[a == NEW])
+            found += len(fresh[-1])
             done += 1
-            if num_atoms + sum(map(len, fresh)) > 2 * limit:
+            if found > 2 * limit:
                 break
         num_atoms = _found(problem, groups, fresh, num_atoms, threshold)
     return groups

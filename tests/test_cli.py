@@ -120,10 +120,10 @@ def test_same_seed_same_result(files: list[str]) -> None:
     ("options", "shown"),
     [
         (["--prior", "parametric", "--num-atoms", "4"], "Parametric(num_atoms=4)"),
-        (["--prior", "group-norm", "--scale", "2"], "GroupNorm(scale=2.0)"),
+        (["--prior", "group-norm", "--scale", "2"], "GroupNorm(scale=2.0, ranked=False)"),
         (["--prior", "indian-buffet"], "IndianBuffet("),
         (["--num-atoms", "5"], "Parametric(num_atoms=5)"),
-        (["--scale", "3"], "GroupNorm(scale=3.0)"),
+        (["--scale", "3"], "GroupNorm(scale=3.0, ranked=False)"),
         (["--prior", "group-norm"], "GroupNorm("),
         (["--alpha", "2"], "IndianBuffet(alpha=2.0"),
         (["--alpha", "0"], "IndianBuffet(alpha=None"),

@@ -23,7 +23,7 @@ from tests.families.members import BARE
 from tests.test_barycenter import prior_of
 
 POOLINGS = ["inclusive", "exclusive", "product"]
-SMALL_PRIORS = [IndianBuffet(), IndianBuffet(0.3), GroupNorm(0.5), Parametric(3), Parametric(4)]
+SMALL_PRIORS = [IndianBuffet(1.0), IndianBuffet(0.3), GroupNorm(0.5), Parametric(3), Parametric(4)]
 
 
 @functools.cache
@@ -116,7 +116,7 @@ def test_equals_enumeration(pooling, prior, seed):
     name=st.sampled_from(sorted(BARE)),
     pooling=st.sampled_from(POOLINGS),
     prior=st.sampled_from(
-        [IndianBuffet(), IndianBuffet(None), GroupNorm(), GroupNorm(5.0), Parametric(6)]
+        [IndianBuffet(1.0), IndianBuffet(None), GroupNorm(), GroupNorm(5.0), Parametric(6)]
     ),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     dispersion=st.sampled_from([0.1, 1.0, 30.0]),

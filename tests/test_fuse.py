@@ -95,6 +95,32 @@ class TestRecovery:
         fusion = fuse(parties(), pooling, prior, base=BASE)
         assert same_grouping(fusion.assignment, HOLDS)
 
+    @pytest.mark.parametrize("solver", ["relaxed", "sinkhorn"])
+    @pytest.mark.parametrize("prior", [GroupNorm(), Parametric(4)], ids=str)
+    def test_every_solver(self, pooling, prior, solver):
+        if (pooling, solver) == ("product", "relaxed"):
+            with pytest.raises(ParameterError, match="solver 'relaxed' needs prior GroupNorm"):
+                fuse(parties(), pooling, prior, base=BASE, solver=solver)
+            return
+        fusion = fuse(parties(), pooling, prior, base=BASE, solver=solver)
+        assert same_grouping(fusion.assignment, HOLDS)
+        matching = fusion.only_matching()
+        assert matching.bound <= matching.objective[-1] + 1e-9
+        assert (matching.gap < 0.5) == (solver == "relaxed")
+
+    @pytest.mark.parametrize("ranked", [False, True])
+    def test_the_papers_own_regulariser(self, ranked):
+        fusion = fuse(parties(), prior=GroupNorm("auto", ranked=ranked))
+        expected = fusion.only_matching().prior
+        assert expected.scale > 0
+        # λ = std / 2 in nats: in units of the dispersion it changes with it, F does not.
+        again = fuse(
+            parties(), prior=GroupNorm("auto", ranked=ranked), dispersion=2 * fusion.dispersion
+        )
+        assert again.only_matching().prior.scale == pytest.approx(expected.scale / 2)
+        for a, b in zip(fusion.assignment, again.assignment, strict=True):
+            assert torch.equal(a, b)
+
     @pytest.mark.parametrize("alpha", [None, 0.1, 1.0, 3.0])
     def test_indian_buffet(self, alpha):
         fusion = fuse(parties(), "product", IndianBuffet(alpha), base=BASE)
@@ -460,6 +486,12 @@ def two_parties():
 
 
 class TestBadInput:
+    def test_solver(self):
+        with pytest.raises(ParameterError, match=r"solver must be one of .*'relaxed'.* got 'lp'"):
+            fuse(parties(), solver="lp")
+        with pytest.raises(ParameterError, match="solver 'relaxed' needs prior GroupNorm"):
+            fuse(parties(), prior=IndianBuffet(), solver="relaxed")
+
     @pytest.mark.parametrize(
         ("other", "message"),
         [
@@ -615,10 +647,10 @@ def test_one_component_per_party():
 def test_summary_and_repr():
     fusion = fuse(parties())
     text = fusion.summary()
-    assert "Fusion of 4 parties, inclusive pooling" in text
+    assert "Fusion of 4 parties, exclusive pooling" in text
     assert "11 × component → 4 atoms" in text
     assert "dispersion" in text
-    assert repr(fusion) == "Fusion(4 parties, inclusive: 4 atoms along 'component')"
+    assert repr(fusion) == "Fusion(4 parties, exclusive: 4 atoms along 'component')"
 
 
 @pytest.mark.cuda

@@ -11,7 +11,7 @@ import torch
 from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric
 
 PRIORS = [IndianBuffet(), IndianBuffet(0.2), IndianBuffet(None), GroupNorm(), GroupNorm(3.0)]
-PRIORS += [Parametric(4)]
+PRIORS += [GroupNorm(ranked=True), Parametric(4)]
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
@@ -101,3 +101,28 @@ def test_bad_scale(scale):
 def test_bad_num_atoms(num_atoms):
     with pytest.raises(ParameterError, match="num_atoms"):
         Parametric(num_atoms)
+
+
+class TestCalibration:
+    def test_the_papers_scale_is_half_the_standard_deviation(self):
+        assert GroupNorm("auto").calibrated(lambda: 7.0) == GroupNorm(3.5)
+        assert GroupNorm("auto", ranked=True).calibrated(lambda: 7.0) == GroupNorm(3.5, ranked=True)
+
+    @pytest.mark.parametrize("prior", PRIORS, ids=str)
+    def test_what_is_given_stays(self, prior):
+        def fail():
+            raise AssertionError("not needed")
+
+        assert prior.calibrated(fail) is prior
+
+    def test_an_unknown_scale_is_an_error_that_says_where_it_comes_from(self):
+        with pytest.raises(ParameterError, match="`fuse` finds it"):
+            GroupNorm("auto").penalty(3)
+        with pytest.raises(ParameterError, match="non-negative and finite, or 'auto', got 'half'"):
+            GroupNorm("half")
+
+    def test_rank_weights_are_those_of_the_paper(self):
+        weights = GroupNorm(ranked=True).rank_weights(6, 3)
+        assert weights.tolist() == pytest.approx([max(0, rank - 3) ** 0.5 for rank in range(1, 7)])
+        for prior in (GroupNorm(), IndianBuffet(), Parametric(3)):
+            assert prior.rank_weights(4, 2).tolist() == [1.0] * 4

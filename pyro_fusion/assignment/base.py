@@ -15,10 +15,15 @@ from torch import Tensor
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.priors import AssignmentPrior
 
-__all__ = ["NEW", "Assignment", "AssignmentProblem", "assignment_objective"]
+__all__ = ["NEW", "Assignment", "AssignmentProblem", "assignment_objective", "relative_gap"]
 
 NEW = -1
 """Marks a component that opens an atom of its own."""
+
+
+def relative_gap(objective: float, bound: float) -> float:
+    """How far an objective is above a bound, relative to itself."""
+    return max(0.0, objective - bound) / max(abs(objective), 1e-300)
 
 
 @dataclass(frozen=True)
@@ -45,7 +50,7 @@ class Assignment:
     @property
     def gap(self) -> float:
         """How far F is above the bound, relative to F: 0.03 reads "within 3 % of optimal"."""
-        return max(0.0, self.objective - self.bound) / max(abs(self.objective), 1e-300)
+        return relative_gap(self.objective, self.bound)
 
 
 @dataclass(frozen=True)
@@ -55,7 +60,8 @@ class AssignmentProblem:
     :ivar cost: ``[K, N]``, the parties side by side, on their device and in their dtype.
     :ivar sizes: ``L_s`` of each party; they add up to ``N``.
     :ivar penalty: ``φ(0), ..., φ(S)``, float64 ``[S + 1]`` on the CPU.
-    :ivar weights: of the ranks ``0, 1, ...`` by falling popularity, float64 ``[K + N]`` on the CPU.
+    :ivar weights: of the ranks ``0, 1, ...`` by falling popularity, one more than there can be:
+        float64 ``[K + N + 1]`` on the CPU.
     :ivar opening: float64 ``[K]`` on the CPU.
     :ivar new_atoms: whether components may open atoms of their own.
     """
@@ -99,11 +105,14 @@ class AssignmentProblem:
             raise StructureError(
                 f"expected opening costs of shape [{num_atoms}], got {list(opening.shape)}"
             )
+        if num_atoms == 0:  # as good as one that nobody may have, and no case of its own
+            joint = joint.new_full((1, joint.shape[1]), torch.inf)
+            opening = torch.zeros(1, dtype=torch.float64)
         return cls(
             joint,
             sizes,
             prior.penalty(len(cost)),
-            prior.rank_weights(num_atoms + joint.shape[1], max(sizes)),
+            prior.rank_weights(len(joint) + joint.shape[1] + 1, max(sizes)),
             opening.detach().cpu().double(),
             new_atoms,
         )

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem
+from pyro_fusion.errors import ParameterError
 from pyro_fusion.priors import AssignmentPrior
 
 __all__ = ["coordinate", "match"]
@@ -36,8 +39,9 @@ def coordinate(
     :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair.
     :param prior: of the assignment; with a fixed number of atoms they are the ``K`` given.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
-    :param start: an assignment to start from; by default all components open new atoms, or, where
-        that is not allowed, each party takes its cheapest atoms.
+    :param start: an assignment to start from. By default each party takes its cheapest atoms, all
+        priced alike by the convex envelope of ``φ``; and if that ends no better than where all
+        components are new atoms, these are tried too.
     :param moves: where no party alone can improve, let several move together from one atom to
         another (all of them: a merge; some, to an atom that nobody has: a split), and go on.
     :param restarts: further starts from random assignments, with the parties in random order.
@@ -53,15 +57,20 @@ def coordinate(
     problem = AssignmentProblem.of(cost, prior, opening)
     descent = _Descent.of(problem)
     rng = np.random.default_rng(seed)
-    if start is None:
-        first = descent.first()
-    else:
+    order = descent.order()
+    if start is not None:
         first = torch.cat([torch.as_tensor(a) for a in start]).numpy()
-    order = np.arange(problem.num_parties)
-    best = descent.run(first, order, moves, max_sweeps)
+        best = descent.run(first, order, moves, max_sweeps)
+    else:
+        best = descent.run(None, order, moves, max_sweeps)
+        if problem.new_atoms:
+            alone = torch.full((len(descent.cost),), NEW)
+            if not best[1] < problem.objective(alone):
+                other = descent.run(alone.numpy(), order, moves, max_sweeps)
+                best = min(best, other, key=lambda b: b[1])
     for _ in range(restarts):
-        order = rng.permutation(problem.num_parties)
-        candidate = descent.run(descent.random(rng), order, moves, max_sweeps)
+        shuffled = rng.permutation(order)
+        candidate = descent.run(descent.random(rng), shuffled, moves, max_sweeps)
         if candidate[1] < best[1]:
             best = candidate
     atoms, objective, sweeps, converged = best
@@ -81,66 +90,116 @@ def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:
 
 
 def _solve(cost: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Costs ``[L, K]`` and a price for each new atom there may be; ValueError if every assignment
-    has infinite cost."""
+    """Costs ``[L, K]`` and a price for each new atom there may be, never falling; ValueError if
+    every assignment has infinite cost."""
     from scipy.optimize import linear_sum_assignment  # slow to import: only when needed
 
     size, num_atoms = cost.shape
-    if len(new) == size <= num_atoms and (size == 0 or new[0] == new[-1]):
-        # With room for all at one price, a pair that costs more than that is a new atom.
-        _, columns = linear_sum_assignment(np.minimum(cost, new[0]) if size else cost)
-        return np.where(cost[np.arange(size), columns] < new[:1], columns, NEW)
-    slots = np.broadcast_to(new, (size, len(new)))
-    _, columns = linear_sum_assignment(np.concatenate([cost, slots], 1))
-    return np.where(columns < num_atoms, columns, NEW)
+    if len(new) < size or (size and new[0] != new[-1]):
+        slots = np.broadcast_to(new, (size, len(new)))
+        _, columns = linear_sum_assignment(np.concatenate([cost, slots], 1))
+        return np.where(columns < num_atoms, columns, NEW)
+    # With room for all at one price, a pair that costs more than that is a new atom.
+    result = np.full(size, NEW)
+    if cost.size:
+        rows, columns = linear_sum_assignment(np.minimum(cost, new[0]))
+        worth = cost[rows, columns] < new[0]
+        result[rows[worth]] = columns[worth]
+    return result
 
-
-# Numbers at once in the search for moves: larger problems are searched in parts.
-_MAX_NUMBERS = 1 << 22
 
 # What is less than rounding is no improvement, so that sweeps come to an end.
 _EPS = 1e-12
 
+# Numbers at once where all costs are read: what fits a cache.
+_MAX_NUMBERS = 1 << 16
+
 
 @dataclass
 class _Descent:
-    """A problem as numpy arrays; an assignment is an array ``[N]``, ``m`` its popularities."""
+    """A problem as numpy arrays; an assignment is an array ``[N]``, ``m`` its popularities.
+
+    Ranks are held still while a party or a move is decided. F is no higher than with any other
+    order of the ranks, so what improves with the present order lowers F.
+    """
 
     problem: AssignmentProblem
     cost: np.ndarray  # [N, K]: a party is a block of rows
     ends: list[int]
     party: np.ndarray  # [N]
     penalty: np.ndarray
-    step: np.ndarray  # φ(m + 1) - φ(m)
+    step: np.ndarray  # φ(m + 1) - φ(m), and zero where all have the atom
     weights: np.ndarray
     ranked: bool
     opening: np.ndarray
+    opens: bool  # whether opening costs anything
+    free: bool  # whether parties do not interact
 
     @classmethod
     def of(cls, problem: AssignmentProblem) -> _Descent:
-        cost = np.ascontiguousarray(problem.cost.cpu().double().numpy().T)
+        cost = problem.cost.cpu().double().T.contiguous().numpy()
         sizes = np.array(problem.sizes)
         penalty, weights = problem.penalty.numpy(), problem.weights.numpy()
+        opening = problem.opening.numpy()
         return cls(
             problem,
             cost,
             [0, *np.cumsum(sizes).tolist()],
             np.repeat(np.arange(len(sizes)), sizes),
             penalty,
-            np.append(np.diff(penalty), np.inf),
+            np.append(np.diff(penalty), 0.0),
             weights,
             bool((weights != 1).any()),
-            problem.opening.numpy(),
+            opening,
+            bool(opening.any()),
+            not penalty.any() and not opening.any(),
         )
 
     # -- starts ------------------------------------------------------------------------------------
 
+    def order(self) -> np.ndarray:
+        """The parties, those that fit best first: whatever order they are given in."""
+        best = self.cost.min(1)
+        return np.argsort(np.bincount(self.party, best, self.problem.num_parties), kind="stable")
+
     def first(self) -> np.ndarray:
+        """Each party by itself, where to join an atom costs what it does on average if all do."""
+        chord = (self.penalty[-1] + self.opening) / self.problem.num_parties
+        return self.alone(np.arange(self.problem.num_parties), chord, self.penalty[1])
+
+    def alone(self, parties: np.ndarray, price: np.ndarray, new: float) -> np.ndarray:
+        """The best assignments of some parties, in rising order, where to join an atom costs the
+        same for all: ``[N']``, side by side."""
+        from scipy.optimize import linear_sum_assignment  # slow to import: only when needed
+
+        sizes = np.diff(self.ends)[parties]
+        chosen = np.zeros(self.problem.num_parties, dtype=bool)
+        chosen[parties] = True
+        rows = np.flatnonzero(chosen[self.party])
+        ends = np.append(0, sizes.cumsum())
+        result = np.full(len(rows), NEW)
+        part = max(1, _MAX_NUMBERS // len(price))
+        i = 0
+        while i < len(parties):
+            j = max(i + 1, int(np.searchsorted(ends, ends[i] + part, "right")) - 1)
+            start, *_ = bounds = ends[i : j + 1].tolist()
+            cost = self.cost[rows[start : bounds[-1]]]
+            cost += price
+            if self.problem.new_atoms:
+                np.minimum(cost, new, out=cost)
+            for s, (a, b) in enumerate(pairwise(bounds), i):
+                try:
+                    n, k = linear_sum_assignment(cost[a - start : b - start])
+                except ValueError as e:
+                    raise ParameterError(
+                        f"party {parties[s]}: every assignment has infinite cost"
+                    ) from e
+                result[a + n] = k
+            i = j
         if self.problem.new_atoms:
-            return np.full(len(self.cost), NEW)
-        none = np.empty(0)
-        blocks = zip(self.ends, self.ends[1:], strict=False)
-        return np.concatenate([_solve(self.cost[i:j], none) for i, j in blocks])
+            dear = self.cost[rows, result] + price[result] >= new
+            result[dear] = NEW
+        return result
 
     def random(self, rng: np.random.Generator) -> np.ndarray:
         atoms = []
@@ -154,141 +213,216 @@ class _Descent:
     # -- descent -----------------------------------------------------------------------------------
 
     def run(
-        self, start: np.ndarray, order: np.ndarray, moves: bool, max_sweeps: int
+        self, start: np.ndarray | None, order: np.ndarray, moves: bool, max_sweeps: int
     ) -> tuple[np.ndarray, float, int, bool]:
-        atoms = start.copy()
-        m = self.popularity(atoms)
-        converged, sweep = False, 0
+        """From a start, or else from a first sweep in which parties do not see each other."""
+        atoms = self.first() if start is None else start.copy()
+        m = np.bincount(atoms[atoms != NEW], minlength=self.cost.shape[1])
+        sweep, together = int(start is None), True
+        converged = self.free and start is None
         while not converged and sweep < max_sweeps:
             sweep += 1
             unstable = self.unstable(atoms, m)
-            changed = [self.visit(s, atoms, m) for s in order if unstable[s]]
+            together = together and self.visit_together(np.flatnonzero(unstable), atoms, m)
+            converged = self.free
+            if together or converged:
+                continue
+            changed = [self.visit(s, atoms, m) for s in order[unstable[order]]]
             converged = not any(changed) and not (moves and self.move(atoms, m))
         return atoms, self.problem.objective(torch.as_tensor(atoms)), sweep, converged
 
-    def popularity(self, atoms: np.ndarray) -> np.ndarray:
-        return np.bincount(atoms[atoms != NEW], minlength=self.cost.shape[1])
-
-    def factors(self, m: np.ndarray) -> np.ndarray | float:
-        """The weight of each atom's rank: ``[K]``."""
+    def factors(self, m: np.ndarray, spare: int = 0) -> np.ndarray | float:
+        """The weight of each atom's rank, ``[K]``: new atoms, and so many ``spare`` ones, come
+        before those that nobody has."""
         if not self.ranked:
             return 1.0
+        order, used, lone = np.argsort(-m, kind="stable"), *self.counts(m)
         result = np.empty(len(m))
-        result[np.argsort(-m, kind="stable")] = self.weights[: len(m)]
+        result[order[:used]] = self.weights[:used]
+        result[order[used:]] = self.weights[used + lone + spare :][: len(m) - used]
         return result
 
-    def prices(self, new_elsewhere: int, m: np.ndarray, size: int) -> np.ndarray:
-        """Of the new atoms of one party, where those of others take the ranks before."""
-        if not self.problem.new_atoms:
-            return np.empty(0)
-        if not self.ranked:
-            return np.full(size, self.penalty[1])
-        first = int((m > 0).sum()) + new_elsewhere
-        return self.penalty[1] * self.weights[first : first + size]
+    def counts(self, m: np.ndarray) -> tuple[int, int]:
+        """How many standing atoms are in use, and how many new ones there are."""
+        return int((m > 0).sum()), len(self.cost) - int(m.sum())
+
+    def prices(self, m: np.ndarray, spare: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """What it costs to join each atom, and what each party that has it pays for it: ``[K]``."""
+        join, own = self.step[m], self.step[m - 1]
+        if self.ranked:
+            factors = self.factors(m, spare)
+            join, own = factors * join, factors * own
+        if self.opens:
+            join = join + np.where(m == 0, self.opening, 0.0)
+            own = own + np.where(m == 1, self.opening, 0.0)
+        return join, own
 
     def unstable(self, atoms: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """Parties some component of which would rather be elsewhere: ``[S]``. The others need no
+        """Parties some component of which might rather be elsewhere, in order. The others need no
         linear assignment, since each of their components already has its cheapest atom."""
-        count = self.problem.num_parties
-        if self.ranked:
-            return np.ones(count, dtype=bool)
+        count, last = self.problem.num_parties, sum(self.counts(m))
         standing = np.flatnonzero(atoms != NEW)
-        k = atoms[standing]
-        open_at = np.where(m == 0, self.opening, 0.0)
-        join = self.step[m] + open_at
-        own = self.step[m - 1] + np.where(m == 1, self.opening, 0.0)
-        now = np.full(len(atoms), self.penalty[1])
-        now[standing] = self.cost[standing, k] + own[k]
-        has = np.zeros((count, len(m)), dtype=bool)
-        has[self.party[standing], k] = True
-        best = (self.cost + np.where(has[self.party], own, join)).min(1)
+        k, party = atoms[standing], self.party[standing]
+        join, own = self.prices(m)
+        price = np.tile(join, (count, 1))
+        price[party, k] = own[k]
+        now = np.bincount(party, self.cost[standing, k] + own[k], count)
+        new = np.full(count, np.inf)
         if self.problem.new_atoms:
-            best = np.minimum(best, self.penalty[1])
-        result = np.zeros(count, dtype=bool)
-        result[self.party[best < now - _EPS * np.abs(now)]] = True
-        return result
+            first = last - np.bincount(self.party[atoms == NEW], minlength=count)
+            total = np.append(0.0, self.weights[:last].cumsum())
+            now = now + self.penalty[1] * (total[last] - total[first])
+            new = self.penalty[1] * self.weights[first]
+        best = np.empty(len(atoms))
+        part = max(1, _MAX_NUMBERS // len(m))
+        for i in range(0, len(atoms), part):
+            rows = slice(i, i + part)
+            there = price[self.party[rows]]
+            there += self.cost[rows]
+            best[rows] = there.min(1)
+        least = np.bincount(self.party, np.minimum(best, new[self.party]), count)
+        return _improves(least, now)
+
+    def visit_together(self, parties: np.ndarray, atoms: np.ndarray, m: np.ndarray) -> bool:
+        """Give all these parties their best assignments at the prices of now; whether F fell.
+
+        φ is concave, so it is nowhere above a line at prices between those of one party more and
+        less: F falls with what they pay, but parties that pay different prices may go further.
+        """
+        if len(parties) == 0:
+            return False
+        join, own = self.prices(m)
+        price = np.where(
+            m == 0, join, np.where(m == self.problem.num_parties, own, (join + own) / 2)
+        )
+        new = self.penalty[1] * self.weights[sum(self.counts(m))]
+        rows = np.zeros(self.problem.num_parties, dtype=bool)
+        rows[parties] = True
+        rows = rows[self.party]
+        proposal = atoms.copy()
+        proposal[rows] = self.alone(parties, price, new)
+        popularity = np.bincount(proposal[proposal != NEW], minlength=len(m))
+        improved = bool(_improves(self.objective(proposal, popularity), self.objective(atoms, m)))
+        if improved:
+            atoms[:], m[:] = proposal, popularity
+        return improved
+
+    def objective(self, atoms: np.ndarray, m: np.ndarray) -> float:
+        standing = np.flatnonzero(atoms != NEW)
+        used, lone = self.counts(m)
+        ranks = np.sort(m)[::-1][:used]
+        total = self.cost[standing, atoms[standing]].sum() + self.opening[m > 0].sum()
+        total += self.weights[:used] @ self.penalty[ranks]
+        return float(total + self.penalty[1] * self.weights[used : used + lone].sum())
 
     def visit(self, s: int, atoms: np.ndarray, m: np.ndarray) -> bool:
         """Give party ``s`` its best assignment given the others; whether that changed it."""
-        i, j = self.ends[s], self.ends[s + 1]
-        old = atoms[i:j]
-        standing = old != NEW
-        factors = self.factors(m)
-        k = old[standing]
-        m[k] -= 1
-        join = self.step[m] * factors
-        join += np.where(m == 0, self.opening, 0.0)
-        new_elsewhere = 0
-        if self.ranked:
-            new_elsewhere = int((atoms == NEW).sum() - (~standing).sum())
-        prices = self.prices(new_elsewhere, m, j - i)
-        cost = self.cost[i:j] + join
-        new = _solve(cost, prices)
-        before = cost[standing, k].sum() + prices[: (j - i) - len(k)].sum()
-        taken = new != NEW
-        chosen = new[taken]
-        after = cost[taken, chosen].sum() + prices[: (j - i) - len(chosen)].sum()
-        improved = bool(after < before - _EPS * abs(before))
+        part = slice(self.ends[s], self.ends[s + 1])
+        old = atoms[part]
+        standing = np.flatnonzero(old != NEW)
+        k, size = old[standing], len(old)
+        join, own = self.prices(m, len(standing))
+        join[k] = own[k]
+        new = np.empty(0)
+        if self.problem.new_atoms:
+            # Its new atoms rank after those of the others.
+            first = sum(self.counts(m)) - size + len(standing) if self.ranked else 0
+            new = self.penalty[1] * self.weights[first : first + size]
+        cost = self.cost[part] + join
+        proposal = _solve(cost, new)
+        taken = np.flatnonzero(proposal != NEW)
+        chosen = proposal[taken]
+        before = cost[standing, k].sum() + new[: size - len(k)].sum()
+        after = cost[taken, chosen].sum() + new[: size - len(chosen)].sum()
+        improved = bool(_improves(after, before))
         if improved:
-            atoms[i:j] = new
+            m[k] -= 1
+            atoms[part] = proposal
             m[chosen] += 1
-        else:
-            m[k] += 1
         return improved
 
     # -- moves of several parties ------------------------------------------------------------------
 
     def move(self, atoms: np.ndarray, m: np.ndarray) -> bool:
-        """The best transfer of several parties' components from one atom to another, if it lowers
-        F; whether it did.
+        """Transfer several parties' components from one atom to another where that lowers F, the
+        best transfers first and each atom in one of them; whether there was any.
 
         For each pair of atoms, the parties that have the first and not the second are sorted by
         what the transfer gains; the best number of them is then read off.
         """
-        num_parties, num_atoms = self.problem.num_parties, self.cost.shape[1]
-        members = np.full((num_atoms, num_parties), -1)
         standing = np.flatnonzero(atoms != NEW)
-        members[atoms[standing], self.party[standing]] = standing
-        sources = np.flatnonzero(m > 0)
-        part = max(1, _MAX_NUMBERS // max(1, num_atoms * num_parties))
-        factors = np.broadcast_to(self.factors(m), (num_atoms,))
-        best = (0.0, -1, -1, 0)
+        standing = standing[np.argsort(atoms[standing], kind="stable")]
+        sources, first = np.unique(atoms[standing], return_index=True)
         if len(sources) == 0:
             return False
-        for a in np.split(sources, range(part, len(sources), part)):
-            best = min(best, self._transfer(a, members, m, factors), key=lambda b: b[0])
-        change, source, b, count = best
-        if not change < -_EPS * (1 + abs(self.problem.objective(torch.as_tensor(atoms)))):
-            return False
-        gains = self._gains(np.array([source]), members)[0, b]
-        chosen = gains.argsort(kind="stable")[::-1][:count]
-        atoms[members[source, chosen]] = b
-        m[source] -= count
-        m[b] += count
-        return True
-
-    def _gains(self, a: np.ndarray, members: np.ndarray) -> np.ndarray:
-        """What the transfer of each party from atoms ``a`` to each other atom gains in cost:
-        ``[A, K, S]``; ``-inf`` where there is none."""
-        own = members[a]
-        there = self.cost[own].transpose(0, 2, 1)
-        here = self.cost[own, a[:, None]][:, None]
-        allowed = (own >= 0)[:, None] & (members < 0) & np.isfinite(there)
-        with np.errstate(invalid="ignore"):
-            return np.where(allowed, here - there, -np.inf)
-
-    def _transfer(
-        self, a: np.ndarray, members: np.ndarray, m: np.ndarray, factors: np.ndarray
-    ) -> tuple[float, int, int, int]:
-        """The best from atoms ``a``: change of F, from, to, how many."""
-        gains = np.sort(self._gains(a, members), -1)[..., ::-1].cumsum(-1)
-        count = np.arange(1, gains.shape[-1] + 1)
+        has = np.zeros((self.problem.num_parties, len(m)), dtype=bool)
+        has[self.party[standing], atoms[standing]] = True
+        factors = np.broadcast_to(self.factors(m), m.shape)
         last = len(self.penalty) - 1
-        left = self.penalty[np.maximum(m[a, None] - count, 0)] - self.penalty[m[a]][:, None]
-        left = factors[a, None] * left - np.where(m[a, None] == count, self.opening[a, None], 0.0)
-        more = self.penalty[np.minimum(m[:, None] + count, last)] - self.penalty[m][:, None]
-        more = factors[:, None] * more + np.where(m == 0, self.opening, 0.0)[:, None]
-        change = left[:, None] + more - gains
-        change = np.where(np.isfinite(gains), change, np.inf)
-        i, b, j = np.unravel_index(change.argmin(), change.shape)
-        return float(change[i, b, j]), int(a[i]), int(b), int(j) + 1
+        # The most that to leave an atom can gain, and the least that to join one costs.
+        least = np.minimum.accumulate(self.penalty)[m - 1]
+        leave = factors * (self.penalty[m] - least) + np.maximum(self.opening, 0.0)
+        least = np.minimum.accumulate(self.penalty[::-1])[::-1][np.minimum(m + 1, last)]
+        join = factors * (least - self.penalty[m]) + np.where(m == 0, self.opening, 0.0)
+        worth = _EPS * (1 + abs(self.objective(atoms, m)))
+        ends = np.append(first[1:], len(standing))
+        found = []
+        i = 0
+        while i < len(sources):
+            room = first[i] + _MAX_NUMBERS // len(m)
+            j = max(i + 1, int(np.searchsorted(ends, room, "right")))
+            gains = self.gains(standing[first[i] : ends[j - 1]], atoms, has)
+            at = first[i:j] - first[i]
+            bound = np.minimum(np.maximum.reduceat(gains, at), 0.0) + leave[sources[i:j], None]
+            bound += np.add.reduceat(np.maximum(gains, 0.0), at) - join
+            for r in np.flatnonzero((bound > worth).any(1)):
+                own = gains[at[r] : ends[i + r] - first[i]]
+                to = np.flatnonzero(bound[r] > worth)
+                found.append(self.transfer(sources[i + r], to, own[:, to], m, factors))
+            i = j
+        moved = np.zeros(len(m), dtype=bool)
+        for change, a, b, count in sorted(found):
+            if change >= -worth:
+                break
+            if moved[a] or moved[b]:
+                continue
+            members = np.flatnonzero(atoms == a)
+            gains = self.gains(members, atoms, has)[:, b]
+            atoms[members[np.argsort(-gains, kind="stable")[:count]]] = b
+            m[a] -= count
+            m[b] += count
+            moved[a] = moved[b] = True
+        return bool(moved.any())
+
+    def gains(self, members: np.ndarray, atoms: np.ndarray, has: np.ndarray) -> np.ndarray:
+        """What each of these components would save in each other atom: ``[n, K]``; ``-inf`` where
+        its party has that already."""
+        there = self.cost[members]
+        here = self.cost[members, atoms[members]]
+        forbidden = has[self.party[members]] | np.isinf(there) | np.isinf(here)[:, None]
+        there[forbidden] = 0.0
+        np.subtract(np.where(np.isinf(here), 0.0, here)[:, None], there, out=there)
+        there[forbidden] = -np.inf
+        return there
+
+    def transfer(
+        self, a: int, to: np.ndarray, gains: np.ndarray, m: np.ndarray, factors: np.ndarray
+    ) -> tuple[float, int, int, int]:
+        """The best from atom ``a``, where that saves its members ``gains``: change of F, from, to,
+        how many."""
+        gains = np.sort(-gains, 0).cumsum(0)
+        count = np.arange(1, len(gains) + 1)
+        left = factors[a] * (self.penalty[m[a] - count] - self.penalty[m[a]])
+        left[-1] -= self.opening[a]
+        more = self.penalty[np.minimum(m[to] + count[:, None], len(self.penalty) - 1)]
+        more = factors[to] * (more - self.penalty[m[to]]) + np.where(
+            m[to] == 0, self.opening[to], 0
+        )
+        change = gains + left[:, None] + more
+        i, j = np.unravel_index(change.argmin(), change.shape)
+        return float(change[i, j]), int(a), int(to[j]), int(i) + 1
+
+
+def _improves(after: Any, before: Any) -> Any:
+    """Whether by more than rounding; elementwise."""
+    return (after < before) & (after + _EPS * np.abs(after) < before)

@@ -1,0 +1,149 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The estimate of T: between what is the same and what is not, in the units of each pooling."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pyro_fusion import GroupNorm, Posterior, fuse
+from pyro_fusion.barycenter import pooling_named
+from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread
+from pyro_fusion.families import Factor
+
+POOLINGS = ["inclusive", "exclusive", "product"]
+
+
+def normal(loc, scale=0.1):
+    loc = torch.as_tensor(loc, dtype=torch.float64).unsqueeze(-1)
+    return Factor.of(dist.Normal(loc, torch.full_like(loc, scale)).to_event(1))
+
+
+def prior_for(pooling, scale=2000.0):
+    one = torch.zeros(1, 1, dtype=torch.float64)
+    return {"x": Factor.of(dist.Normal(one, scale).to_event(1))} if pooling == "product" else {}
+
+
+def merge_price(distance, scale):
+    """``min_q KL(q ‖ a) + KL(q ‖ b)`` of two Normals of one scale, by hand."""
+    return 2 * 0.5 * (distance / 2 / scale) ** 2
+
+
+def test_the_limit_by_hand():
+    # Neighbours in a party are 3 apart, in different parties 0.2: prices 225 and 1.
+    local = {"x": normal([0.0, 3.0, 6.0, 0.2, 3.2, 6.2])}
+    wrong, right = merge_price(3.0, 0.1), merge_price(0.2, 0.1)
+    expected = (1 + 6 * math.sqrt(2)) * math.sqrt(wrong * right)
+    assert estimate_dispersion(local, (3, 3), pooling_named("exclusive")) == pytest.approx(expected)
+    # A second site that tells nothing apart adds a dimension.
+    local["y"] = normal([0.0] * 6)
+    expected = 7 * math.sqrt(wrong * right)
+    assert estimate_dispersion(local, (3, 3), pooling_named("exclusive")) == pytest.approx(expected)
+
+
+def test_at_the_limit_product_breaks_even():
+    # Pairs exactly at the limit: all prices of right and wrong merges are the same multiple.
+    local = {"x": normal([0.0, 3.0, 6.0, 0.2, 3.2, 6.2])}
+    base = {"x": Factor.of(dist.Normal(torch.zeros(1, 1).double(), 10.0).to_event(1))}
+    value = estimate_dispersion(local, (3, 3), pooling_named("product"), base)
+    limit = estimate_dispersion(local, (3, 3), pooling_named("exclusive"))
+    # Messages N(m, s²) over a prior N(0, v), to the power 1/T: the log evidence that two share an
+    # atom against that they do not, by integrating Gaussians.
+    v, t = 100.0, 1 / 0.01 - 1 / 100.0
+    distance = 0.2 * math.sqrt(limit)  # its merge price is the limit
+    a, p0 = t / value, 1 / v
+    moment = 0.01**-1 / value  # natural parameter per unit of the mean
+    m1, m2 = 3.0, 3.0 + distance
+
+    def log_normalizer(eta, precision):
+        return 0.5 * eta**2 / precision - 0.5 * math.log(precision)
+
+    evidence = (
+        log_normalizer(moment * (m1 + m2), p0 + 2 * a)
+        + log_normalizer(0.0, p0)
+        - log_normalizer(moment * m1, p0 + a)
+        - log_normalizer(moment * m2, p0 + a)
+    )
+    assert evidence == pytest.approx(-math.log(2) / 2, abs=0.35)
+
+
+def test_inclusive_is_the_same_limit_in_other_units():
+    # Two Normals merged inclusively have variance s² + (d/2)², and cost log(1 + (d/2s)²) together.
+    local = {"x": normal([0.0, 3.0, 6.0, 0.2, 3.2, 6.2])}
+    value = estimate_dispersion(local, (3, 3), pooling_named("inclusive"))
+    low, high = (math.log1p((d / 0.2) ** 2) for d in (0.2, 3.0))
+    assert low < value < high
+    # Half way between the lone and the popular, where GroupNorm asks 1 and 1.7 dispersions.
+    middle = math.sqrt(GroupNorm().scale)
+    limit = (1 + 6 * math.sqrt(2)) * math.sqrt(merge_price(0.2, 0.1) * merge_price(3.0, 0.1))
+    exact = math.log1p(middle * limit) / middle  # exclusive price d² / 4s², inclusive its log1p
+    assert value == pytest.approx(exact, rel=0.2)  # interpolated between the pairs that there are
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_a_bad_fit_or_two_change_little(pooling):
+    generator = torch.Generator().manual_seed(0)
+    loc = 10 * torch.arange(5.0).repeat(8) + 0.1 * torch.randn(40, generator=generator)
+    how, base = pooling_named(pooling), prior_for(pooling)
+    clean = estimate_dispersion({"x": normal(loc)}, (5,) * 8, how, base)
+    spoiled = loc.clone()
+    spoiled[3] = 1000.0  # far from all
+    spoiled[11] = loc[10] + 0.05  # one atom, two components
+    dirty = estimate_dispersion({"x": normal(spoiled)}, (5,) * 8, how, base)
+    assert clean / 2 < dirty < clean * 2
+
+
+@given(factor=st.floats(1e-3, 1e3), seed=st.integers(0, 100))
+def test_units_of_the_data_do_not_matter(factor, seed):
+    generator = torch.Generator().manual_seed(seed)
+    loc = 3 * torch.randn(12, generator=generator, dtype=torch.float64)
+    for name in POOLINGS:
+        how = pooling_named(name)
+        one = estimate_dispersion({"x": normal(loc)}, (4, 4, 4), how, prior_for(name, 20.0))
+        scaled = {"x": normal(factor * loc, factor * 0.1)}
+        other = estimate_dispersion(scaled, (4, 4, 4), how, prior_for(name, factor * 20.0))
+        assert other == pytest.approx(one, rel=1e-6)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_one_component_each_and_identical_ones(pooling):
+    how = pooling_named(pooling)
+    base = prior_for(pooling)
+    alone = estimate_dispersion({"x": normal([0.0, 1.0, 2.0])}, (1, 1, 1), how, base)
+    same = estimate_dispersion({"x": normal([1.0] * 6)}, (3, 3), how, base)
+    assert math.isfinite(alone) and alone > 0
+    assert math.isfinite(same) and same > 0
+
+
+def test_spread_is_the_standard_deviation_of_all_pairs():
+    p = [dist.Normal(m, s) for m, s in ((0.0, 1.0), (2.0, 0.5), (5.0, 3.0))]
+    values = [float(torch.distributions.kl_divergence(a, b)) for a in p for b in p if a is not b]
+    local = {"x": Factor.of(dist.Normal(torch.tensor([0.0, 2, 5]), torch.tensor([1.0, 0.5, 3])))}
+    expected = float(torch.tensor(values).std())
+    assert pairwise_spread(local, (2, 1)) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("shared", [0.3, 1.0])
+@pytest.mark.parametrize("jitter", [0.1, 0.5])
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_overconfident_parties_still_agree_on_the_number(pooling, jitter, shared):
+    # Posteriors claim 0.05, parties differ by ten times that; some share few atoms.
+    generator = torch.Generator().manual_seed(1)
+    true = 20 * torch.rand(10, 4, generator=generator, dtype=torch.float64)
+    parties, seen = [], set()
+    for _ in range(8):
+        has = torch.rand(10, generator=generator) < max(shared, 0.3)
+        has[:2] = True
+        seen |= set(has.nonzero().flatten().tolist())
+        loc = true[has]
+        noise = torch.randn(loc.shape, generator=generator, dtype=torch.float64)
+        d = dist.Normal(loc + jitter * noise, torch.full_like(loc, 0.05)).to_event(1)
+        parties.append(Posterior({"x": d}, {"x": ("component",)}))
+    zero = torch.zeros(4, dtype=torch.float64)
+    base = {"x": dist.Normal(zero, 20.0).to_event(1)} if pooling == "product" else None
+    assert fuse(parties, pooling, base=base).num_atoms == len(seen)
