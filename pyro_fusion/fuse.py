@@ -65,8 +65,8 @@ def fuse(
     :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
         no arguments (else ``Posterior.from_guide(guide, *args)``).
     :param pooling: ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool: the paper's
-        barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread) or
-        ``"product"`` (Bayes' rule for independent data; needs the prior).
+        barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread)
+        or ``"product"`` (Bayes' rule for independent data; needs the prior).
     :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default for ``product``,
         whose evidence it belongs to), :class:`~pyro_fusion.GroupNorm` (default for the others) or
         :class:`~pyro_fusion.Parametric`.

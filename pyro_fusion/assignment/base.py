@@ -75,14 +75,19 @@ class AssignmentProblem:
 
     @classmethod
     def of(
-        cls, cost: Sequence[Tensor], prior: AssignmentPrior, opening: Tensor | None = None
+        cls,
+        cost: Sequence[Tensor] | AssignmentProblem,
+        prior: AssignmentPrior,
+        opening: Tensor | None = None,
     ) -> AssignmentProblem:
-        """Check what a solver was given.
+        """Check what a solver was given; a checked problem is taken as it is.
 
         :raises StructureError: if shapes do not fit, or a party has more components than there are
             atoms while their number is fixed.
         :raises ParameterError: if costs are NaN or ``-inf``, or a component may have no atom.
         """
+        if isinstance(cost, AssignmentProblem):
+            return cost
         if len(cost) == 0:
             raise StructureError("expected at least one party, got none")
         num_atoms = len(cost[0]) if cost[0].dim() else 0

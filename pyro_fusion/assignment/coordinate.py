@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem
+from pyro_fusion.assignment.transfers import EPS, MAX_NUMBERS, transfer
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.priors import AssignmentPrior
 
@@ -23,7 +24,7 @@ __all__ = ["coordinate", "match"]
 
 
 def coordinate(
-    cost: Sequence[Tensor],
+    cost: Sequence[Tensor] | AssignmentProblem,
     prior: AssignmentPrior,
     *,
     opening: Tensor | None = None,
@@ -55,7 +56,7 @@ def coordinate(
     2019), alg. 1; exact linear assignment by ``scipy.optimize.linear_sum_assignment``.
     """
     problem = AssignmentProblem.of(cost, prior, opening)
-    descent = _Descent.of(problem)
+    descent = Descent.of(problem)
     rng = np.random.default_rng(seed)
     order = descent.order()
     if start is not None:
@@ -108,15 +109,8 @@ def _solve(cost: np.ndarray, new: np.ndarray) -> np.ndarray:
     return result
 
 
-# What is less than rounding is no improvement, so that sweeps come to an end.
-_EPS = 1e-12
-
-# Numbers at once where all costs are read: what fits a cache.
-_MAX_NUMBERS = 1 << 16
-
-
 @dataclass
-class _Descent:
+class Descent:
     """A problem as numpy arrays; an assignment is an array ``[N]``, ``m`` its popularities.
 
     Ranks are held still while a party or a move is decided. F is no higher than with any other
@@ -136,7 +130,7 @@ class _Descent:
     free: bool  # whether parties do not interact
 
     @classmethod
-    def of(cls, problem: AssignmentProblem) -> _Descent:
+    def of(cls, problem: AssignmentProblem) -> Descent:
         cost = problem.cost.cpu().double().T.contiguous().numpy()
         sizes = np.array(problem.sizes)
         penalty, weights = problem.penalty.numpy(), problem.weights.numpy()
@@ -178,7 +172,7 @@ class _Descent:
         rows = np.flatnonzero(chosen[self.party])
         ends = np.append(0, sizes.cumsum())
         result = np.full(len(rows), NEW)
-        part = max(1, _MAX_NUMBERS // len(price))
+        part = max(1, MAX_NUMBERS // len(price))
         i = 0
         while i < len(parties):
             j = max(i + 1, int(np.searchsorted(ends, ends[i] + part, "right")) - 1)
@@ -228,7 +222,7 @@ class _Descent:
             if together or converged:
                 continue
             changed = [self.visit(s, atoms, m) for s in order[unstable[order]]]
-            converged = not any(changed) and not (moves and self.move(atoms, m))
+            converged = not any(changed) and not (moves and transfer(self, atoms, m))
         return atoms, self.problem.objective(torch.as_tensor(atoms)), sweep, converged
 
     def factors(self, m: np.ndarray, spare: int = 0) -> np.ndarray | float:
@@ -274,7 +268,7 @@ class _Descent:
             now = now + self.penalty[1] * (total[last] - total[first])
             new = self.penalty[1] * self.weights[first]
         best = np.empty(len(atoms))
-        part = max(1, _MAX_NUMBERS // len(m))
+        part = max(1, MAX_NUMBERS // len(m))
         for i in range(0, len(atoms), part):
             rows = slice(i, i + part)
             there = price[self.party[rows]]
@@ -341,88 +335,7 @@ class _Descent:
             m[chosen] += 1
         return improved
 
-    # -- moves of several parties ------------------------------------------------------------------
-
-    def move(self, atoms: np.ndarray, m: np.ndarray) -> bool:
-        """Transfer several parties' components from one atom to another where that lowers F, the
-        best transfers first and each atom in one of them; whether there was any.
-
-        For each pair of atoms, the parties that have the first and not the second are sorted by
-        what the transfer gains; the best number of them is then read off.
-        """
-        standing = np.flatnonzero(atoms != NEW)
-        standing = standing[np.argsort(atoms[standing], kind="stable")]
-        sources, first = np.unique(atoms[standing], return_index=True)
-        if len(sources) == 0:
-            return False
-        has = np.zeros((self.problem.num_parties, len(m)), dtype=bool)
-        has[self.party[standing], atoms[standing]] = True
-        factors = np.broadcast_to(self.factors(m), m.shape)
-        last = len(self.penalty) - 1
-        # The most that to leave an atom can gain, and the least that to join one costs.
-        least = np.minimum.accumulate(self.penalty)[m - 1]
-        leave = factors * (self.penalty[m] - least) + np.maximum(self.opening, 0.0)
-        least = np.minimum.accumulate(self.penalty[::-1])[::-1][np.minimum(m + 1, last)]
-        join = factors * (least - self.penalty[m]) + np.where(m == 0, self.opening, 0.0)
-        worth = _EPS * (1 + abs(self.objective(atoms, m)))
-        ends = np.append(first[1:], len(standing))
-        found = []
-        i = 0
-        while i < len(sources):
-            room = first[i] + _MAX_NUMBERS // len(m)
-            j = max(i + 1, int(np.searchsorted(ends, room, "right")))
-            gains = self.gains(standing[first[i] : ends[j - 1]], atoms, has)
-            at = first[i:j] - first[i]
-            bound = np.minimum(np.maximum.reduceat(gains, at), 0.0) + leave[sources[i:j], None]
-            bound += np.add.reduceat(np.maximum(gains, 0.0), at) - join
-            for r in np.flatnonzero((bound > worth).any(1)):
-                own = gains[at[r] : ends[i + r] - first[i]]
-                to = np.flatnonzero(bound[r] > worth)
-                found.append(self.transfer(sources[i + r], to, own[:, to], m, factors))
-            i = j
-        moved = np.zeros(len(m), dtype=bool)
-        for change, a, b, count in sorted(found):
-            if change >= -worth:
-                break
-            if moved[a] or moved[b]:
-                continue
-            members = np.flatnonzero(atoms == a)
-            gains = self.gains(members, atoms, has)[:, b]
-            atoms[members[np.argsort(-gains, kind="stable")[:count]]] = b
-            m[a] -= count
-            m[b] += count
-            moved[a] = moved[b] = True
-        return bool(moved.any())
-
-    def gains(self, members: np.ndarray, atoms: np.ndarray, has: np.ndarray) -> np.ndarray:
-        """What each of these components would save in each other atom: ``[n, K]``; ``-inf`` where
-        its party has that already."""
-        there = self.cost[members]
-        here = self.cost[members, atoms[members]]
-        forbidden = has[self.party[members]] | np.isinf(there) | np.isinf(here)[:, None]
-        there[forbidden] = 0.0
-        np.subtract(np.where(np.isinf(here), 0.0, here)[:, None], there, out=there)
-        there[forbidden] = -np.inf
-        return there
-
-    def transfer(
-        self, a: int, to: np.ndarray, gains: np.ndarray, m: np.ndarray, factors: np.ndarray
-    ) -> tuple[float, int, int, int]:
-        """The best from atom ``a``, where that saves its members ``gains``: change of F, from, to,
-        how many."""
-        gains = np.sort(-gains, 0).cumsum(0)
-        count = np.arange(1, len(gains) + 1)
-        left = factors[a] * (self.penalty[m[a] - count] - self.penalty[m[a]])
-        left[-1] -= self.opening[a]
-        more = self.penalty[np.minimum(m[to] + count[:, None], len(self.penalty) - 1)]
-        more = factors[to] * (more - self.penalty[m[to]]) + np.where(
-            m[to] == 0, self.opening[to], 0
-        )
-        change = gains + left[:, None] + more
-        i, j = np.unravel_index(change.argmin(), change.shape)
-        return float(change[i, j]), int(a), int(to[j]), int(i) + 1
-
 
 def _improves(after: Any, before: Any) -> Any:
     """Whether by more than rounding; elementwise."""
-    return (after < before) & (after + _EPS * np.abs(after) < before)
+    return (after < before) & (after + EPS * np.abs(after) < before)

@@ -92,23 +92,18 @@ def relaxed(
             "the relaxed solver takes no opening costs: they are not convex; use coordinate"
         )
     problem = AssignmentProblem.of(cost, prior)
-    try:
-        plain = coordinate(cost, prior, start=start)
-    except ValueError as error:  # scipy's
-        if problem.new_atoms:
-            raise
-        raise ParameterError(f"every assignment has infinite cost: {error}") from None
     if bool((problem.penalty == 0).all()):
         # Parties do not interact, and a linear assignment is its own relaxation.
+        plain = coordinate(problem, prior, start=start)
         value = plain.objective
         soft = problem.split(_one_hot(problem, torch.cat(plain.atoms)))
         return RelaxedAssignment(plain.atoms, value, 0, True, value, soft, value, value)
     first = [match(c, float(problem.penalty[1])) for c in cost] if start is None else start
     popularity = problem.popularity(torch.cat([torch.as_tensor(a) for a in first]))
     result = _Relaxation.of(problem, popularity).solve(popularity, tolerance, max_iterations)
-    soft = problem.split(result.soft)
-    rounded = coordinate(cost, prior, start=[_round(p) for p in soft])
-    best = min(plain, rounded, key=lambda a: a.objective)
+    nearest = [_round(p) for p in problem.split(result.soft)]
+    ends = [coordinate(problem, prior, start=a) for a in (nearest, start)]
+    best = min(ends, key=lambda a: a.objective)
     fixed_ranks = bool((problem.weights != 1).any())
     return RelaxedAssignment(
         best.atoms,
@@ -116,7 +111,7 @@ def relaxed(
         result.iterations,
         _relative_gap(result.primal, result.dual) <= tolerance,
         -math.inf if fixed_ranks else min(result.dual, best.objective),
-        soft,
+        problem.split(result.soft),
         result.primal,
         result.dual,
     )
@@ -157,14 +152,14 @@ class _Result:
 
 # So many entries, or such a part of all, are solved for at first. What is left out costs neither
 # time nor memory, but may have to be brought back.
-_MAX_ENTRIES, _MAX_PART = 1 << 15, 0.06
+_MAX_ENTRIES, _MAX_PART = 1 << 15, 0.04
 
 # The gap at which those left out are looked at first, and how near to being worth their cost (in
 # units of what a component costs on average) they are brought back.
 _FIRST_GAP, _NEAR = 1e-2, 0.1
 
 # Numbers at once where all costs are read.
-_MAX_NUMBERS = 1 << 18
+_MAX_NUMBERS = 1 << 16
 
 
 @dataclass(frozen=True)

@@ -272,7 +272,8 @@ def _kl_wishart(p_df: Tensor, p_tril: Tensor, q_df: Tensor, q_tril: Tensor) -> T
     p_var = p_tril.diagonal(dim1=-2, dim2=-1).square() * p_df.unsqueeze(-1)
     q_var = q_tril.diagonal(dim1=-2, dim2=-1).square() * q_df.unsqueeze(-1)
     different_mean = q_df / 2 * (below + excess(p_var, q_var).sum(-1))
-    return different_mean + _kl_same_mean(p_df, q_df, p_tril.shape[-1])
+    # Rounding alone can make it negative, where the two are almost the same.
+    return (different_mean + _kl_same_mean(p_df, q_df, p_tril.shape[-1])).clamp(min=0)
 
 
 def _kl_same_mean(p_df: Tensor, q_df: Tensor, dim: int) -> Tensor:

@@ -13,7 +13,11 @@ from pyro_fusion import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.assignment import NEW, assignment_objective, coordinate, match
 from tests.assignment.problems import PRIORS, RANKED, brute_force, random_costs
 
-module = importlib.import_module("pyro_fusion.assignment.coordinate")
+# By name: the package has functions of these names too.
+MODULES = [
+    importlib.import_module(f"pyro_fusion.assignment.{name}")
+    for name in ("coordinate", "transfers")
+]
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
@@ -86,7 +90,8 @@ def test_leaves_a_forbidden_start():
 def test_parts_do_not_matter(monkeypatch, chunk):
     cost = random_costs(0, 8, [5, 1, 8, 6])
     whole = coordinate(cost, GroupNorm())
-    monkeypatch.setattr(module, "_MAX_NUMBERS", chunk)
+    for module in MODULES:
+        monkeypatch.setattr(module, "MAX_NUMBERS", chunk)
     assert torch.equal(torch.cat(coordinate(cost, GroupNorm()).atoms), torch.cat(whole.atoms))
 
 
