@@ -136,12 +136,13 @@ class Fusion:
             lines.append(f"shared sites: {', '.join(shared)}")
         for m in self.matchings.values():
             state = "converged" if m.converged else "NOT converged"
+            known = "" if math.isinf(m.bound) else f", within {100 * m.gap:.2g} % for these atoms"
             lines += [
                 "",
                 f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
                 f"({m.prior}, dispersion {m.dispersion:.4g})",
                 f"objective {m.objective[-1]:.6g}, {state} after {len(m.objective) - 1} "
-                f"iterations, best of {len(m.restarts)} starts",
+                f"iterations, best of {len(m.restarts)} starts{known}",
                 "",
                 "  atom  parties  from (party:component)",
             ]

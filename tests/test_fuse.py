@@ -107,6 +107,7 @@ class TestRecovery:
         matching = fusion.only_matching()
         assert matching.bound <= matching.objective[-1] + 1e-9
         assert (matching.gap < 0.5) == (solver == "relaxed")
+        assert ("% for these atoms" in fusion.summary()) == (solver == "relaxed")
 
     @pytest.mark.parametrize("ranked", [False, True])
     def test_the_papers_own_regulariser(self, ranked):
