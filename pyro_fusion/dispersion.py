@@ -161,9 +161,11 @@ def pairwise_spread(local: Mapping[str, Factor], sizes: tuple[int, ...]) -> floa
 def _pairwise(
     local: Mapping[str, Factor], sizes: tuple[int, ...]
 ) -> tuple[dict[str, Factor], list[int], Tensor]:
-    """Components of some of the parties, their numbers, and all pairwise divergences."""
+    """Components of all parties, or of a random selection if there are many, their numbers, and
+    all pairwise divergences. The selection depends on the order of the parties."""
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
-    chosen = range(0, len(sizes), -(-len(sizes) // _MAX_PARTIES))
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randperm(len(sizes), generator=generator)[:_MAX_PARTIES].sort().values.tolist()
     index = torch.cat([torch.arange(ends[s], ends[s + 1]) for s in chosen])
     part = {site: f.index_select(0, index) for site, f in local.items()}
     divergence = torch.stack([pairwise_kl(f, f) for f in part.values()]).sum(0).cpu()

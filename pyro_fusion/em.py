@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Closed-form coordinate ascent: E-steps from ``assignment.py`` and M-steps from
+r"""Closed-form coordinate ascent: E-steps from ``assignment/`` and M-steps from
 ``barycenter.py`` in turn, on the one objective
 
 .. math:: F = \sum_s \sum_l w_s D(k_{sl}; s, l) / T + \sum_k \varphi(m_k) + \text{const}

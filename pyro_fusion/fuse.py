@@ -79,8 +79,8 @@ def fuse(
     :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
         the assignment with messages tempered by 1/T and then pools the messages as they are.
     :param seed: of the random starts; the same seed gives the same result.
-    :param restarts: starts beyond the first, at most; the best is kept. When three have come to
-        one end, and none to a better, there are no more.
+    :param restarts: starts beyond the first, at most. When three have come to one end, and none to
+        a better, there are no more. The best three ends are refined, and the best of them kept.
     :param max_iterations: of coordinate ascent, per start.
     :param solver: of the E-steps. ``"coordinate"``: one party at a time, exactly. ``"relaxed"``:
         the paper's convex programme, rounded; ``fusion.only_matching().gap`` then says within how
@@ -88,7 +88,8 @@ def fuse(
         ``product``). ``"sinkhorn"``: starts from soft E- and M-steps at falling temperatures.
     :param progress: show a progress bar over the starts.
     :raises StructureError: if parties do not fit together; names both, the site and what differs.
-    :raises ParameterError: for weights, base or other arguments out of range.
+    :raises ParameterError: for weights, base or other arguments out of range, and where ``product``
+        is improper.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
@@ -238,17 +239,12 @@ class _Task:
             for site, axis in sites.items()
             if self.pooling.needs_base
         }
-        scale = self.dispersion or estimate_dispersion(local, sizes, self.pooling, base)
         order, ordered_sizes = canonical_order(local, sizes, self.weights)
-        problem = MatchingProblem(
-            {site: f.index_select(0, order) for site, f in local.items()},
-            ordered_sizes,
-            weights[order],
-            self.pooling,
-            base,
-            scale,
-        )
-        prior = self.prior.calibrated(lambda: pairwise_spread(local, sizes) / scale)
+        ordered = {site: f.index_select(0, order) for site, f in local.items()}
+        voting = _voting(ordered, ordered_sizes, weights[order])
+        scale = self.dispersion or estimate_dispersion(*voting, self.pooling, base)
+        problem = MatchingProblem(ordered, ordered_sizes, weights[order], self.pooling, base, scale)
+        prior = self.prior.calibrated(lambda: pairwise_spread(*voting) / scale)
         if self.pooling.needs_base:
             problem = _tempered(problem)
         try:
@@ -395,6 +391,19 @@ def _alone(label: str, size: int, prior: AssignmentPrior) -> Matching:
     return Matching(
         label, [every], size, torch.ones_like(every), [objective], 1.0, prior, True, [objective]
     )
+
+
+def _voting(
+    local: dict[str, Factor], sizes: tuple[int, ...], weights: Tensor
+) -> tuple[dict[str, Factor], tuple[int, ...]]:
+    """Components and sizes of the parties whose weight is not zero, if these are two at least."""
+    party = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    counts = torch.bincount(party[(weights > 0).cpu()], minlength=len(sizes))
+    kept = tuple(int(n) for n in counts if n)
+    if len(kept) in (1, len(sizes)):
+        return local, sizes
+    index = (weights > 0).nonzero().squeeze(-1)
+    return {site: f.index_select(0, index) for site, f in local.items()}, kept
 
 
 def _tempered(problem: MatchingProblem) -> MatchingProblem:

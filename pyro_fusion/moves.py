@@ -286,6 +286,7 @@ class _Sums:
         return torch.cat([self._increments(n, k, sign) for n, k in pairs]).cpu() / self.dispersion
 
     def _increments(self, members: Tensor, groups: Tensor, sign: float) -> Tensor:
+        members = members.to(self.weights.device)
         w = sign * self.weights[members]
         groups = groups.to(w.device)
         weight = self.weight[groups] + w

@@ -147,3 +147,33 @@ def test_overconfident_parties_still_agree_on_the_number(pooling, jitter, shared
     zero = torch.zeros(4, dtype=torch.float64)
     base = {"x": dist.Normal(zero, 20.0).to_event(1)} if pooling == "product" else None
     assert fuse(parties, pooling, base=base).num_atoms == len(seen)
+
+
+def test_the_order_of_many_parties_does_not_matter():
+    # More than are looked at, and every other one far noisier.
+    generator = torch.Generator().manual_seed(0)
+    true = 6 * torch.randn(5, 2, generator=generator, dtype=torch.float64)
+    parties = []
+    for s in range(66):
+        has = torch.randperm(5, generator=generator)[:2]
+        noise = torch.randn(2, 2, generator=generator, dtype=torch.float64)
+        loc = true[has] + 0.1 * (1 + s % 2 * 6) * noise
+        parties.append(Posterior({"x": dist.Normal(loc, 0.1).to_event(1)}, {"x": ("component",)}))
+    for prior in (GroupNorm(), GroupNorm("auto")):
+        one, other = (fuse(p, prior=prior, restarts=0) for p in (parties, parties[::-1]))
+        assert one.dispersion == pytest.approx(other.dispersion, rel=1e-9)
+        ends = [f.only_matching().objective[-1] for f in (one, other)]
+        assert ends[0] == pytest.approx(ends[1], rel=1e-9)
+
+
+def test_parties_of_weight_zero_have_no_say():
+    generator = torch.Generator().manual_seed(0)
+
+    def party(noise):
+        loc = torch.tensor([[0.0], [9.0]]) + noise * torch.randn(2, 1, generator=generator)
+        return Posterior({"x": dist.Normal(loc, 0.1).to_event(1)}, {"x": ("component",)})
+
+    parties = [party(0.1), party(0.1), party(0.1)]
+    spoiled = [*parties, party(50.0)]
+    expected = fuse(parties).dispersion
+    assert fuse(spoiled, weights=[1, 1, 1, 0]).dispersion == pytest.approx(expected, rel=1e-6)
