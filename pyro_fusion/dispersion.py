@@ -190,16 +190,16 @@ def _merge_costs(
 ) -> Tensor:
     """``min_q D(q; first) + D(q; second)`` for each pair, summed over sites."""
     total = torch.zeros(len(first), dtype=torch.float64)
-    i, j = first, second
+    weight = torch.full((len(first),), 2.0, dtype=torch.float64)
     for f in local.values():
         # About one origin, where the statistics stay in the cache: no component is taken apart
         # again for each pair that it is in.
         f = f.centred
         statistics, potential = pooling.statistics(f), pooling.potential(f)
-        weight = torch.full_like(potential[i], 2.0)
-        atoms = pooling.from_statistics(f, statistics[i] + statistics[j], weight)
-        both = potential[i] + potential[j] - pooling.group_potential(atoms, weight)
-        total += both.clamp(min=0).double().cpu()
+        weight = weight.to(potential.device)
+        atoms = pooling.from_statistics(f, statistics[first] + statistics[second], weight)
+        price = potential[first] + potential[second] - pooling.group_potential(atoms, weight)
+        total += price.clamp(min=0).cpu()
     return total
 
 

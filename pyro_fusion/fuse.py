@@ -125,8 +125,9 @@ def fuse(
     given: dict[str, Factor] = {}
     if how.needs_base and len(parties) > 1:
         given = resolve_base(base, guides, sorted(parties[0].axes))
-    task = _Task(parties, w, how, prior, given, roles, dispersion, seed, restarts, max_iterations)
-    task = replace(task, solver=solver)
+    task = _Task(
+        parties, w, how, prior, given, roles, dispersion, seed, restarts, max_iterations, solver
+    )
     names = tuple(str(s) for s in range(len(parties)))
     warn_identical(parties)
     return task.run(names, progress)
@@ -199,7 +200,7 @@ class _Task:
     seed: int
     restarts: int
     max_iterations: int
-    solver: str = "coordinate"
+    solver: str
 
     def run(self, names: tuple[str, ...], progress: bool) -> Fusion:
         first = self.parties[0]

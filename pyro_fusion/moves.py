@@ -81,9 +81,8 @@ def _near_pairs(
     """Pairs of atoms that no party has both of, each with the few whose members it would cost
     least to take over."""
     device = cost.device
-    party = torch.arange(problem.num_parties).repeat_interleave(torch.tensor(problem.sizes))
     has = torch.zeros(num_atoms, problem.num_parties)
-    has[groups, party] = 1.0
+    has[groups, problem.party] = 1.0
     total = cost.new_zeros(num_atoms, num_atoms).index_add_(1, groups.to(device), cost)
     mean = total.cpu() / has.sum(1)
     mean[has @ has.mT > 0] = torch.inf
@@ -191,8 +190,7 @@ def _promising(
     if prior.num_atoms is None or int((popularity > 0).sum()) < prior.num_atoms:
         best = best.clamp(max=float(step[0]))
     gains = ~(best >= here - 1e-12 * here.abs())
-    party = torch.arange(problem.num_parties).repeat_interleave(torch.tensor(problem.sizes))
-    return party[gains].unique().tolist()
+    return problem.party[gains].unique().tolist()
 
 
 @dataclass

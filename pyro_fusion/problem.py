@@ -46,6 +46,11 @@ class MatchingProblem:
         """S."""
         return len(self.sizes)
 
+    @property
+    def party(self) -> Tensor:
+        """The party of each component, LongTensor ``[N]`` on the CPU."""
+        return torch.arange(self.num_parties).repeat_interleave(torch.tensor(self.sizes))
+
     def split(self, x: Tensor) -> list[Tensor]:
         """``[..., N]`` -> one ``[..., L_s]`` per party."""
         return list(x.split(self.sizes, dim=-1))

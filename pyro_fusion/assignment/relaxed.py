@@ -13,7 +13,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem
+from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem, relative_gap
 from pyro_fusion.assignment.coordinate import coordinate, match
 from pyro_fusion.assignment.interior import Point, Programme, interior_point
 from pyro_fusion.errors import ParameterError
@@ -36,7 +36,7 @@ class RelaxedAssignment(Assignment):
     @property
     def duality_gap(self) -> float:
         """How far ``soft`` may be from the convex optimum, relative to its objective."""
-        return _relative_gap(self.relaxation, self.dual)
+        return relative_gap(self.relaxation, self.dual)
 
 
 def relaxed(
@@ -109,7 +109,7 @@ def relaxed(
         best.atoms,
         best.objective,
         result.iterations,
-        _relative_gap(result.primal, result.dual) <= tolerance,
+        relative_gap(result.primal, result.dual) <= tolerance,
         -math.inf if fixed_ranks else min(result.dual, best.objective),
         problem.split(result.soft),
         result.primal,
@@ -127,10 +127,6 @@ def _one_hot(problem: AssignmentProblem, atoms: Tensor) -> Tensor:
     n = (atoms != NEW).nonzero().squeeze(-1)
     result[atoms[n].to(result.device), n.to(result.device)] = 1
     return result
-
-
-def _relative_gap(primal: float, dual: float) -> float:
-    return max(0.0, primal - dual) / max(abs(primal), 1e-300)
 
 
 @dataclass
@@ -227,7 +223,7 @@ class _Relaxation:
                     continue
                 bound, missing = self._certify(closest if last else point, unit)
                 best.dual = max(best.dual, bound)
-                if last or _relative_gap(best.primal, best.dual) <= tolerance:
+                if last or relative_gap(best.primal, best.dual) <= tolerance:
                     return best
                 target = max(tolerance, target / 100)
                 missing &= candidates & ~active
