@@ -42,11 +42,12 @@ from sklearn.cluster import KMeans
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import BayesianGaussianMixture
 from threadpoolctl import threadpool_limits
-from torch.distributions import Distribution
+from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 from tqdm import tqdm
 
 import pyro_fusion
 from pyro_fusion import GroupNorm, NormalWishart, Parametric, Posterior, fuse
+from pyro_fusion.barycenter import pooling_named
 from pyro_fusion.families import Factor
 from pyro_fusion.priors import AssignmentPrior
 
@@ -124,28 +125,55 @@ def _presence(rng: np.random.Generator, size: int) -> NDArray[np.bool_]:
             return np.stack(has)
 
 
-def _fit_overlapping(task: Task) -> Fits:
-    """Simulation 1: centres ``N(0, sep L I)``; a Bayesian Gaussian mixture per party."""
+@dataclass(frozen=True)
+class Draw:
+    """What is random in simulation 1. It is not in the cache, since drawing it again costs nothing.
+
+    :ivar truth: the atoms that some party has, ``[K, 2]``.
+    :ivar atoms: which of them each party has, as indices.
+    :ivar means: of each party's own Gaussians, jittered.
+    :ivar covariances: theirs.
+    :ivar data: each party's points.
+    """
+
+    truth: Array
+    atoms: list[NDArray[np.intp]]
+    means: list[Array]
+    covariances: list[Array]
+    data: list[Array]
+
+
+def draw_overlapping(task: Task) -> Draw:
+    """Simulation 1: centres ``N(0, sep L I)``, and each party's own about them."""
     rng = task.generator()
     centres = rng.normal(size=(task.size, 2)) * np.sqrt(task.spread * task.size)
-    covariances = np.stack([_covariance(rng, l) for l in range(1, task.size + 1)])
+    shapes = np.stack([_covariance(rng, l) for l in range(1, task.size + 1)])
     has = _presence(rng, task.size)
     jitter = 0.5 if task.spread == 1 else 0.1
-    fits: list[Fits] = []
-    data = []
+    means, covariances, data = [], [], []
     for own in has:
-        means = centres[own] + jitter * rng.normal(size=(own.sum(), 2))
-        scatter = [wishart.rvs(200, c / 200, random_state=rng) for c in covariances[own]]
-        roots = np.linalg.cholesky(np.stack(scatter))
-        which = rng.choice(len(means), p=rng.dirichlet(np.full(len(means), 10)), size=task.points)
+        means.append(centres[own] + jitter * rng.normal(size=(own.sum(), 2)))
+        scatter = [wishart.rvs(200, c / 200, random_state=rng) for c in shapes[own]]
+        covariances.append(np.stack(scatter))
+        roots = np.linalg.cholesky(covariances[-1])
+        proportions = rng.dirichlet(np.full(len(roots), 10))
+        which = rng.choice(len(roots), p=proportions, size=task.points)
         noise = rng.normal(size=(task.points, 2, 1))
-        data.append(means[which] + (roots[which] @ noise)[..., 0])
-        fits.append(_mixture(data[-1], len(means), task.inits))
-    truth = centres[has.any(0)]
+        data.append(means[-1][which] + (roots[which] @ noise)[..., 0])
+    used = has.any(0)
+    atoms = [np.nonzero(own)[0] for own in has[:, used]]
+    return Draw(centres[used], atoms, means, covariances, data)
+
+
+def _fit_overlapping(task: Task) -> Fits:
+    """Simulation 1: a Bayesian Gaussian mixture per party, told how many Gaussians it has."""
+    drawn = draw_overlapping(task)
+    sizes = [len(own) for own in drawn.atoms]
+    fits = [_mixture(x, size, task.inits) for x, size in zip(drawn.data, sizes, strict=True)]
     return {
-        "truth": truth,
-        "sizes": has.sum(1),
-        "pooled": _kmeans(np.concatenate(data), len(truth), task.inits),
+        "truth": drawn.truth,
+        "sizes": np.array(sizes),
+        "pooled": _kmeans(np.concatenate(drawn.data), len(drawn.truth), task.inits),
         **{k: np.concatenate([f[k] for f in fits]) for k in fits[0]},
     }
 
@@ -224,6 +252,8 @@ class Problem:
     :ivar messages: the same, all with the prior ``base``, for ``product``.
     :ivar pooled: k-means on everybody's points, told the number.
     :ivar matched: the average of each atom over the parties that have it, or None.
+    :ivar pooled_matches: the exclusive barycentres of the components that are truly of one atom,
+        or None.
     """
 
     truth: Array
@@ -233,22 +263,33 @@ class Problem:
     base: Distribution
     pooled: Array
     matched: Array | None
+    pooled_matches: Array | None
 
     def fused(self, pooling: str, prior: AssignmentPrior | None) -> Array:
         parties = self.messages if pooling == "product" else self.parties
         fusion = fuse(parties, pooling, prior, base={"atom": self.base})
-        location = fusion.posterior.decomposed["atom"].location()
-        assert location is not None
-        return location.numpy()
+        return _location(fusion.posterior.decomposed["atom"])
+
+
+def _location(atoms: Factor) -> Array:
+    location = atoms.location()
+    assert location is not None
+    return location.numpy()
 
 
 def _split(f: Fits, name: str) -> list[Array]:
     return np.split(f[name], f["sizes"].cumsum()[:-1])
 
 
-def overlapping(f: Fits) -> dict[str, Problem]:
+def overlapping(f: Fits, drawn: Draw) -> dict[str, Problem]:
     """Simulation 1: Normal-Wishart components, with each party's own prior divided out of its
-    messages and one common prior put in."""
+    messages and one common prior put in.
+
+    :raises ValueError: if the fits are not to what was drawn.
+    """
+    truth = drawn.truth
+    if not np.array_equal(f["truth"], truth):
+        raise ValueError("the cached fits are to other draws, of other versions: empty the cache")
     own = Factor.of(_normal_wishart(f, "prior_"))
     local = Factor.of(_normal_wishart(f))
     base = _common_prior(f)
@@ -257,7 +298,9 @@ def overlapping(f: Fits) -> dict[str, Problem]:
     message = local.from_natural(natural)
     parties, messages = _parties(local, f), _parties(message, f)
     means = _split(f, "loc")
-    return {"": Problem(f["truth"], means, parties, messages, base, f["pooled"], None)}
+    groups = torch.as_tensor(true_matches(f, drawn))
+    matches = _location(pooling_named("exclusive").barycenter(local, groups, len(truth)))
+    return {"": Problem(truth, means, parties, messages, base, f["pooled"], None, matches)}
 
 
 def _normal_wishart(f: Fits, prefix: str = "") -> NormalWishart:
@@ -286,6 +329,24 @@ def _parties(local: Factor, f: Fits) -> list[Posterior]:
     ]
 
 
+def true_matches(f: Fits, drawn: Draw) -> NDArray[np.intp]:
+    """The true atom of each component, ``[N]``: each party's are matched one to one with its own
+    true Gaussians, so that the symmetric KL divergences between them add up to the least."""
+    fitted = zip(_split(f, "loc"), _split(f, "precision"), _split(f, "df"), strict=True)
+    own = zip(drawn.means, drawn.covariances, drawn.atoms, strict=True)
+    groups = []
+    for (loc, precision, df), (mean, covariance, atoms) in zip(fitted, own, strict=True):
+        p = _gaussians(loc[:, None], precision[:, None] / df[:, None, None, None])
+        q = _gaussians(mean, covariance)
+        cost = kl_divergence(p, q) + kl_divergence(q, p)  # of all pairs
+        groups.append(atoms[linear_sum_assignment(cost)[1]])
+    return np.concatenate(groups)
+
+
+def _gaussians(mean: Array, covariance: Array) -> MultivariateNormal:
+    return MultivariateNormal(torch.as_tensor(mean), torch.as_tensor(covariance))
+
+
 def many(f: Fits) -> dict[str, Problem]:
     """Simulation 2: Normal components with sd 0.1, that of the mean of a hundred points with unit
     noise, under the prior Normal(0, 2 √50); at the party's own atoms, and where k-means put
@@ -299,7 +360,7 @@ def many(f: Fits) -> dict[str, Problem]:
         local = Factor.of(Normal(torch.as_tensor(f[source]), 0.1).to_event(1))
         parties = _parties(local, f)
         result[name] = Problem(
-            truth, _split(f, source), parties, parties, base, f["pooled"], matched
+            truth, _split(f, source), parties, parties, base, f["pooled"], matched, None
         )
     return result
 
@@ -361,7 +422,7 @@ def solve(task: Task, cache: Path | None, rows: Sequence[str]) -> dict[str, dict
     """
     with one_thread():
         f = local_fits(task, cache)
-        problems = overlapping(f) if task.simulation == 1 else many(f)
+        problems = overlapping(f, draw_overlapping(task)) if task.simulation == 1 else many(f)
         return {source: scores(problem, rows) for source, problem in problems.items()}
 
 
@@ -375,6 +436,8 @@ def scores(problem: Problem, rows: Sequence[str]) -> dict[str, Score]:
     result["k-means on all points, true K"] = score(problem, problem.pooled)
     parties = (score(problem, means) for means in problem.means)
     result["best single party (oracle)"] = min(parties, key=lambda s: s[2])
+    if problem.pooled_matches is not None:
+        result["exclusive, true matches"] = score(problem, problem.pooled_matches)
     if problem.matched is not None:
         result["average of the true matches"] = score(problem, problem.matched)
     return result
@@ -477,7 +540,10 @@ distance between uniform measures on the atoms' means, fused and true): means ov
 seconds: to fuse, one thread. ratio, worst: Hausdorff over that of the average of the true matches,
 mean and largest. inclusive, exclusive, product: the defaults. ranked, auto: GroupNorm(ranked=True),
 GroupNorm(scale="auto"); true K: Parametric, told the number, as k-means on all points is. The best
-single party is the one whose OT is the least, which nobody knows but the oracle."""
+single party is the one whose OT is the least, which nobody knows but the oracle. Nobody else knows
+the true matches either: each party's components one to one with the Gaussians that its points are
+from, by symmetric KL divergence. Pooled, they show the error that is not the assignment's, but that
+of the local fits, of what parties differ in, and of the pooling."""
 
 
 # -- the whole -------------------------------------------------------------------------------------

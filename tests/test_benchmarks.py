@@ -13,6 +13,7 @@ from types import ModuleType
 
 import numpy as np
 import pytest
+from scipy.spatial.distance import cdist, pdist
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 
@@ -46,6 +47,8 @@ def test_simulation_prints_a_row_for_every_method(
     others = ["k-means on all points, true K", "best single party (oracle)"]
     for row in [*simulation.FUSIONS, *others]:
         assert sum(line.startswith(f"{row} ") for line in lines) == len(blocks)
+    for row in ["exclusive, true matches", "average of the true matches"]:
+        assert sum(line.startswith(f"{row} ") for line in lines) == 2  # of one simulation each
     # For the default of each pooling.
     assert sum("right >= 85 %: " in line for line in lines) == 2 * 3
     assert sum("worst ratio <= 1.02: " in line for line in lines) == 2 * 3
@@ -70,7 +73,8 @@ def test_simulation_keeps_its_local_fits(
 
 def test_messages_are_counts_and_sums_on_a_common_prior(simulation: ModuleType) -> None:
     (task,) = simulation.overlapping_tasks([0], small=True)
-    problem = simulation.overlapping(simulation.local_fits(task, None))[""]
+    fits = simulation.local_fits(task, None)
+    problem = simulation.overlapping(fits, simulation.draw_overlapping(task))[""]
     base = problem.base
     for message in problem.messages:
         atom = message.factors["atom"]
@@ -78,6 +82,36 @@ def test_messages_are_counts_and_sums_on_a_common_prior(simulation: ModuleType) 
         counts = atom.concentration - base.concentration
         assert counts.sum() == pytest.approx(300)
         np.testing.assert_allclose(atom.df - base.df, counts)
+
+
+def test_true_matches_of_separated_atoms_are_the_nearest(simulation: ModuleType) -> None:
+    (task,) = simulation.overlapping_tasks([10], small=True)
+    fits, drawn = simulation.local_fits(task, None), simulation.draw_overlapping(task)
+    assert pdist(drawn.truth).min() > 10
+    groups = simulation.true_matches(fits, drawn)
+    np.testing.assert_array_equal(groups, cdist(fits["loc"], drawn.truth).argmin(1))
+    assert (groups != np.concatenate(drawn.atoms)).any()  # a fit has an order of its own
+    atoms = simulation.overlapping(fits, drawn)[""].pooled_matches
+    # Parties are off by a normal jitter of sd 0.1, which pooling makes less.
+    assert np.linalg.norm(atoms - drawn.truth, axis=1).max() < 0.2
+
+
+def test_true_matches_look_at_covariances(simulation: ModuleType) -> None:
+    # Two Gaussians about one centre, and a fit that has them the other way round.
+    covariances = np.stack([np.eye(2), 2 * np.eye(2)])
+    centre, df = np.zeros((2, 2)), np.array([10.0, 50.0])
+    drawn = simulation.Draw(centre, [np.array([0, 1])], [centre], [covariances], [centre])
+    precision = df[:, None, None] * covariances[::-1]
+    fits = {"sizes": np.array([2]), "loc": centre, "df": df, "precision": precision}
+    np.testing.assert_array_equal(simulation.true_matches(fits, drawn), [1, 0])
+
+
+def test_fits_to_other_draws_are_refused(simulation: ModuleType) -> None:
+    task, other = simulation.overlapping_tasks([0, 1], small=True)
+    with pytest.raises(ValueError, match="empty the cache"):
+        simulation.overlapping(
+            simulation.local_fits(task, None), simulation.draw_overlapping(other)
+        )
 
 
 def test_transport_and_hausdorff(simulation: ModuleType) -> None:
