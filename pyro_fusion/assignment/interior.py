@@ -7,7 +7,7 @@ r"""The group-norm programme on a list of entries, by a primal-dual interior-poi
 
 over entries ``i``, each of an atom ``k`` and a column ``n``, where every column of ``P`` and its
 ``u`` add up to 1, and every row (an atom and a party) to at most 1. Tensor code: no loop over
-atoms, columns, parties or pairs, all sums in a fixed order.
+atoms, columns, parties or pairs, only over blocks of parties; all sums in a fixed order.
 """
 
 from __future__ import annotations
@@ -42,6 +42,16 @@ class Programme:
     alone: Tensor
     num_parties: int
 
+    @property
+    def width(self) -> int:
+        """W."""
+        return len(self.alone) // self.num_parties
+
+    @property
+    def block(self) -> int:
+        """B: so many parties are spread out at once, but for the last ones."""
+        return min(self.num_parties, max(1, _MAX_NUMBERS // (len(self.norm) * self.width)))
+
     @cached_property
     def atom(self) -> Tensor:
         """Of each entry, ``[E]``."""
@@ -75,26 +85,37 @@ class Programme:
 
     def columns(self, x: Tensor) -> Tensor:
         """Over each column: ``[S W]``."""
-        return _sums(x[self._by_column], self._lengths[2])
+        return _sums(_at(x, self._by_column), self._lengths[2])
 
     @cached_property
-    def _buffer(self) -> tuple[Tensor, Tensor]:
-        """Zeros ``[S, K, W]``, and where in them the entries are."""
-        parties, count = self.num_parties, len(self.norm)
-        width = len(self.alone) // parties
-        slot = (self.row % parties * count + self.atom) * width + self.column % width
-        return self.cost.new_zeros(parties, count, width), slot
+    def _blocks(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """Memory for ``[B, K, W]``, and per block of parties its entries and where in it they
+        are."""
+        entries, column = self._by_column, _at(self.column, self._by_column)
+        party = column // self.width % self.block
+        place = (party * len(self.norm) + _at(self.atom, entries)) * self.width
+        place += column % self.width
+        sizes = [int(n.sum()) for n in self._lengths[2].split(self.block * self.width)]
+        buffer = self.cost.new_empty(self.block, len(self.norm), self.width)
+        return buffer, list(zip(entries.split(sizes), place.split(sizes), strict=True))
 
-    def spread(self, x: Tensor) -> Tensor:
-        """Entries ``[E]`` as ``[S, K, W]``, in memory that the next call uses again."""
-        buffer, slot = self._buffer
-        buffer.view(-1)[slot] = x
-        return buffer
+    def spread(self, x: Tensor) -> Iterator[Tensor]:
+        """Entries ``[E]`` as ``[B, K, W]`` for one block of parties after another, each in the same
+        memory: most are zeros, and all at once would be most of what is held."""
+        buffer, blocks = self._blocks
+        for i, (entries, place) in enumerate(blocks):
+            buffer.zero_().view(-1).scatter_(0, place, _at(x, entries))
+            yield buffer[: self.num_parties - i * self.block]
 
     def objective(self, p: Tensor) -> Tensor:
         """Of a feasible ``P``, ``[E]``."""
         norms = self.atoms(p.square()).sqrt()
         return p @ self.cost + norms @ self.norm + (1 - self.columns(p)) @ self.alone
+
+
+def _at(x: Tensor, index: Tensor) -> Tensor:
+    # x[index] is the same, but takes three times as long.
+    return x.index_select(0, index)
 
 
 def _sums(x: Tensor, lengths: Tensor) -> Tensor:
@@ -125,6 +146,9 @@ class Point:
         return abs(self.primal - self.dual)
 
 
+# Numbers at once where entries are spread out, most of them zeros.
+_MAX_NUMBERS = 1 << 17
+
 # Part of the way to the boundary that a step goes.
 _STEP = 0.99
 
@@ -154,8 +178,8 @@ def interior_point(a: Programme) -> Iterator[Point]:
             return
         if not bool(torch.isfinite(state.p).all() & torch.isfinite(state.y).all()):
             return
-        p = state.p / a.rows(state.p).clamp(min=1)[a.row]
-        p = p / a.columns(p).clamp(min=1)[a.column]
+        p = state.p / _at(a.rows(state.p).clamp(min=1), a.row)
+        p = p / _at(a.columns(p).clamp(min=1), a.column)
         dual = state.y.sum() - state.z.sum()
         yield Point(p, state.y, state.z, float(a.objective(p)), float(dual))
 
@@ -178,7 +202,8 @@ class _State:
     @classmethod
     def start(cls, a: Programme) -> _State:
         one = torch.ones_like(a.cost)
-        p = 1 / (1 + torch.maximum(a.columns(one)[a.column], a.rows(one)[a.row]))
+        most = torch.maximum(_at(a.columns(one), a.column), _at(a.rows(one), a.row))
+        p = 1 / (1 + most)
         u, r = 1 - a.columns(p), 1 - a.rows(p)
         t = 1.5 * a.atoms(p.square()).sqrt() + 1e-3
         v = 0.1 / u
@@ -199,11 +224,11 @@ class _Newton:
 
     def __init__(self, a: Programme, x: _State) -> None:
         self.a, self.x = a, x
-        parties, width, count = a.num_parties, len(a.alone) // a.num_parties, len(a.norm)
         square = a.atoms(x.p.square())
         self.slope = a.norm / x.t
+        slope = _at(self.slope, a.atom)
         # Residuals of stationarity in P, u and t, and of the sums of columns and rows.
-        self.res_p = a.cost + self.slope[a.atom] * x.p - x.y[a.column] + x.z[a.row] - x.q
+        self.res_p = a.cost + slope * x.p - _at(x.y, a.column) + _at(x.z, a.row) - x.q
         self.res_u = a.alone - x.y - x.v
         self.res_t = a.lift / 2 - a.norm / 2 * square / x.t**2 - x.w
         self.res_column = 1 - a.columns(x.p) - x.u
@@ -211,45 +236,57 @@ class _Newton:
         # The matrix of P is 1/inverse + (one of each row)(z/r)(its transpose) - ee'; its inverse
         # diag(inverse) - (a row's by_row)(its transpose) + (an atom's by_atom)(its transpose).
         ratio = x.q / x.p + _DAMP_P
-        self.inverse = 1 / (ratio + self.slope[a.atom])
+        self.inverse = 1 / (ratio + slope)
         rho = x.z / x.r
-        self.by_row = self.inverse * (rho / (1 + rho * a.rows(self.inverse))).sqrt()[a.row]
+        share = (rho / (1 + rho * a.rows(self.inverse))).sqrt()
+        self.by_row = self.inverse * _at(share, a.row)
         self.curve = a.norm * square / x.t**3 + x.w / x.t
         self.pull = a.norm / x.t**2
-        e = (self.pull / self.curve.sqrt())[a.atom] * x.p
+        e = _at(self.pull / self.curve.sqrt(), a.atom) * x.p
         along = a.rows(e * self.by_row)
         # 1 - e' (...)^-1 e, without its cancellation.
-        rest = (a.norm / (x.t**3 * self.curve))[a.atom] * x.p.square() * ratio * self.inverse
-        rest = x.w / (x.t * self.curve) + a.atoms(rest) + along.square().view(count, -1).sum(1)
-        self.by_atom = (self.inverse * e - along[a.row] * self.by_row) / rest.sqrt()[a.atom]
-        # The Schur complement for the columns: a block B for each party, plus F'F, F [K, S W];
-        # in self.factor F times the inverse of B's root.
+        rest = _at(a.norm / (x.t**3 * self.curve), a.atom) * x.p.square() * ratio * self.inverse
+        along_atom = along.square().view(len(a.norm), -1).sum(1)
+        rest = x.w / (x.t * self.curve) + a.atoms(rest) + along_atom
+        self.by_atom = self.inverse * e - _at(along, a.row) * self.by_row
+        self.by_atom = self.by_atom / _at(rest.sqrt(), a.atom)
+        # The Schur complement for the columns: a block for each party, plus F'F, where F [K, S W]
+        # is by_atom. Dense are only the blocks' inverses, root' root, and 1 + F (these) F'.
+        self.root = self._root()
+        core = torch.eye(len(a.norm), dtype=e.dtype, device=e.device)
+        for root, f in zip(self.root.split(a.block), a.spread(self.by_atom), strict=True):
+            f = f @ root.mT
+            core.addbmm_(f, f.mT)
+        self.core = torch.linalg.cholesky(core)
+
+    def _root(self) -> Tensor:
+        """``[S, W, W]``. What is needed on the way is as large, and freed on return."""
+        a, x = self.a, self.x
         diagonal = a.columns(self.inverse) + x.u / x.v + _DAMP_Y
-        blocks = torch.diag_embed(diagonal.view(parties, width))
-        factor = a.spread(self.by_row)
-        blocks.baddbmm_(factor.mT, factor, alpha=-1)
-        blocks = torch.linalg.cholesky(blocks)
-        one = torch.eye(width, dtype=e.dtype, device=e.device).expand_as(blocks)
-        self.root = torch.linalg.solve_triangular(blocks, one, upper=False)
-        self.factor = a.spread(self.by_atom) @ self.root.mT
-        core = torch.eye(count, dtype=e.dtype, device=e.device)
-        self.core = torch.linalg.cholesky(core.addbmm_(self.factor, self.factor.mT))
+        blocks = torch.diag_embed(diagonal.view(-1, a.width))
+        for block, by_row in zip(blocks.split(a.block), a.spread(self.by_row), strict=True):
+            block.baddbmm_(by_row.mT, by_row, alpha=-1)
+        one = torch.eye(a.width, dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
+        return torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), one, upper=False)
 
     def _solve(self, x: Tensor) -> Tensor:
         """By the matrix of ``P``."""
         a = self.a
-        rows = a.rows(self.by_row * x)[a.row]
-        return self.inverse * x - self.by_row * rows + self.by_atom * self._atoms(self.by_atom * x)
+        rows = _at(a.rows(self.by_row * x), a.row)
+        atoms = _at(a.atoms(self.by_atom * x), a.atom)
+        return self.inverse * x - self.by_row * rows + self.by_atom * atoms
 
-    def _atoms(self, x: Tensor) -> Tensor:
-        return self.a.atoms(x)[self.a.atom]
+    def _solve_blocks(self, x: Tensor) -> Tensor:
+        """By the Schur complement's blocks."""
+        return (self.root.mT @ (self.root @ x.view(-1, self.a.width, 1))).flatten()
 
     def _solve_columns(self, x: Tensor) -> Tensor:
         """By the Schur complement."""
-        x = self.root @ x.view(*self.root.shape[:2], 1)
-        inner = torch.cholesky_solve((self.factor @ x).sum(0), self.core)
-        x = x - self.factor.mT @ inner.expand(len(x), -1, -1)  # a plain product would copy
-        return (self.root.mT @ x).flatten()
+        a = self.a
+        x = self._solve_blocks(x)
+        inner = a.atoms(self.by_atom * _at(x, a.column))
+        inner = torch.cholesky_solve(inner[:, None], self.core).squeeze(1)
+        return x - self._solve_blocks(a.columns(self.by_atom * _at(inner, a.atom)))
 
     def direction(
         self, products: list[Tensor], curve_p: Tensor | float = 0.0, curve_t: Tensor | float = 0.0
@@ -259,11 +296,11 @@ class _Newton:
         of_p, of_u, of_r, of_t = products
         force = of_t / x.t - self.res_t - curve_t
         rhs = of_p / x.p - self.res_p - curve_p
-        rhs = rhs - ((of_r - x.z * self.res_row) / x.r)[a.row]
-        rhs = rhs + (self.pull * force / self.curve)[a.atom] * x.p
+        rhs = rhs - _at((of_r - x.z * self.res_row) / x.r, a.row)
+        rhs = rhs + _at(self.pull * force / self.curve, a.atom) * x.p
         lack = self.res_column - (of_u - x.u * self.res_u) / x.v
         y = self._solve_columns(lack - a.columns(self._solve(rhs)))
-        p = self._solve(y[a.column] + rhs)
+        p = self._solve(_at(y, a.column) + rhs)
         r = self.res_row - a.rows(p)
         t = (force + self.pull * a.atoms(x.p * p)) / self.curve
         v = self.res_u - y
@@ -286,8 +323,9 @@ class _Newton:
         part = along * across
         products = [centre - s * t - part * ds * dt for (s, t), ds, dt in changes]
         turn = d.t / x.t
-        tilt = d.p / x.t[a.atom] - x.p * (turn / x.t)[a.atom]  # first-order change of P / t
-        curve_p = -part * (a.norm * turn)[a.atom] * tilt
+        # First-order change of P / t.
+        tilt = d.p / _at(x.t, a.atom) - x.p * _at(turn / x.t, a.atom)
+        curve_p = -part * _at(a.norm * turn, a.atom) * tilt
         bend = a.atoms(tilt.square()) - 2 * turn * a.atoms(x.p * tilt) / x.t
         d = self.direction(products, curve_p, -part * a.norm / 2 * bend)
         along = min(1.0, _STEP * _reach(x.primal, d.primal))

@@ -20,9 +20,10 @@ from pyro_fusion.assignment import (
     match,
     relaxed,
 )
-from pyro_fusion.assignment.interior import Point
+from pyro_fusion.assignment.interior import Point, Programme
 from tests.assignment.problems import brute_force, random_costs
 
+interior = importlib.import_module("pyro_fusion.assignment.interior")
 module = importlib.import_module("pyro_fusion.assignment.relaxed")
 
 
@@ -197,6 +198,41 @@ def test_entries_left_out_are_brought_back(monkeypatch, scale):
     assert parts.iterations > whole.iterations
     assert parts.relaxation == pytest.approx(whole.relaxation, rel=2e-6)
     assert parts.dual == pytest.approx(whole.dual, rel=2e-6)
+
+
+@pytest.mark.parametrize("parties_at_once", [1, 2, 5])
+def test_parties_spread_out_a_few_at_a_time(monkeypatch, parties_at_once):
+    num_atoms, sizes = 12, [5, 3, 7, 4, 6]
+    cost = random_costs(0, num_atoms, sizes)
+    whole = relaxed(cost, GroupNorm())
+    monkeypatch.setattr(interior, "_MAX_NUMBERS", parties_at_once * num_atoms * max(sizes))
+    parts = relaxed(cost, GroupNorm())
+    assert parts.iterations == whole.iterations
+    assert parts.relaxation == pytest.approx(whole.relaxation, rel=1e-9)
+    assert parts.dual == pytest.approx(whole.dual, rel=1e-9)
+
+
+def test_spread_puts_each_entry_into_its_place(monkeypatch):
+    num_atoms, parties, width = 4, 5, 3
+    generator = torch.Generator().manual_seed(0)
+    present = torch.rand(num_atoms, parties, width, generator=generator) < 0.4
+    atom, party, place = present.nonzero(as_tuple=True)
+    x = torch.rand(len(atom), generator=generator, dtype=torch.float64)
+    programme = Programme(
+        x,
+        atom * parties + party,
+        party * width + place,
+        torch.ones(num_atoms),
+        torch.ones(parties * width),
+        parties,
+    )
+    monkeypatch.setattr(interior, "_MAX_NUMBERS", 2 * num_atoms * width)
+    for values in (x, -x):
+        blocks = [block.clone() for block in programme.spread(values)]
+        assert [len(block) for block in blocks] == [2, 2, 1]
+        expected = torch.zeros(num_atoms, parties, width, dtype=torch.float64)
+        expected[present] = values
+        assert torch.equal(torch.cat(blocks), expected.transpose(0, 1))
 
 
 def test_rounding_finds_what_coordinate_alone_does_not():
