@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment import AssignmentProblem, sinkhorn, soft_assignment
+from pyro_fusion.assignment import sinkhorn, soft_assignment
 from pyro_fusion.families import Factor
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem, compact
@@ -42,14 +42,12 @@ def annealed(problem: MatchingProblem, prior: AssignmentPrior, start: Tensor) ->
     temperature = _HOTTEST
     while temperature >= _COLDEST:
         for _ in range(_STEPS):
-            cost = problem.split(problem.cost(atoms))
-            e_step = AssignmentProblem.of(cost, prior, problem.opening(atoms))
+            e_step = problem.e_step(atoms, prior)
             soft = soft_assignment(e_step, temperature, tolerance=0.1, max_iterations=50).soft
             popularity = soft.sum(1)
             kept = popularity > min(_EMPTY, float(popularity.max()) / 2)
             if bool((soft[kept] > _NEGLIGIBLE).any()):  # else all would be alone
                 atoms = soft_barycenter(problem, soft[kept & (soft > _NEGLIGIBLE).any(1)])
         temperature *= _FACTOR
-    cost = problem.split(problem.cost(atoms))
-    result = sinkhorn(cost, prior, opening=problem.opening(atoms), temperature=_COLDEST)
+    result = sinkhorn(problem.e_step(atoms, prior), prior, temperature=_COLDEST)
     return torch.cat(result.atoms)

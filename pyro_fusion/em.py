@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment import Assignment, assignment_objective, coordinate
+from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate
 from pyro_fusion.families import Factor
 from pyro_fusion.moves import regroup, rematch
 from pyro_fusion.priors import AssignmentPrior
@@ -53,8 +53,7 @@ class _State:
     groups: Tensor
     num_atoms: int
     atoms: dict[str, Factor]
-    cost: Tensor
-    opening: Tensor
+    e_step: AssignmentProblem
     prior: AssignmentPrior
     objective: float
 
@@ -107,13 +106,7 @@ def expectation_maximization(
 def _solve(
     problem: MatchingProblem, state: _State, solver: Callable[..., Assignment], **settings: Any
 ) -> Assignment:
-    return solver(
-        problem.split(state.cost),
-        state.prior,
-        opening=state.opening,
-        start=problem.split(state.groups),
-        **settings,
-    )
+    return solver(state.e_step, state.prior, start=problem.split(state.groups), **settings)
 
 
 def _move(problem: MatchingProblem, state: _State) -> Tensor:
@@ -122,13 +115,13 @@ def _move(problem: MatchingProblem, state: _State) -> Tensor:
 
 def _regroup(problem: MatchingProblem, state: _State) -> Tensor:
     try:
-        return regroup(problem, state.prior, state.groups, state.num_atoms, state.cost)
-    except (RuntimeError, ValueError):
+        return regroup(problem, state.prior, state.groups, state.num_atoms, state.e_step.cost)
+    except (torch.linalg.LinAlgError, ValueError):
         return state.groups  # some candidate group is improper
 
 
 def _rematch(problem: MatchingProblem, state: _State) -> Tensor:
-    return rematch(problem, state.prior, state.groups, state.num_atoms, state.cost)
+    return rematch(problem, state.prior, state.groups, state.num_atoms, state.e_step.cost)
 
 
 def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) -> _State:
@@ -136,8 +129,6 @@ def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) 
     groups, num_atoms = compact(groups)
     atoms = problem.barycenter(groups, num_atoms)
     prior = prior.update(num_atoms, problem.num_parties)
-    cost, opening = problem.cost(atoms), problem.opening(atoms)
-    objective = prior.constant(problem.num_parties) + assignment_objective(
-        problem.split(cost), prior, problem.split(groups), opening
-    )
-    return _State(groups, num_atoms, atoms, cost, opening, prior, objective)
+    e_step = problem.e_step(atoms, prior)
+    objective = prior.constant(problem.num_parties) + e_step.objective(groups)
+    return _State(groups, num_atoms, atoms, e_step, prior, objective)

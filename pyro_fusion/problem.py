@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment import NEW
+from pyro_fusion.assignment import NEW, AssignmentProblem
 from pyro_fusion.barycenter import Pooling
 from pyro_fusion.families import Factor
+from pyro_fusion.priors import AssignmentPrior
 
 __all__ = ["Factors", "MatchingProblem", "by_popularity", "canonical_order", "compact"]
 
@@ -77,6 +78,10 @@ class MatchingProblem:
         """The cost of an atom by itself over T, summed over sites: ``[K]``."""
         terms = [self.pooling.opening(a, self.base.get(site)) for site, a in atoms.items()]
         return torch.stack(terms).sum(0) / self.dispersion
+
+    def e_step(self, atoms: Factors, prior: AssignmentPrior) -> AssignmentProblem:
+        """What the solvers of an E-step are given."""
+        return AssignmentProblem.of(self.split(self.cost(atoms)), prior, self.opening(atoms))
 
     def barycenter(
         self, groups: Tensor, num_atoms: int, weights: Tensor | None = None

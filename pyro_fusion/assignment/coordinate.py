@@ -37,7 +37,8 @@ def coordinate(
     """One party at a time, each an exact rectangular linear assignment given the others, until a
     sweep changes nothing. F never rises.
 
-    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair.
+    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
+        own opening costs.
     :param prior: of the assignment; with a fixed number of atoms they are the ``K`` given.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
     :param start: an assignment to start from. By default each party takes its cheapest atoms, all
@@ -87,26 +88,27 @@ def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:
     """
     rows = cost.detach().cpu().double().numpy().T
     slots = len(rows) if room is None else min(len(rows), room)
-    return torch.as_tensor(_solve(rows, np.full(slots, new)))
+    result = np.full(len(rows), NEW)
+    taken, chosen = _solve(rows, np.full(slots, new))
+    result[taken] = chosen
+    return torch.as_tensor(result)
 
 
-def _solve(cost: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """Costs ``[L, K]`` and a price for each new atom there may be, never falling; ValueError if
-    every assignment has infinite cost."""
+def _solve(cost: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Costs ``[L, K]`` and a price for each new atom there may be, never falling -> the rows that
+    get a standing atom, and which; ValueError if every assignment has infinite cost."""
     from scipy.optimize import linear_sum_assignment  # slow to import: only when needed
 
     size, num_atoms = cost.shape
-    if len(new) < size or (size and new[0] != new[-1]):
+    if len(new) < max(size, 1) or new[0] != new[-1]:
         slots = np.broadcast_to(new, (size, len(new)))
-        _, columns = linear_sum_assignment(np.concatenate([cost, slots], 1))
-        return np.where(columns < num_atoms, columns, NEW)
-    # With room for all at one price, a pair that costs more than that is a new atom.
-    result = np.full(size, NEW)
-    if cost.size:
+        rows, columns = linear_sum_assignment(np.concatenate([cost, slots], 1))
+        standing = columns < num_atoms
+    else:
+        # With room for all at one price, a pair that costs more than that is a new atom.
         rows, columns = linear_sum_assignment(np.minimum(cost, new[0]))
-        worth = cost[rows, columns] < new[0]
-        result[rows[worth]] = columns[worth]
-    return result
+        standing = cost[rows, columns] < new[0]
+    return rows[standing], columns[standing]
 
 
 @dataclass
@@ -313,25 +315,24 @@ class Descent:
         """Give party ``s`` its best assignment given the others; whether that changed it."""
         part = slice(self.ends[s], self.ends[s + 1])
         old = atoms[part]
-        standing = np.flatnonzero(old != NEW)
+        standing = (old != NEW).nonzero()[0]
         k, size = old[standing], len(old)
         join, own = self.prices(m, len(standing))
         join[k] = own[k]
         new = np.empty(0)
         if self.problem.new_atoms:
             # Its new atoms rank after those of the others.
-            first = sum(self.counts(m)) - size + len(standing) if self.ranked else 0
+            first = sum(self.counts(m)) - size + len(k) if self.ranked else 0
             new = self.penalty[1] * self.weights[first : first + size]
         cost = self.cost[part] + join
-        proposal = _solve(cost, new)
-        taken = np.flatnonzero(proposal != NEW)
-        chosen = proposal[taken]
         before = cost[standing, k].sum() + new[: size - len(k)].sum()
+        taken, chosen = _solve(cost, new)
         after = cost[taken, chosen].sum() + new[: size - len(chosen)].sum()
         improved = bool(_improves(after, before))
         if improved:
             m[k] -= 1
-            atoms[part] = proposal
+            old[:] = NEW
+            old[taken] = chosen
             m[chosen] += 1
         return improved
 

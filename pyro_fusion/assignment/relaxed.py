@@ -40,7 +40,7 @@ class RelaxedAssignment(Assignment):
 
 
 def relaxed(
-    cost: Sequence[Tensor],
+    cost: Sequence[Tensor] | AssignmentProblem,
     prior: AssignmentPrior,
     *,
     opening: Tensor | None = None,
@@ -64,7 +64,8 @@ def relaxed(
     Entries that cost as much as a new atom are left out, and of large problems all but the most
     promising; the bound is of the whole problem, and brings back those that matter.
 
-    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair.
+    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
+        own opening costs.
     :param prior: a ``GroupNorm``; or a ``Parametric``, whose relaxation is exact.
     :param opening: None or zeros: an opening cost has no convex counterpart here.
     :param start: an assignment, for ``coordinate`` and for the ranks.
@@ -87,18 +88,20 @@ def relaxed(
             f"the relaxed solver needs a GroupNorm or Parametric prior, got {prior}: the penalty "
             "of no other is a convex function of the relaxed assignment; use coordinate"
         )
-    if opening is not None and bool((opening != 0).any()):
+    problem = AssignmentProblem.of(cost, prior, opening)
+    if bool(problem.opening.any()):
         raise ParameterError(
             "the relaxed solver takes no opening costs: they are not convex; use coordinate"
         )
-    problem = AssignmentProblem.of(cost, prior)
     if bool((problem.penalty == 0).all()):
         # Parties do not interact, and a linear assignment is its own relaxation.
         plain = coordinate(problem, prior, start=start)
         value = plain.objective
         soft = problem.split(_one_hot(problem, torch.cat(plain.atoms)))
         return RelaxedAssignment(plain.atoms, value, 0, True, value, soft, value, value)
-    first = [match(c, float(problem.penalty[1])) for c in cost] if start is None else start
+    first = start
+    if first is None:
+        first = [match(c, float(problem.penalty[1])) for c in problem.split(problem.cost)]
     popularity = problem.popularity(torch.cat([torch.as_tensor(a) for a in first]))
     result = _Relaxation.of(problem, popularity).solve(popularity, tolerance, max_iterations)
     nearest = [_round(p) for p in problem.split(result.soft)]
@@ -205,7 +208,7 @@ class _Relaxation:
         lone = self.alone * cost.shape[1]
         if not bool(candidates.any()):
             return _Result(candidates, cost.new_zeros(0), lone, lone)
-        best = _Result(candidates, cost.new_zeros(int(candidates.sum())), lone, -math.inf)
+        best = _Result(torch.zeros_like(candidates), cost.new_zeros(0), lone, -math.inf)
         active = self._promising(candidates, popularity)
         target = tolerance if torch.equal(active, candidates) else max(_FIRST_GAP, tolerance)
         while best.iterations < max_iterations:
@@ -241,7 +244,7 @@ class _Relaxation:
         where each costs what it adds to an assignment with these popularities."""
         cost = self.problem.cost
         room = max(_MAX_ENTRIES, int(_MAX_PART * cost.numel()))
-        if int(candidates.sum()) <= room:
+        if int(candidates.count_nonzero()) <= room:
             return candidates
         m = popularity.to(cost.device).double()
         price = self.norm * ((m + 1).sqrt() - m.sqrt())

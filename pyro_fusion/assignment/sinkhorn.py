@@ -50,7 +50,7 @@ class SoftAssignment:
 
 
 def sinkhorn(
-    cost: Sequence[Tensor],
+    cost: Sequence[Tensor] | AssignmentProblem,
     prior: AssignmentPrior,
     *,
     opening: Tensor | None = None,
@@ -64,7 +64,8 @@ def sinkhorn(
     party; the best of them, polished by :func:`coordinate`. ``soft`` is that of the last
     temperature.
 
-    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair.
+    :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
+        own opening costs.
     :param prior: of the assignment; with a fixed number of atoms they are the ``K`` given.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
     :param start: an assignment whose popularities set the first prices; the result is no worse. By
@@ -106,7 +107,7 @@ def sinkhorn(
     )
     candidates.append(_round(problem, state.soft))
     best = min(candidates, key=problem.objective)
-    polished = coordinate(cost, prior, opening=opening, start=problem.split(best))
+    polished = coordinate(problem, prior, start=problem.split(best))
     return Assignment(
         polished.atoms,
         polished.objective,
