@@ -107,7 +107,7 @@ class Pooling(ABC):
             own = None if base is None else base.shift(origin)
             atoms = self._sum(local.centred, groups, w, weight, own)
             far = atoms.first.size > limit
-        except (RuntimeError, ValueError):  # perhaps for want of digits
+        except (torch.linalg.LinAlgError, ValueError):  # perhaps for want of digits
             far = torch.ones_like(weight, dtype=torch.bool)
         if not bool(far.any()):
             return atoms.shift(origin, sign=1.0).to(dtype=local.dtype)
@@ -116,7 +116,7 @@ class Pooling(ABC):
         part = local.index_select(0, members)
         try:
             exact = self._sum_about_means(part, index, w[members], weight[far], base)
-        except (RuntimeError, ValueError) as e:
+        except (torch.linalg.LinAlgError, ValueError) as e:
             raise ParameterError(f"the {self.name} barycentre {self.failure}") from e
         if not bool(far.all()):
             params = atoms.shift(origin, sign=1.0).params
@@ -128,7 +128,7 @@ class Pooling(ABC):
     def _sum(
         self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, base: Factor | None
     ) -> Factor:
-        """The atoms, in the coordinates that ``local`` and ``base`` are in; a RuntimeError or a
+        """The atoms, in the coordinates that ``local`` and ``base`` are in; a LinAlgError or a
         ValueError if one is no member of the family."""
         total = _group_sum(self.statistics(local), groups, w, len(weight))
         atoms = self.from_statistics(local, total, weight, base)

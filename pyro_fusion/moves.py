@@ -151,7 +151,7 @@ def rematch(
             value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
             a = match(value, new * float(weights[used]), room)
             choice = torch.cat([standing, torch.tensor([NEW])])[a]  # NEW, -1, is the last place
-        except (RuntimeError, ValueError):
+        except (torch.linalg.LinAlgError, ValueError):
             choice = old  # some candidate group is improper, or lost its digits
         # One that was alone and is so again keeps its number, which others have as near.
         choice = torch.where((choice == NEW) & (popularity[old] == 0), old, choice)
@@ -181,7 +181,7 @@ def _promising(
     try:
         here = -sums.increments(every, groups, -1.0)
         there = torch.stack([sums.increments(every, k) for k in near])
-    except (RuntimeError, ValueError):
+    except (torch.linalg.LinAlgError, ValueError):
         return list(range(problem.num_parties))
     here = here + step[popularity[groups] - 1]
     join = step[popularity[near].clamp(max=len(step) - 1)]
