@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import NEW, coordinate, match
-from pyro_fusion.priors import AssignmentPrior, Parametric
-from pyro_fusion.problem import MatchingProblem
+from pyro_fusion.em import expectation_maximization
+from pyro_fusion.priors import AssignmentPrior, GroupNorm, Parametric
+from pyro_fusion.problem import Factors, MatchingProblem, compact
 
 __all__ = ["starts"]
 
@@ -32,40 +33,57 @@ def starts(
     With a free number of atoms: parties join one after the other, in random order, where a new
     atom costs a threshold that differs from start to start, so that both many and few atoms are
     tried; F decides. With a fixed number: k-means++ seeding in the divergence at hand (Arthur &
-    Vassilvitskii, 2007).
+    Vassilvitskii, 2007), in every other start after the most popular atoms found with a free one,
+    since among many atoms k-means++ by itself hardly ever hits each of them.
     """
     generator = torch.Generator().manual_seed(seed)
     for i in range(restarts + 1):
-        if prior.num_atoms is not None:
+        if prior.num_atoms is not None and i % 2:
             yield _seeded(problem, prior.num_atoms, generator)
             continue
+        j = i if prior.num_atoms is None else i // 2
         order = torch.arange(problem.num_parties)
-        if i >= len(_THRESHOLDS):
+        if j >= len(_THRESHOLDS):
             order = torch.randperm(problem.num_parties, generator=generator)
-        yield _joined(problem, order.tolist(), _THRESHOLDS[i % len(_THRESHOLDS)])
+        groups = _joined(problem, order.tolist(), _THRESHOLDS[j % len(_THRESHOLDS)])
+        if prior.num_atoms is not None:
+            free = expectation_maximization(problem, GroupNorm(), groups, collapsed=False)
+            groups = _seeded(problem, prior.num_atoms, generator, free.groups)
+        yield groups
 
 
-def _seeded(problem: MatchingProblem, num_atoms: int, generator: torch.Generator) -> Tensor:
+def _seeded(
+    problem: MatchingProblem,
+    num_atoms: int,
+    generator: torch.Generator,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """:param groups: assignment ``[N]``, the most popular atoms of which are the first seeds."""
     count = sum(problem.sizes)
-    distance: Tensor | None = None
-    cost: list[Tensor] = []
-    for _ in range(min(num_atoms, count)):
-        if distance is None:
-            p = torch.ones(count)
-        else:
-            p = distance.clamp(min=0).cpu()
-            p = p if bool(p.sum() > 0) else torch.ones(count)
+    wanted = min(num_atoms, count)
+    rows: list[Tensor] = []
+    if groups is not None:
+        groups, found = compact(groups)
+        atoms = problem.barycenter(groups, found)
+        popular = torch.bincount(groups).argsort(descending=True, stable=True)[:wanted]
+        rows = list(_cost_of(problem, {k: f.index_select(0, popular) for k, f in atoms.items()}))
+    while len(rows) < wanted:
+        # How far each component is from the nearest seed.
+        p = torch.stack(rows).amin(0).clamp(min=0).cpu() if rows else torch.ones(count)
+        p = p if bool(p.sum() > 0) else torch.ones(count)
         chosen = torch.multinomial(p.double(), 1, generator=generator)
-        row = _cost(problem, chosen).squeeze(0)
-        cost.append(row)
-        distance = row if distance is None else torch.minimum(distance, row)
-    result = coordinate(problem.split(torch.stack(cost)), Parametric(len(cost)))
+        rows.append(_cost(problem, chosen).squeeze(0))
+    result = coordinate(problem.split(torch.stack(rows)), Parametric(wanted))
     return torch.cat(result.atoms)
 
 
 def _cost(problem: MatchingProblem, index: Tensor) -> Tensor:
     """What each component costs in atoms that are the components ``index``: ``[len(index), N]``."""
-    atoms = {site: f.index_select(0, index) for site, f in problem.local.items()}
+    return _cost_of(problem, {k: f.index_select(0, index) for k, f in problem.local.items()})
+
+
+def _cost_of(problem: MatchingProblem, atoms: Factors) -> Tensor:
+    """What each component costs in these atoms, with what they cost to use: ``[K, N]``."""
     return problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
 
 
@@ -82,7 +100,7 @@ def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Ten
         seen, block = torch.cat(parties[:done]), parties[done : 2 * done]
         atoms = problem.take(seen).barycenter(groups[seen], num_atoms)
         # Openings are in the threshold, so that it means the same in every pooling.
-        cost = problem.take(torch.cat(block)).cost(atoms) + problem.opening(atoms).unsqueeze(1)
+        cost = _cost_of(problem.take(torch.cat(block)), atoms)
         fresh: list[Tensor] = []
         found = num_atoms
         costs = cost.cpu().split([len(members) for members in block], 1)

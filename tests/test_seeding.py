@@ -7,7 +7,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_fusion import GroupNorm, Parametric
+from pyro_fusion import GroupNorm, Parametric, Posterior, fuse
 from pyro_fusion.barycenter import pooling_named
 from pyro_fusion.families import Factor
 from pyro_fusion.problem import MatchingProblem
@@ -45,3 +45,22 @@ def test_many_parties_with_nothing_in_common_do_not_blow_up():
     for groups in starts(problem, GroupNorm(), 4, seed=0):
         # Once over the limit the threshold doubles with every party, so it is soon reached.
         assert len(groups.unique()) < 4 * limit
+
+
+@pytest.mark.parametrize("pooling", ["inclusive", "exclusive"])
+def test_given_the_number_of_many_atoms_each_is_found(pooling):
+    # k-means++ by itself gives some of 50 atoms two seeds and others none.
+    generator = torch.Generator().manual_seed(0)
+    centres = 7 * torch.randn(50, 50, generator=generator, dtype=torch.float64)
+    probability = torch.rand(50, generator=generator)
+    members, parties = [], []
+    for _ in range(10):
+        own = (torch.rand(50, generator=generator) < probability).nonzero().squeeze(1)
+        loc = centres[own] + torch.randn(len(own), 50, generator=generator, dtype=torch.float64)
+        local = dist.Normal(loc, torch.full_like(loc, 0.1)).to_event(1)
+        parties.append(Posterior({"x": local}, {"x": "component"}))
+        members.append(own)
+    true = torch.cat(members)
+    fusion = fuse(parties, pooling, Parametric(len(true.unique())))
+    atom = torch.cat(fusion.assignment)
+    assert bool(((atom == atom.unsqueeze(1)) == (true == true.unsqueeze(1))).all())
