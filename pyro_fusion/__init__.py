@@ -5,6 +5,7 @@
 
 from pyro_fusion._version import __version__
 from pyro_fusion.distributions import NormalGamma, NormalWishart
+from pyro_fusion.em import FusionEM
 from pyro_fusion.errors import (
     FileFormatError,
     FusionError,
@@ -16,6 +17,7 @@ from pyro_fusion.errors import (
 from pyro_fusion.families import pairwise_kl, register_family
 from pyro_fusion.fuse import fuse
 from pyro_fusion.guide import PosteriorGuide
+from pyro_fusion.model import FusionGuide, FusionModel
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.priors import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.result import Fusion, Matching
@@ -23,7 +25,10 @@ from pyro_fusion.result import Fusion, Matching
 __all__ = [
     "FileFormatError",
     "Fusion",
+    "FusionEM",
     "FusionError",
+    "FusionGuide",
+    "FusionModel",
     "GroupNorm",
     "GuideError",
     "IndianBuffet",

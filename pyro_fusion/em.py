@@ -1,134 +1,220 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Closed-form coordinate ascent: E-steps from ``assignment/`` and M-steps from
-``barycenter.py`` in turn, on the one objective
-
-.. math:: F = \sum_s \sum_l w_s D(k_{sl}; s, l) / T + \sum_k \varphi(m_k) + \text{const}
-"""
+"""Inference of a fusion in closed form: coordinate ascent on its ELBO."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import replace
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate
+from pyro_fusion.annealing import annealed
+from pyro_fusion.ascent import Ascent, EMResult, expectation_maximization
+from pyro_fusion.assignment import Assignment, coordinate, relaxed, sinkhorn
+from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
-from pyro_fusion.moves import regroup, rematch
-from pyro_fusion.priors import AssignmentPrior
-from pyro_fusion.problem import MatchingProblem, compact
+from pyro_fusion.model import FusionGuide, FusionModel
+from pyro_fusion.parties import Labelled, locating
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.priors import GroupNorm, Parametric
+from pyro_fusion.problem import by_popularity
+from pyro_fusion.result import Fusion, Matching
+from pyro_fusion.seeding import starts
 
-__all__ = ["EMResult", "expectation_maximization"]
+__all__ = ["FusionEM", "check_run"]
+
+_SOLVERS: dict[str, Callable[..., Assignment]] = {
+    "coordinate": coordinate,
+    "relaxed": relaxed,
+    "sinkhorn": sinkhorn,
+}
+
+# So many of the starts' results are refined on the collapsed objective.
+_REFINED = 3
+
+# When so many starts have come to one end, and none to a better, there are no more.
+_AGREEING = 3
 
 
-@dataclass(frozen=True)
-class EMResult:
-    """The result of :func:`expectation_maximization`.
+def _same(a: float, b: float) -> bool:
+    """Whether two objectives are those of one assignment, up to rounding."""
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
 
-    :ivar groups: the atom of each component, LongTensor ``[N]``.
-    :ivar num_atoms: K; each atom has at least one component.
-    :ivar atoms: site -> factor of batch shape ``[K]``.
-    :ivar prior: the prior, its own parameters at their estimates.
-    :ivar objective: F after the start and after each iteration; never rises.
-    :ivar converged: whether it stopped because nothing changed any more.
-    :ivar bound: no assignment to these atoms has a lower F; ``-inf`` where the solver knows none.
+
+def check_run(restarts: int, max_iterations: int, seed: int) -> None:
+    """:raises ParameterError: for arguments of :meth:`FusionEM.run` out of range."""
+    if restarts < 0 or max_iterations < 1:
+        raise ParameterError(
+            f"expected restarts >= 0 and max_iterations >= 1, got {restarts} and {max_iterations}"
+        )
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ParameterError(f"seed must be an integer, got {seed!r}")
+
+
+class FusionEM:
+    """Coordinate ascent for a model and its guide, in place of ``SVI``: each :meth:`step` is an
+    exact E-step and an exact M-step, and never raises the loss.
+
+    :param model: whose ``assignment_prior``, ``local`` and ``scale`` are its own: there are no
+        closed forms for others.
+    :param guide: its guide; begins where that is.
+    :param solver: of the E-steps, as for :func:`~pyro_fusion.fuse`.
+    :raises ParameterError: for a model that overrides these methods, or a solver that is unknown or
+        not for its prior or pooling.
+
+    Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
+    with one direction of the divergence in both steps.
     """
 
-    groups: Tensor
-    num_atoms: int
-    atoms: dict[str, Factor]
-    prior: AssignmentPrior
-    objective: list[float]
-    converged: bool
-    bound: float
+    def __init__(
+        self,
+        model: FusionModel,
+        guide: FusionGuide,
+        *,
+        solver: Literal["coordinate", "relaxed", "sinkhorn"] = "coordinate",
+    ) -> None:
+        for name in ("assignment_prior", "local", "scale"):
+            if getattr(type(model), name) is not getattr(FusionModel, name):
+                raise ParameterError(
+                    f"{type(model).__name__} overrides {name}(): FusionEM has closed forms for "
+                    "FusionModel's own alone; use SVI"
+                )
+        if solver not in _SOLVERS:
+            raise ParameterError(f"solver must be one of {sorted(_SOLVERS)}, got {solver!r}")
+        for part in model.parts.values():
+            convex = isinstance(part.prior, (GroupNorm, Parametric))
+            if solver == "relaxed" and (model.pooling.needs_base or not convex):
+                raise ParameterError(
+                    "solver 'relaxed' needs prior GroupNorm or Parametric and pooling 'inclusive' "
+                    f"or 'exclusive', got {part.prior!r} and {model.pooling.name!r}"
+                )
+        self.model, self.guide, self.solver = model, guide, solver
+        self._ascents: dict[str, Ascent] = {}
+        self._shared = {site: model.parties.share(site) for site in model.shared}
 
+    @property
+    def _shared_objective(self) -> float:
+        return sum(divergence for _, divergence in self._shared.values())
 
-@dataclass(frozen=True)
-class _State:
-    groups: Tensor
-    num_atoms: int
-    atoms: dict[str, Factor]
-    e_step: AssignmentProblem
-    prior: AssignmentPrior
-    objective: float
+    def step(self) -> float:
+        """One E- and M-step for each label; a move out of a local optimum where that changes
+        nothing. Returns the loss, ``F``: minus the ELBO."""
+        loss = self._shared_objective
+        for label, part in self.model.parts.items():
+            with locating(part.messages):
+                ascent = self._ascent(part)
+                ascent.step()
+            x = ascent.state
+            self.model.set_prior(label, x.prior)
+            self.guide.set_atoms(label, part.as_given(x.groups), x.atoms)
+            loss += x.objective
+        return loss
 
+    def _ascent(self, part: Labelled) -> Ascent:
+        """Where the last step ended, unless the guide has been moved since."""
+        start = self._start(part)
+        ascent = self._ascents.get(part.label)
+        if ascent is None or not torch.equal(ascent.state.groups, start):
+            ascent = Ascent(part.ordered, part.prior, start, solver=_SOLVERS[self.solver])
+            self._ascents[part.label] = ascent
+        return ascent
 
-def expectation_maximization(
-    problem: MatchingProblem,
-    prior: AssignmentPrior,
-    start: Tensor,
-    max_iterations: int = 100,
-    collapsed: bool = True,
-    solver: Callable[..., Assignment] = coordinate,
-) -> EMResult:
-    """Alternate E- and M-steps from an assignment until F no longer falls.
+    def _start(self, part: Labelled) -> Tensor:
+        return self.guide.assignment[part.label].cpu()[part.order]
 
-    :param start: the group of each component, LongTensor ``[N]``, any integers; no two components
-        of a party share one.
-    :param collapsed: where that has come to an end, and merges and splits of atoms too, let several
-        parties move at once, then match each once more on the collapsed objective (``moves.py``),
-        and go on from there if that helped.
-    :param solver: of the E-steps.
-    """
-    state = _maximise(problem, prior, start)
-    trace = [state.objective]
-    bound = -math.inf
+    # -- the whole way ----------------------------------------------------------------------------
 
-    def e_step(problem: MatchingProblem, state: _State) -> Tensor:
-        nonlocal bound
-        settings = {"moves": False} if solver is coordinate else {}
-        result = _solve(problem, state, solver, **settings)
-        bound = result.bound + state.prior.constant(problem.num_parties)
-        return torch.cat(result.atoms)
+    def run(
+        self, restarts: int = 9, max_iterations: int = 100, *, seed: int = 0, progress: bool = False
+    ) -> Fusion:
+        """Steps to convergence from where the guide is and from other starts; the guide ends at the
+        best. Arguments as for :func:`~pyro_fusion.fuse`, which this is.
 
-    # From the cheapest to the dearest: each is taken only where those before do not help.
-    steps = (e_step, _regroup, _move, _rematch) if collapsed else (e_step, _regroup)
-    converged = False
-    while not converged and len(trace) <= max_iterations:
-        for step in steps:
-            proposal = _maximise(problem, state.prior, step(problem, state))
-            # Equality up to rounding is convergence; what stands is kept: the trace never rises.
-            converged = not proposal.objective < state.objective - 1e-12 * abs(state.objective)
-            if not converged:
-                state, bound = proposal, -math.inf
-                trace.append(state.objective)
+        :raises ParameterError: for arguments out of range, and where ``product`` is improper.
+        """
+        check_run(restarts, max_iterations, seed)
+        matchings = {
+            label: self._match(part, restarts, max_iterations, seed, progress)
+            for label, part in self.model.parts.items()
+        }
+        return self._fusion(matchings)
+
+    def _match(
+        self, part: Labelled, restarts: int, max_iterations: int, seed: int, progress: bool
+    ) -> Matching:
+        with locating(part.messages):
+            best, ends = self._search(part, restarts, max_iterations, seed, progress)
+        groups, popularity = by_popularity(part.as_given(best.groups), best.num_atoms)
+        self.model.set_prior(part.label, best.prior)
+        with locating(part.messages):
+            atoms = part.problem.barycenter(groups, best.num_atoms)
+        self.guide.set_atoms(part.label, groups, atoms)
+        return Matching(
+            part.label,
+            list(groups.split(part.problem.sizes)),
+            best.num_atoms,
+            popularity,
+            best.objective,
+            part.dispersion,
+            best.prior,
+            best.converged,
+            ends,
+            best.bound,
+        )
+
+    def _search(
+        self, part: Labelled, restarts: int, max_iterations: int, seed: int, progress: bool
+    ) -> tuple[EMResult, list[float]]:
+        """Coordinate ascent from every start, the best few then on the collapsed objective, which
+        takes longer; the best result and where each start ended."""
+        from tqdm import tqdm
+
+        problem, prior, solver = part.ordered, part.prior, _SOLVERS[self.solver]
+        begin = starts(problem, prior, restarts, seed, self._start(part))
+        bar = tqdm(begin, total=restarts + 1, desc="fusing", disable=not progress)
+        results: list[EMResult] = []
+        ends: list[float] = []
+        for start in bar:
+            if solver is sinkhorn:
+                start = annealed(problem, prior, start)
+            results.append(
+                expectation_maximization(problem, prior, start, max_iterations, collapsed=False)
+            )
+            ends.append(results[-1].objective[-1])
+            if sum(_same(f, min(ends)) for f in ends) == _AGREEING:
                 break
-    return EMResult(
-        state.groups, state.num_atoms, state.atoms, state.prior, trace, converged, bound
-    )
+        order: list[int] = []
+        for i in sorted(range(len(ends)), key=ends.__getitem__):
+            if not any(_same(ends[i], ends[k]) for k in order):
+                order.append(i)
+        best: EMResult | None = None
+        for i in order[:_REFINED]:
+            result = expectation_maximization(
+                problem, prior, results[i].groups, max_iterations, solver=solver
+            )
+            ends[i] = result.objective[-1]
+            if best is None or result.objective[-1] < best.objective[-1]:
+                trace = results[i].objective + result.objective[1:]
+                best = replace(result, objective=trace)
+        assert best is not None
+        return best, ends
 
-
-def _solve(
-    problem: MatchingProblem, state: _State, solver: Callable[..., Assignment], **settings: Any
-) -> Assignment:
-    return solver(state.e_step, state.prior, start=problem.split(state.groups), **settings)
-
-
-def _move(problem: MatchingProblem, state: _State) -> Tensor:
-    return torch.cat(_solve(problem, state, coordinate).atoms)
-
-
-def _regroup(problem: MatchingProblem, state: _State) -> Tensor:
-    try:
-        return regroup(problem, state.prior, state.groups, state.num_atoms, state.e_step.cost)
-    except (torch.linalg.LinAlgError, ValueError):
-        return state.groups  # some candidate group is improper
-
-
-def _rematch(problem: MatchingProblem, state: _State) -> Tensor:
-    return rematch(problem, state.prior, state.groups, state.num_atoms, state.e_step.cost)
-
-
-def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) -> _State:
-    """M-step: atoms and the prior's own parameters given the assignment, and F there."""
-    groups, num_atoms = compact(groups)
-    atoms = problem.barycenter(groups, num_atoms)
-    prior = prior.update(num_atoms, problem.num_parties)
-    e_step = problem.e_step(atoms, prior)
-    objective = prior.constant(problem.num_parties) + e_step.objective(groups)
-    return _State(groups, num_atoms, atoms, e_step, prior, objective)
+    def _fusion(self, matchings: dict[str, Matching]) -> Fusion:
+        parties = self.model.parties
+        factors: dict[str, Factor] = {site: atom for site, (atom, _) in self._shared.items()}
+        for label, m in matchings.items():
+            groups = torch.cat(m.assignment)
+            factors.update(parties.pool(self.model.parts[label], groups, m.num_atoms))
+        for site, label in parties.roles.carried.items():
+            m = matchings[label]
+            factors[site] = parties.carry(site, m.assignment, m.num_atoms)
+        first = parties.posteriors[0]
+        ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
+        posterior = Posterior(ordered, first.axes, plates=first.plates)
+        names = tuple(str(s) for s in range(len(parties.posteriors)))
+        pooling = self.model.pooling.name
+        return Fusion(posterior, pooling, matchings, self._shared_objective, names)

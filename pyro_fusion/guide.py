@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,13 +20,48 @@ if TYPE_CHECKING:
     from pyro_fusion.families import Factor
     from pyro_fusion.posterior import Posterior
 
-__all__ = ["PosteriorGuide"]
+__all__ = ["FactorParams", "PosteriorGuide"]
 
 # Guides of one name share their parameters in Pyro's global store, so each gets its own.
 _COUNT = itertools.count()
 
 
-class PosteriorGuide(PyroModule):
+class FactorParams(PyroModule):
+    """Named factors, whose parameters are :class:`~pyro.nn.module.PyroParam`.
+
+    :param factors: site -> factor; copied.
+    """
+
+    def __init__(self, factors: Mapping[str, Factor], name: str = "") -> None:
+        super().__init__(name=name)
+        self._factors = dict(factors)
+        self._holders: dict[str, str] = {}
+        for site, f in self._factors.items():
+            # Flat: neither a dot in a site's name nor an attribute of modules is in the way.
+            holder = site.replace(".", "_")
+            while hasattr(self, holder):
+                holder += "_"
+            self._holders[site] = holder
+            setattr(self, holder, PyroModule())
+            constraints = f.family.build(f.params, validate_args=False).arg_constraints
+            for param, value in f.params.items():
+                event_dim = value.dim() - f.batch_dim
+                initial = PyroParam(value.clone(), constraints[param], event_dim=event_dim)
+                setattr(getattr(self, holder), param, initial)
+
+    def factor(self, site: str) -> Factor:
+        """The factor of ``site`` at the present parameters."""
+        f, holder = self._factors[site], getattr(self, self._holders[site])
+        return replace(f, params={k: getattr(holder, k) for k in f.params})
+
+    def set_factor(self, site: str, f: Factor) -> None:
+        """Move the parameters to those of ``f``, which may have another batch shape."""
+        holder = getattr(self, self._holders[site])
+        for name, value in f.params.items():
+            setattr(holder, name, value)
+
+
+class PosteriorGuide(FactorParams):
     """A mean-field guide that starts at a :class:`~pyro_fusion.Posterior`.
 
     It takes any arguments, as a guide is called with those of the model; its parameters are
@@ -40,38 +76,20 @@ class PosteriorGuide(PyroModule):
     """
 
     def __init__(self, posterior: Posterior) -> None:
-        super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
-        self._factors = dict(posterior.decomposed)
+        factors = posterior.decomposed
+        super().__init__(factors, name=f"{type(self).__name__}{next(_COUNT)}")
         self._plate_names = {
             # An axis of size one needs no plate: it stands to the right of another plate's axis.
             site: [
                 label or (None if f.batch_shape[i] == 1 else f"_{site}_axis{i}")
                 for i, label in enumerate(posterior.plates[site])
             ]
-            for site, f in self._factors.items()
+            for site, f in factors.items()
         }
-        self._holders: dict[str, str] = {}
-        for site, f in self._factors.items():
-            # Flat: neither a dot in a site's name nor an attribute of modules is in the way.
-            holder = site.replace(".", "_")
-            while hasattr(self, holder):
-                holder += "_"
-            self._holders[site] = holder
-            setattr(self, holder, PyroModule())
-            constraints = f.family.build(f.params, validate_args=False).arg_constraints
-            for name, value in f.params.items():
-                param = PyroParam(
-                    value.clone(), constraints[name], event_dim=value.dim() - f.batch_dim
-                )
-                setattr(getattr(self, holder), name, param)
 
     def distribution(self, site: str) -> pyro.distributions.TorchDistribution:
         """The distribution of ``site`` at the present parameters."""
-        return self._factor(site).distribution()
-
-    def _factor(self, site: str) -> Factor:
-        f, holder = self._factors[site], getattr(self, self._holders[site])
-        return replace(f, params={k: getattr(holder, k) for k in f.params})
+        return self.factor(site).distribution()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; returns site name -> value, as autoguides do."""
@@ -96,4 +114,4 @@ class PosteriorGuide(PyroModule):
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """A central value of every site: the image of the location where there is one, else of
         the mean; of discrete sites the mode. Site name -> value, as autoguides do."""
-        return {site: self._factor(site).center().clone() for site in self._factors}
+        return {site: self.factor(site).center().clone() for site in self._factors}

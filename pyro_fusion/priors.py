@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_fusion.distributions.indian_buffet import harmonic_number, popularity_log_weights
 from pyro_fusion.errors import ParameterError
 
 __all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric"]
@@ -95,13 +96,11 @@ class IndianBuffet(AssignmentPrior):
         return self._estimate if self.alpha is None else self.alpha
 
     def penalty(self, num_parties: int) -> Tensor:
-        m = torch.arange(1, num_parties + 1, dtype=torch.float64)
-        log_choose = torch.lgamma(m) + torch.lgamma(num_parties - m + 1)
-        phi = math.lgamma(num_parties + 1) - math.log(self.mass) - log_choose
+        phi = -math.log(self.mass) - popularity_log_weights(num_parties)
         return torch.cat([torch.zeros(1, dtype=torch.float64), phi])
 
     def constant(self, num_parties: int) -> float:
-        result = self.mass * _harmonic(num_parties)
+        result = self.mass * harmonic_number(num_parties)
         if self.alpha is None:
             result += self.rate * self.mass - (self.concentration - 1) * math.log(self.mass)
         return result
@@ -110,7 +109,7 @@ class IndianBuffet(AssignmentPrior):
         if self.alpha is not None:
             return self
         # Gamma(c, r) is conjugate: Gamma(c + K, r + H_S), here at its mode.
-        mode = (self.concentration + num_atoms - 1) / (self.rate + _harmonic(num_parties))
+        mode = (self.concentration + num_atoms - 1) / (self.rate + harmonic_number(num_parties))
         result = replace(self)
         object.__setattr__(result, "_estimate", mode)
         return result
@@ -175,7 +174,3 @@ class Parametric(AssignmentPrior):
 
     def penalty(self, num_parties: int) -> Tensor:
         return torch.zeros(num_parties + 1, dtype=torch.float64)
-
-
-def _harmonic(n: int) -> float:
-    return float(torch.arange(1, n + 1, dtype=torch.float64).reciprocal().sum())

@@ -65,6 +65,10 @@ class MatchingProblem:
             weights=self.weights[index],
         )
 
+    def in_order(self, order: Tensor, sizes: tuple[int, ...]) -> MatchingProblem:
+        """The same with components and parties in another order."""
+        return replace(self.take(order), sizes=sizes)
+
     def cost(self, atoms: Factors) -> Tensor:
         """``w D / T`` summed over sites: ``[K, N]``."""
         total: Tensor | None = None

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from pyro_fusion.ascent import expectation_maximization
 from pyro_fusion.assignment import NEW, coordinate, match
-from pyro_fusion.em import expectation_maximization
 from pyro_fusion.priors import AssignmentPrior, GroupNorm, Parametric
 from pyro_fusion.problem import Factors, MatchingProblem, compact
 
@@ -26,7 +26,11 @@ _MAX_ATOMS_PER_COMPONENT = 20
 
 
 def starts(
-    problem: MatchingProblem, prior: AssignmentPrior, restarts: int, seed: int
+    problem: MatchingProblem,
+    prior: AssignmentPrior,
+    restarts: int,
+    seed: int,
+    first: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Assignments to start from, ``restarts + 1`` of them: LongTensors ``[N]``.
 
@@ -35,9 +39,14 @@ def starts(
     tried; F decides. With a fixed number: k-means++ seeding in the divergence at hand (Arthur &
     Vassilvitskii, 2007), in every other start after the most popular atoms found with a free one,
     since among many atoms k-means++ by itself hardly ever hits each of them.
+
+    :param first: in place of the first of them.
     """
     generator = torch.Generator().manual_seed(seed)
     for i in range(restarts + 1):
+        if i == 0 and first is not None:
+            yield first
+            continue
         if prior.num_atoms is not None and i % 2:
             yield _seeded(problem, prior.num_atoms, generator)
             continue

@@ -9,8 +9,8 @@ import torch
 
 from pyro_fusion import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.annealing import annealed, soft_barycenter
+from pyro_fusion.ascent import expectation_maximization
 from pyro_fusion.barycenter import pooling_named
-from pyro_fusion.em import expectation_maximization
 from pyro_fusion.families import Factor
 from pyro_fusion.problem import MatchingProblem
 

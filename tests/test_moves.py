@@ -12,8 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.ascent import expectation_maximization
 from pyro_fusion.barycenter import pooling_named
-from pyro_fusion.em import expectation_maximization
 from pyro_fusion.families import Factor
 from pyro_fusion.moves import regroup, rematch
 from pyro_fusion.priors import AssignmentPrior

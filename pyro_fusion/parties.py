@@ -1,0 +1,292 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the parties hand over, read and checked: one matching problem per label, and closed forms
+for the sites that need no assignment of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.barycenter import Pooling
+from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
+from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread, temper
+from pyro_fusion.errors import FusionError, ParameterError, StructureError
+from pyro_fusion.families import Factor
+from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.problem import MatchingProblem, canonical_order
+from pyro_fusion.structure import (
+    Roles,
+    check_parties,
+    check_weights,
+    site_roles,
+    warn_unlabelled_simplex,
+)
+
+__all__ = ["Labelled", "Parties", "locating"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The components along one label.
+
+    :ivar label: the label.
+    :ivar problem: the components as their assignment is scored: for ``product`` messages tempered
+        by weight and dispersion, else as they are.
+    :ivar messages: the components as they were handed over.
+    :ivar prior: of the assignment, with what it takes from the posteriors.
+    :ivar dispersion: T.
+    :ivar ordered: the problem in an order that depends on the contents of the parties only, so that
+        what is found there is the same for any order of the parties.
+    :ivar order: which component each of ``ordered`` is, LongTensor ``[N]``.
+    """
+
+    label: str
+    problem: MatchingProblem
+    messages: MatchingProblem
+    prior: AssignmentPrior
+    dispersion: float
+    ordered: MatchingProblem
+    order: Tensor
+
+    def as_given(self, groups: Tensor) -> Tensor:
+        """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
+        return torch.empty_like(groups).index_copy_(0, self.order.to(groups.device), groups)
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Local posteriors that fit together, and how they are to be pooled.
+
+    :ivar posteriors: one per party.
+    :ivar weights: of the parties, with mean 1: float64 ``[S]``.
+    :ivar pooling: the divergence and its barycentre.
+    :ivar base: site -> the prior of the local models, where the pooling needs it.
+    :ivar roles: what happens to each site.
+    """
+
+    posteriors: list[Posterior]
+    weights: Tensor
+    pooling: Pooling
+    base: dict[str, Factor]
+    roles: Roles
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Sequence[Posterior | Callable[..., Any]],
+        pooling: Pooling,
+        weights: Sequence[float] | Tensor | None,
+        base: Base | None,
+        axes: Axes | None,
+    ) -> Parties:
+        """Read and check what was given; arguments as for :func:`~pyro_fusion.fuse`."""
+        posteriors, guides = _read(inputs, axes)
+        w = check_weights(weights, len(posteriors))
+        check_parties(posteriors)
+        roles = site_roles(posteriors[0])
+        warn_unlabelled_simplex(posteriors[0], roles)
+        given: dict[str, Factor] = {}
+        if pooling.needs_base and (base is not None or len(posteriors) > 1):
+            given = resolve_base(base, guides, sorted(posteriors[0].axes))
+        return cls(posteriors, w, pooling, given, roles)
+
+    def check_num_atoms(self, prior: AssignmentPrior) -> None:
+        """:raises StructureError: if a party has more components than there may be atoms."""
+        if prior.num_atoms is None:
+            return
+        for label in self.roles.matched:
+            for s, p in enumerate(self.posteriors):
+                if p.components(label) > prior.num_atoms:
+                    raise StructureError(
+                        f"party {s} has {p.components(label)} components along '{label}', but the "
+                        f"prior allows only {prior.num_atoms} atoms"
+                    )
+
+    # -- sites with a label ------------------------------------------------------------------------
+
+    def labelled(self, label: str, prior: AssignmentPrior, dispersion: float | None) -> Labelled:
+        """The components along ``label``, in the order of the parties.
+
+        :param dispersion: T, or None to estimate it.
+        """
+        sites = self.roles.matched[label]
+        sizes = tuple(p.components(label) for p in self.posteriors)
+        local = {
+            site: Factor.cat([p.decomposed[site].with_batch(axis) for p in self.posteriors]).to(
+                dtype=torch.float64
+            )
+            for site, axis in sites.items()
+        }
+        device = next(iter(local.values())).device
+        weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(device)
+        base = {
+            site: atom_base(site, self.base, local[site], axis).to(dtype=torch.float64)
+            for site, axis in sites.items()
+            if self.pooling.needs_base
+        }
+        messages = MatchingProblem(local, sizes, weights, self.pooling, base)
+        order, ordered_sizes = canonical_order(local, sizes, self.weights)
+        voting = _voting(messages.in_order(order, ordered_sizes))
+        scale = dispersion or 1.0
+        if dispersion is None and len(sizes) > 1:
+            scale = estimate_dispersion(*voting, self.pooling, base)
+        messages = replace(messages, dispersion=scale)
+        calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
+        problem = _tempered(messages) if self.pooling.needs_base else messages
+        ordered = problem.in_order(order, ordered_sizes)
+        return Labelled(label, problem, messages, calibrated, scale, ordered, order)
+
+    def pool(self, part: Labelled, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
+        """The atoms of an assignment ``[N]``, from the messages as they were handed over: site ->
+        factor with the axes of the site."""
+        sites, first = self.roles.matched[part.label], self.posteriors[0]
+        with locating(part.messages):
+            atoms = part.messages.barycenter(groups, num_atoms)
+        return {
+            site: f.like(first.decomposed[site].batch_dim, (sites[site],))
+            for site, f in atoms.items()
+        }
+
+    def carry(self, site: str, assignment: Sequence[Tensor], num_atoms: int) -> Factor:
+        """Pool a site that follows the assignment of its label."""
+        label = self.roles.carried[site]
+        axes, first = self.posteriors[0].axes[site], self.posteriors[0].decomposed[site]
+        places = [i for i, a in enumerate(axes) if a == label]
+        rows = [i for i in places if i < first.separable_axes]
+        if len(rows) > 1:
+            raise StructureError(
+                f"site '{site}': label '{label}' on {len(rows)} batch axes is not "
+                "supported; one of them must be the event axis of a Dirichlet"
+            )
+        fill = base_fill(site, self.base, first)
+        local = []
+        for p, a in zip(self.posteriors, assignment, strict=True):
+            f = p.decomposed[site].to(dtype=torch.float64)
+            for i in places:
+                if i not in rows:
+                    f = f.pad(i, a, num_atoms, fill)
+            f = f.with_batch(*rows)
+            local.append(f if rows else _unsqueeze(f))
+        stacked = Factor.cat(local)
+        base = None
+        if self.pooling.needs_base:
+            if fill is None:
+                raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
+            one = stacked.index_select(0, torch.zeros(1, dtype=torch.long, device=stacked.device))
+            base = one.map(lambda v: torch.full_like(v, float(fill)))
+        if not rows:
+            every = [torch.tensor([0])] * len(self.posteriors)
+            return _squeeze(self._pool(site, stacked, every, 1, base)).like(first.batch_dim, ())
+        pooled = self._pool(site, stacked, assignment, num_atoms, base)
+        return pooled.like(first.batch_dim, rows)
+
+    # -- sites without a label ---------------------------------------------------------------------
+
+    def shared(self, site: str) -> MatchingProblem:
+        """A site without a label as a problem of one atom, of which each party has a component."""
+        local = Factor.cat(
+            [_unsqueeze(p.decomposed[site].to(dtype=torch.float64)) for p in self.posteriors]
+        )
+        base = {}
+        if self.pooling.needs_base:
+            base[site] = atom_base(site, self.base, local, None).to(dtype=torch.float64)
+        weights = self.weights.to(local.device)
+        sizes = (1,) * len(self.posteriors)
+        return MatchingProblem({site: local}, sizes, weights, self.pooling, base)
+
+    def share(self, site: str) -> tuple[Factor, float]:
+        """Pool a shared site; also its divergence."""
+        problem = self.shared(site)
+        groups = torch.zeros(len(self.posteriors), dtype=torch.long)
+        with locating(problem):
+            atoms = problem.barycenter(groups, 1)
+        divergence = float(problem.cost(atoms).sum() + problem.opening(atoms).sum())
+        atom = _squeeze(atoms[site])
+        return atom.like(self.posteriors[0].decomposed[site].batch_dim, ()), divergence
+
+    def _pool(
+        self,
+        site: str,
+        local: Factor,
+        groups: Sequence[Tensor],
+        num_atoms: int,
+        base: Factor | None,
+    ) -> Factor:
+        """The barycentres of one site, ``groups`` per party; errors name the site."""
+        sizes = tuple(len(a) for a in groups)
+        weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(local.device)
+        bases = {} if base is None else {site: base}
+        problem = MatchingProblem({site: local}, sizes, weights, self.pooling, bases)
+        with locating(problem):
+            return problem.barycenter(torch.cat(list(groups)), num_atoms)[site]
+
+
+@contextmanager
+def locating(problem: MatchingProblem) -> Iterator[None]:
+    """Where a barycentre may be improper: the error names the site, and parties where it can."""
+    try:
+        yield
+    except ParameterError as e:
+        raise located(e, problem.local, problem.base, problem.sizes) from e
+
+
+def _read(inputs: Sequence[Any], axes: Axes | None) -> tuple[list[Posterior], list[Any]]:
+    if isinstance(inputs, Posterior) or callable(inputs):
+        raise StructureError("expected a list of posteriors or guides, got a single one")
+    inputs = list(inputs)
+    if not inputs:
+        raise StructureError("expected at least one posterior or guide, got an empty list")
+    guides = [g for g in inputs if not isinstance(g, Posterior)]
+    for s, g in enumerate(inputs):
+        if not isinstance(g, Posterior) and not callable(g):
+            raise StructureError(
+                f"party {s}: expected a Posterior or a Pyro guide, got {type(g).__name__}"
+            )
+    if guides:
+        from pyro_fusion.readers.pyro import check_not_shared
+
+        check_not_shared(inputs)
+    parties = []
+    for s, g in enumerate(inputs):
+        try:
+            parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g, axes=axes))
+        except FusionError as e:
+            raise type(e)(f"party {s}: {e}") from e
+    return parties, guides
+
+
+def _unsqueeze(f: Factor) -> Factor:
+    """All batch axes into the event, and one batch axis of size one before it."""
+    return replace(f.with_batch().map(lambda v: v.unsqueeze(0)), batch_dim=1)
+
+
+def _squeeze(f: Factor) -> Factor:
+    """Without the one batch axis, of size one."""
+    return replace(f.map(lambda v: v.squeeze(0)), batch_dim=0)
+
+
+def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...]]:
+    """Components and sizes of the parties whose weight is not zero, if these are two at least."""
+    party = problem.party
+    counts = torch.bincount(party[(problem.weights > 0).cpu()], minlength=problem.num_parties)
+    kept = tuple(int(n) for n in counts if n)
+    if len(kept) in (1, problem.num_parties):
+        return dict(problem.local), problem.sizes
+    return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
+
+
+def _tempered(problem: MatchingProblem) -> MatchingProblem:
+    """Weights and dispersion moved into the messages, where the evidence is exact."""
+    local = {
+        site: temper(f, problem.base[site], problem.weights, problem.dispersion)
+        for site, f in problem.local.items()
+    }
+    return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)
