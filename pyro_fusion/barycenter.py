@@ -18,11 +18,11 @@ from torch import Tensor
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
 
-__all__ = ["Exclusive", "Inclusive", "Pooling", "Product", "group_mean", "pooling_named"]
+__all__ = ["FAR", "Exclusive", "Inclusive", "Pooling", "Product", "group_mean", "pooling_named"]
 
 # An atom that lies less than the root of this from the origin, in units of its width, has ten
 # digits or so after sums about that origin; others are summed about their own.
-_FAR = 1e6
+FAR = 1e6
 
 
 class Pooling(ABC):
@@ -102,7 +102,7 @@ class Pooling(ABC):
             weight = w.new_zeros(num_atoms).index_add(0, groups, w)
         # About one origin for all, where the statistics of `local` stay in its cache.
         origin = local.origin
-        limit = torch.inf if origin is None else _FAR * origin.numel()
+        limit = torch.inf if origin is None else FAR * origin.numel()
         try:
             own = None if base is None else base.shift(origin)
             atoms = self._sum(local.centred, groups, w, weight, own)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_fusion.barycenter import Exclusive, Pooling, Product
+from pyro_fusion.barycenter import FAR, Exclusive, Pooling, Product
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, pairwise_kl
 
@@ -90,6 +90,11 @@ def estimate_dispersion(
         wrong = float(different.quantile(0.75))
         tail = 1 + _TAIL * (2 / dimensions) ** 0.5
         limit = tail * (max(right, 1e-6 * wrong) * wrong) ** 0.5
+    if not math.isfinite(limit):
+        raise ParameterError(
+            f"the dispersion cannot be estimated: merges cost {limit} nats. Some posterior is "
+            "numerically degenerate; mend it, or give `dispersion`"
+        )
     if not limit > 0:
         limit = 1.0
     if pooling.needs_base:
@@ -190,26 +195,62 @@ def _merge_costs(
 ) -> Tensor:
     """``min_q D(q; first) + D(q; second)`` for each pair, summed over sites."""
     total = torch.zeros(len(first), dtype=torch.float64)
-    weight = torch.full((len(first),), 2.0, dtype=torch.float64)
     for f in local.values():
-        # About one origin, where the statistics stay in the cache: no component is taken apart
-        # again for each pair that it is in.
-        f = f.centred
+        price = _about_origin(f, first, second, pooling)
+        # NaN, or far from the origin in units of the atom's width: too few digits.
+        if bool((lost := price.isnan()).any()):
+            price[lost] = _one_by_one(f, first[lost], second[lost], pooling)
+        total += price.clamp(min=0)
+    # What is too far apart to tell how far costs as much as the dearest of the others.
+    known = total.isfinite()
+    return torch.where(known, total, total[known].max()) if bool(known.any()) else total
+
+
+def _about_origin(f: Factor, first: Tensor, second: Tensor, pooling: Pooling) -> Tensor:
+    """The costs of merges by sums about the origin of all, where the statistics stay in the cache:
+    no component is taken apart again for each pair that it is in. NaN where digits were lost."""
+    origin, f = f.origin, f.centred
+    try:
         statistics, potential = pooling.statistics(f), pooling.potential(f)
-        weight = weight.to(potential.device)
+        weight = torch.full((len(first),), 2.0, dtype=torch.float64, device=f.device)
         atoms = pooling.from_statistics(f, statistics[first] + statistics[second], weight)
         price = potential[first] + potential[second] - pooling.group_potential(atoms, weight)
-        total += price.clamp(min=0).cpu()
-    return total
+        if origin is not None:
+            size = torch.stack([atoms.first.size, f.first.size[first], f.first.size[second]])
+            price = torch.where(size.amax(0) > FAR * origin.numel(), torch.nan, price)
+    except (torch.linalg.LinAlgError, ValueError):
+        return torch.full((len(first),), torch.nan, dtype=torch.float64)
+    return price.cpu()
+
+
+def _one_by_one(f: Factor, first: Tensor, second: Tensor, pooling: Pooling) -> Tensor:
+    """The same, each about the mean of its pair; NaN where even that is singular."""
+    pair = f.index_select(0, torch.cat([first, second]))
+    groups = torch.arange(len(first), device=f.device).repeat(2)
+    try:
+        atoms = pooling.barycenter(pair, groups, len(first)).index_select(0, groups)
+        return pooling.divergence(atoms, pair).double().reshape(2, -1).sum(0).cpu()
+    except (ParameterError, torch.linalg.LinAlgError):
+        if len(first) == 1:
+            return torch.full((1,), torch.nan, dtype=torch.float64)
+        half = len(first) // 2
+        sides = (slice(half), slice(half, None))
+        return torch.cat([_one_by_one(f, first[i], second[i], pooling) for i in sides])
 
 
 def temper(local: Factor, base: Factor, weights: Tensor, dispersion: float) -> Factor:
     """The messages ``q_n / p0`` raised to ``w_n / T``: ``η_0 + (η_n - η_0) w_n / T``.
 
     :param local: batch shape ``[N]``; ``base``: ``[1]``; ``weights``: ``[N]``.
+    :raises ParameterError: if one is improper.
     """
     origin = local.location()
     shifted_base = base.expand_batch((len(weights),)).shift(origin)
     shifted = local.shift(origin)
     message = (shifted.natural - shifted_base.natural) * (weights / dispersion).unsqueeze(1)
-    return local.from_natural(shifted_base.natural + message).shift(origin, sign=1.0)
+    try:
+        tempered = local.from_natural(shifted_base.natural + message)
+        tempered.check()
+    except (torch.linalg.LinAlgError, ValueError) as e:
+        raise ParameterError(f"the product barycentre {Product.failure}") from e
+    return tempered.shift(origin, sign=1.0)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.base import Base
+from pyro_fusion.dispersion import pairwise_spread
 from pyro_fusion.em import FusionEM, check_run
 from pyro_fusion.model import FusionGuide, FusionModel, assignment_prior
 from pyro_fusion.parties import Parties
@@ -98,7 +99,8 @@ def _alone(parties: Parties, prior: AssignmentPrior) -> Fusion:
     for label in parties.roles.matched:
         size = posterior.components(label)
         every = torch.arange(size)
-        own = prior.update(size, 1)
+        components = parties.components(label)
+        own = prior.calibrated(lambda: pairwise_spread(*components)).update(size, 1)  # noqa: B023
         objective = own.constant(1) + size * float(own.penalty(1)[1])
         popularity = torch.ones_like(every)
         matchings[label] = Matching(

@@ -112,19 +112,23 @@ class Parties:
 
     # -- sites with a label ------------------------------------------------------------------------
 
+    def components(self, label: str) -> tuple[dict[str, Factor], tuple[int, ...]]:
+        """The components along ``label``, in the order of the parties, and how many each has."""
+        local = {
+            site: Factor.cat([p.decomposed[site].with_batch(axis) for p in self.posteriors]).to(
+                dtype=torch.float64
+            )
+            for site, axis in self.roles.matched[label].items()
+        }
+        return local, tuple(p.components(label) for p in self.posteriors)
+
     def labelled(self, label: str, prior: AssignmentPrior, dispersion: float | None) -> Labelled:
         """The components along ``label``, in the order of the parties.
 
         :param dispersion: T, or None to estimate it.
         """
         sites = self.roles.matched[label]
-        sizes = tuple(p.components(label) for p in self.posteriors)
-        local = {
-            site: Factor.cat([p.decomposed[site].with_batch(axis) for p in self.posteriors]).to(
-                dtype=torch.float64
-            )
-            for site, axis in sites.items()
-        }
+        local, sizes = self.components(label)
         device = next(iter(local.values())).device
         weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(device)
         base = {
@@ -136,11 +140,12 @@ class Parties:
         order, ordered_sizes = canonical_order(local, sizes, self.weights)
         voting = _voting(messages.in_order(order, ordered_sizes))
         scale = dispersion or 1.0
-        if dispersion is None and len(sizes) > 1:
-            scale = estimate_dispersion(*voting, self.pooling, base)
-        messages = replace(messages, dispersion=scale)
+        with locating(messages):
+            if dispersion is None and len(sizes) > 1:
+                scale = estimate_dispersion(*voting, self.pooling, base)
+            messages = replace(messages, dispersion=scale)
+            problem = _tempered(messages) if self.pooling.needs_base else messages
         calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
-        problem = _tempered(messages) if self.pooling.needs_base else messages
         ordered = problem.in_order(order, ordered_sizes)
         return Labelled(label, problem, messages, calibrated, scale, ordered, order)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_fusion.ascent import expectation_maximization
 from pyro_fusion.assignment import NEW, coordinate, match
+from pyro_fusion.errors import ParameterError
 from pyro_fusion.priors import AssignmentPrior, GroupNorm, Parametric
 from pyro_fusion.problem import Factors, MatchingProblem, compact
 
@@ -93,7 +94,10 @@ def _cost(problem: MatchingProblem, index: Tensor) -> Tensor:
 
 def _cost_of(problem: MatchingProblem, atoms: Factors) -> Tensor:
     """What each component costs in these atoms, with what they cost to use: ``[K, N]``."""
-    return problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
+    cost = problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
+    if bool(cost.isnan().any()):
+        raise ParameterError("a divergence is NaN: some posterior is numerically degenerate")
+    return cost
 
 
 def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_fusion import ParameterError
-from pyro_fusion.barycenter import _FAR, pooling_named
+from pyro_fusion.barycenter import FAR, pooling_named
 from pyro_fusion.families import Factor, kl
 from tests.families.members import BARE, mvn, normal, normal_gamma, normal_wishart
 
@@ -221,7 +221,7 @@ class TestCoordinates:
         local = near.shift(move[groups], 1.0)
         atoms = how.barycenter(local, groups, 4)
         size = atoms.shift(local.origin).first.size / local.origin.numel()
-        assert size.max() > _FAR > size.min()
+        assert size.max() > FAR > size.min()
         assert (kl(expected, atoms.shift(move)) < 1e-12).all()
 
     @pytest.mark.parametrize("pooling", ["inclusive", "exclusive"])

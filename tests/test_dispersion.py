@@ -177,3 +177,25 @@ def test_parties_of_weight_zero_have_no_say():
     spoiled = [*parties, party(50.0)]
     expected = fuse(parties).dispersion
     assert fuse(spoiled, weights=[1, 1, 1, 0]).dispersion == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("pooling", ["exclusive", "inclusive"])
+@pytest.mark.parametrize("family", ["Normal", "MultivariateNormal"])
+def test_one_component_that_went_astray_changes_nothing(family, pooling):
+    def party(s, far):
+        g = torch.Generator().manual_seed(s)
+        loc = torch.tensor([[0.0, 0.0], [5.0, 5.0], [-5.0, 5.0], [far, far]]).double()
+        loc = loc[: 4 if s == 0 else 3]
+        loc = loc + 0.3 * torch.randn(loc.shape, generator=g, dtype=torch.float64)
+        if family == "Normal":
+            local = dist.Normal(loc, torch.full_like(loc, 0.3)).to_event(1)
+        else:
+            local = dist.MultivariateNormal(loc, 0.09 * torch.eye(2).double())
+        return Posterior({"x": local}, {"x": "component"})
+
+    near = fuse([party(s, 1e2) for s in range(6)], pooling)
+    assert near.num_atoms == 4
+    for far in (1e6, 1e8, 3e8, 1e10):
+        fusion = fuse([party(s, far) for s in range(6)], pooling)
+        assert fusion.dispersion == pytest.approx(near.dispersion, rel=1e-6)
+        assert fusion.num_atoms == 4

@@ -320,6 +320,11 @@ class TestOneParty:
         assert fusion.num_atoms == 3
         assert "3 atoms" in fusion.summary()
 
+    @pytest.mark.parametrize("ranked", [True, False])
+    def test_scale_of_the_prior_is_found(self, pooling, ranked):
+        fusion = fuse([party([0, 1, 2], 0)], pooling, GroupNorm("auto", ranked=ranked))
+        assert fusion.only_matching().prior.scale > 0
+
     def test_parametric_must_still_fit(self):
         with pytest.raises(StructureError, match="party 0 has 3 components"):
             fuse([party([0, 1, 2], 0)], prior=Parametric(2))
@@ -487,6 +492,23 @@ def two_parties():
 
 
 class TestBadInput:
+    @pytest.mark.parametrize("family", ["Normal", "MultivariateNormal"])
+    def test_messages_that_temper_to_something_improper(self, family):
+        # Wider than the prior, and more so the less they are tempered.
+        parties = []
+        for s in range(3):
+            loc = torch.tensor([[0.0, 0.0], [5.0, 5.0]]).double() + 0.1 * s
+            if family == "Normal":
+                local = dist.Normal(loc, 1.1).to_event(1)
+                base = dist.Normal(torch.zeros(2).double(), 1.0).to_event(1)
+            else:
+                eye = torch.eye(2).double()
+                local = dist.MultivariateNormal(loc, 1.2 * eye)
+                base = dist.MultivariateNormal(torch.zeros(2).double(), eye)
+            parties.append(Posterior({"x": local}, {"x": "component"}))
+        with pytest.raises(ParameterError, match="site 'x'.*improper"):
+            fuse(parties, "product", base={"x": base}, dispersion=0.1)
+
     def test_solver(self):
         with pytest.raises(ParameterError, match=r"solver must be one of .*'relaxed'.* got 'lp'"):
             fuse(parties(), solver="lp")

@@ -241,9 +241,12 @@ class Factor:
 
     @functools.cached_property
     def origin(self) -> Tensor | None:
-        """The mean location, about which :attr:`centred` is."""
+        """The median location, about which :attr:`centred` is: nothing is far from it because of
+        one that is."""
         location = self.location()
-        return None if location is None else location.flatten(0, self.batch_dim - 1).mean(0)
+        if location is None:
+            return None
+        return location.flatten(0, self.batch_dim - 1).median(0).values
 
     @property
     def centred(self) -> "Factor":
