@@ -15,15 +15,32 @@ from torch import Tensor
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.priors import AssignmentPrior
 
-__all__ = ["NEW", "Assignment", "AssignmentProblem", "assignment_objective", "relative_gap"]
+__all__ = [
+    "NEW",
+    "Assignment",
+    "AssignmentProblem",
+    "assignment_objective",
+    "check_least",
+    "relative_gap",
+]
 
 NEW = -1
 """Marks a component that opens an atom of its own."""
 
 
-def relative_gap(objective: float, bound: float) -> float:
-    """How far an objective is above a bound, relative to itself."""
-    return max(0.0, objective - bound) / max(abs(objective), 1e-300)
+def relative_gap(objective: float, bound: float, scale: float = 1e-300) -> float:
+    """How far an objective is above a bound, relative to itself, or to the scale if it is less."""
+    return max(0.0, objective - bound) / max(abs(objective), scale)
+
+
+def check_least(least: float, **settings: float) -> None:
+    """Refuse settings that are less, or NaN.
+
+    :raises ParameterError: names the setting.
+    """
+    for name, value in settings.items():
+        if not value >= least:
+            raise ParameterError(f"{name} must be at least {least}, got {value}")
 
 
 @dataclass(frozen=True)
@@ -82,45 +99,45 @@ class AssignmentProblem:
     ) -> AssignmentProblem:
         """Check what a solver was given; a checked problem is taken as it is.
 
+        Costs are taken in their floating dtype, integers in the default one. An atom that costs
+        ``inf`` to open is forbidden.
+
         :raises StructureError: if shapes do not fit, or a party has more components than there are
             atoms while their number is fixed.
-        :raises ParameterError: if costs are NaN or ``-inf``, or a component may have no atom.
+        :raises ParameterError: if costs are no real tensors, NaN, ``-inf``, or so large that F
+            might overflow, opening costs NaN or ``-inf``, or a component may have no atom; or if a
+            checked problem comes with opening costs, or with a prior other than its own.
         """
         if isinstance(cost, AssignmentProblem):
+            cost._check_same(prior, opening)
             return cost
-        if len(cost) == 0:
-            raise StructureError("expected at least one party, got none")
-        num_atoms = len(cost[0]) if cost[0].dim() else 0
         new_atoms = prior.num_atoms is None
-        for s, c in enumerate(cost):
-            if c.dim() != 2 or c.shape[0] != num_atoms:
-                raise StructureError(
-                    f"party {s}: expected costs of shape [{num_atoms}, L], got {list(c.shape)}"
-                )
-            if not new_atoms and c.shape[1] > num_atoms:
-                raise StructureError(
-                    f"party {s} has {c.shape[1]} components, but there are only {num_atoms} atoms"
-                )
-        sizes = tuple(c.shape[1] for c in cost)
-        joint = torch.cat(tuple(cost), 1).detach()
+        parties = list(cost)
+        _check_shapes(parties, new_atoms)
+        num_atoms = len(parties[0])
+        sizes = tuple(c.shape[1] for c in parties)
+        joint = torch.cat(parties, 1).detach()
+        if not joint.is_floating_point():
+            joint = joint.to(torch.get_default_dtype())
+        opening = _checked_opening(opening, num_atoms)
+        never = opening == torch.inf
+        if bool(never.any()):
+            joint = joint.masked_fill(never.to(joint.device)[:, None], torch.inf)
+            opening = opening.masked_fill(never, 0.0)
         _check_values(joint, sizes, new_atoms)
-        if opening is None:
-            opening = torch.zeros(num_atoms, dtype=torch.float64)
-        elif opening.shape != (num_atoms,):
-            raise StructureError(
-                f"expected opening costs of shape [{num_atoms}], got {list(opening.shape)}"
-            )
         if num_atoms == 0:  # as good as one that nobody may have, and no case of its own
             joint = joint.new_full((1, joint.shape[1]), torch.inf)
             opening = torch.zeros(1, dtype=torch.float64)
-        return cls(
-            joint,
-            sizes,
-            prior.penalty(len(cost)),
-            prior.rank_weights(len(joint) + joint.shape[1] + 1, max(sizes)),
-            opening.detach().cpu().double(),
-            new_atoms,
-        )
+        penalty, weights = _of_prior(prior, sizes, len(joint))
+        return cls(joint, sizes, penalty, weights, opening, new_atoms)
+
+    def _check_same(self, prior: AssignmentPrior, opening: Tensor | None) -> None:
+        if opening is not None:
+            raise ParameterError("a checked problem has its own opening costs: give none with it")
+        penalty, weights = _of_prior(prior, self.sizes, self.num_atoms)
+        same = torch.equal(penalty, self.penalty) and torch.equal(weights, self.weights)
+        if not same or (prior.num_atoms is None) != self.new_atoms:
+            raise ParameterError(f"the problem was checked with another prior than {prior}")
 
     @property
     def num_parties(self) -> int:
@@ -135,6 +152,47 @@ class AssignmentProblem:
     def split(self, x: Tensor) -> list[Tensor]:
         """``[..., N]`` -> one ``[..., L_s]`` per party."""
         return list(x.split(self.sizes, dim=-1))
+
+    def join(self, atoms: Sequence[Tensor]) -> Tensor:
+        """Check a feasible assignment, per party ``[L_s]`` integers, and put the parties side by
+        side: LongTensor ``[N]`` on the CPU. Pairs may be forbidden.
+
+        :raises StructureError: if the number of parties or of components is another.
+        :raises ParameterError: for what is no atom, a new atom while their number is fixed, or two
+            components of a party with one atom.
+        """
+        parties = [torch.as_tensor(a) for a in atoms]
+        if len(parties) != self.num_parties:
+            raise StructureError(
+                f"expected an assignment of {self.num_parties} parties, got {len(parties)}"
+            )
+        for s, (a, size) in enumerate(zip(parties, self.sizes, strict=True)):
+            if a.shape != (size,):
+                raise StructureError(
+                    f"party {s}: expected an assignment of shape [{size}], got {list(a.shape)}"
+                )
+            if size and (a.dtype == torch.bool or a.is_floating_point() or a.is_complex()):
+                raise ParameterError(f"party {s}: expected atoms as integers, got {a.dtype}")
+        every = torch.cat(parties).cpu().long()
+        least = NEW if self.new_atoms else 0
+        bad = (every < least) | (every >= self.num_atoms)
+        if bool(bad.any()):
+            s, n = _place(bad, self.sizes)
+            raise ParameterError(
+                f"party {s}: expected atoms from {least} to {self.num_atoms - 1}, got "
+                f"{int(parties[s][n])} for component {n}"
+            )
+        standing = every != NEW
+        party = torch.arange(self.num_parties).repeat_interleave(torch.tensor(self.sizes))
+        pair = (party * self.num_atoms + every)[standing]
+        taken = torch.zeros(self.num_parties * self.num_atoms, dtype=torch.bool)
+        taken[pair] = True
+        if int(taken.count_nonzero()) < len(pair):
+            s, k = divmod(int(torch.bincount(pair).argmax()), self.num_atoms)
+            raise ParameterError(
+                f"party {s}: expected each atom at most once, got atom {k} for several components"
+            )
+        return every
 
     def popularity(self, atoms: Tensor) -> Tensor:
         """``m_k`` of an assignment ``[N]``: ``[K]``."""
@@ -158,9 +216,52 @@ def assignment_objective(
     atoms: Sequence[Tensor],
     opening: Tensor | None = None,
 ) -> float:
-    """F of an assignment ``atoms``; arguments as for the solvers."""
-    every = torch.cat([torch.as_tensor(a) for a in atoms])
-    return AssignmentProblem.of(cost, prior, opening).objective(every)
+    """F of an assignment ``atoms``; arguments and errors as for the solvers."""
+    problem = AssignmentProblem.of(cost, prior, opening)
+    return problem.objective(problem.join(atoms))
+
+
+def _of_prior(
+    prior: AssignmentPrior, sizes: tuple[int, ...], num_atoms: int
+) -> tuple[Tensor, Tensor]:
+    """The penalty, and the weights of all ranks there can be and one more."""
+    ranks = num_atoms + sum(sizes) + 1
+    return prior.penalty(len(sizes)), prior.rank_weights(ranks, max(sizes))
+
+
+def _check_shapes(cost: list[Tensor], new_atoms: bool) -> None:
+    if len(cost) == 0:
+        raise StructureError("expected at least one party, got none")
+    num_atoms = 0
+    for s, c in enumerate(cost):
+        if not isinstance(c, Tensor):
+            raise ParameterError(f"party {s}: expected costs as a tensor, got {type(c).__name__}")
+        if c.dtype == torch.bool or c.is_complex():
+            raise ParameterError(f"party {s}: expected costs as real numbers, got {c.dtype}")
+        if s == 0 and c.dim():
+            num_atoms = len(c)
+        if c.dim() != 2 or c.shape[0] != num_atoms:
+            raise StructureError(
+                f"party {s}: expected costs of shape [{num_atoms}, L], got {list(c.shape)}"
+            )
+        if not new_atoms and c.shape[1] > num_atoms:
+            raise StructureError(
+                f"party {s} has {c.shape[1]} components, but there are only {num_atoms} atoms"
+            )
+
+
+def _checked_opening(opening: Tensor | None, num_atoms: int) -> Tensor:
+    """Float64 ``[K]`` on the CPU."""
+    if opening is None:
+        return torch.zeros(num_atoms, dtype=torch.float64)
+    if opening.shape != (num_atoms,):
+        raise StructureError(
+            f"expected opening costs of shape [{num_atoms}], got {list(opening.shape)}"
+        )
+    opening = opening.detach().cpu().double()
+    if not bool((opening > -torch.inf).all()):
+        raise ParameterError("opening costs must not be NaN or -inf")
+    return opening
 
 
 def _check_values(cost: Tensor, sizes: tuple[int, ...], new_atoms: bool) -> None:
@@ -177,6 +278,18 @@ def _check_values(cost: Tensor, sizes: tuple[int, ...], new_atoms: bool) -> None
         s, component = _place(forbidden, sizes)
         raise ParameterError(
             f"party {s}: every assignment has infinite cost: component {component} has no atom"
+        )
+    if bool((high == torch.inf).any()):
+        high = cost.masked_fill(cost == torch.inf, 0.0).amax(0)
+    # Solvers add and subtract a few of them; F, a float64, adds one for each component.
+    largest = torch.finfo(torch.float64).max / cost.shape[1]
+    most = min(torch.finfo(cost.dtype).max, largest) / 8
+    bad = (high > most) | (low < -most) & ~forbidden
+    if bool(bad.any()):
+        s, _ = _place(bad, sizes)
+        raise ParameterError(
+            f"party {s}: finite costs must be between {-most:.3g} and {most:.3g}, for sums of "
+            f"them not to overflow in {cost.dtype}; inf forbids a pair"
         )
 
 

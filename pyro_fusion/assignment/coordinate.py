@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem
+from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem, check_least
 from pyro_fusion.assignment.transfers import EPS, MAX_NUMBERS, transfer
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.priors import AssignmentPrior
@@ -51,18 +51,20 @@ def coordinate(
     :param max_sweeps: limit on sweeps per start.
     :raises StructureError: if shapes do not fit, or a party has more components than there are
         atoms while their number is fixed.
-    :raises ParameterError: if costs are NaN or ``-inf``, or if every assignment is forbidden.
+    :raises ParameterError: as :meth:`AssignmentProblem.of` and, for ``start``,
+        :meth:`AssignmentProblem.join`; for settings out of range; or if every assignment is
+        forbidden.
 
     Source: Yurochkin et al., *Statistical Model Aggregation via Parameter Matching* (NeurIPS
     2019), alg. 1; exact linear assignment by ``scipy.optimize.linear_sum_assignment``.
     """
     problem = AssignmentProblem.of(cost, prior, opening)
+    check_least(0, restarts=restarts, seed=seed, max_sweeps=max_sweeps)
     descent = Descent.of(problem)
     rng = np.random.default_rng(seed)
     order = descent.order()
     if start is not None:
-        first = torch.cat([torch.as_tensor(a) for a in start]).numpy()
-        best = descent.run(first, order, moves, max_sweeps)
+        best = descent.run(problem.join(start).numpy(), order, moves, max_sweeps)
     else:
         best = descent.run(None, order, moves, max_sweeps)
         if problem.new_atoms:

@@ -13,7 +13,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem, relative_gap
+from pyro_fusion.assignment.base import (
+    NEW,
+    Assignment,
+    AssignmentProblem,
+    check_least,
+    relative_gap,
+)
 from pyro_fusion.assignment.coordinate import coordinate, match
 from pyro_fusion.assignment.interior import Point, Programme, interior_point
 from pyro_fusion.errors import ParameterError
@@ -69,17 +75,17 @@ def relaxed(
     :param prior: a ``GroupNorm``; or a ``Parametric``, whose relaxation is exact.
     :param opening: None or zeros: an opening cost has no convex counterpart here.
     :param start: an assignment, for ``coordinate`` and for the ranks.
-    :param tolerance: of the duality gap, relative to the objective.
+    :param tolerance: of the duality gap, relative to the objective, or to what a new atom costs
+        where the objective is nearer to zero than that.
     :param max_iterations: limit on interior-point iterations in all.
     :return: the best of what ``coordinate`` finds from ``start`` and from the rounded ``soft``;
-        ``converged`` says whether ``duality_gap`` is within the tolerance. With
+        ``converged`` says whether the duality gap is within the tolerance. With
         ``GroupNorm(ranked=True)`` each atom's weight is fixed, by its popularity in ``start``, or
         else where every party by itself takes its cheapest atoms. ``dual`` then bounds the
         programme with these weights, and ``bound`` is ``-inf``, since another order may be better.
     :raises StructureError: if shapes do not fit, or a party has more components than there are
         atoms while their number is fixed.
-    :raises ParameterError: for another prior, for opening costs, if costs are NaN or ``-inf``, or
-        if every assignment is forbidden.
+    :raises ParameterError: for another prior or opening costs; and as for :func:`coordinate`.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), eq. 9.
     """
@@ -88,6 +94,8 @@ def relaxed(
             f"the relaxed solver needs a GroupNorm or Parametric prior, got {prior}: the penalty "
             "of no other is a convex function of the relaxed assignment; use coordinate"
         )
+    check_least(0, tolerance=tolerance)
+    check_least(1, max_iterations=max_iterations)
     problem = AssignmentProblem.of(cost, prior, opening)
     if bool(problem.opening.any()):
         raise ParameterError(
@@ -102,8 +110,9 @@ def relaxed(
     first = start
     if first is None:
         first = [match(c, float(problem.penalty[1])) for c in problem.split(problem.cost)]
-    popularity = problem.popularity(torch.cat([torch.as_tensor(a) for a in first]))
-    result = _Relaxation.of(problem, popularity).solve(popularity, tolerance, max_iterations)
+    popularity = problem.popularity(problem.join(first))
+    relaxation = _Relaxation.of(problem, popularity)
+    result = relaxation.solve(popularity, tolerance, max_iterations)
     nearest = [_round(p) for p in problem.split(result.soft)]
     ends = [coordinate(problem, prior, start=a) for a in (nearest, start)]
     best = min(ends, key=lambda a: a.objective)
@@ -112,7 +121,7 @@ def relaxed(
         best.atoms,
         best.objective,
         result.iterations,
-        relative_gap(result.primal, result.dual) <= tolerance,
+        relative_gap(result.primal, result.dual, relaxation.scale) <= tolerance,
         -math.inf if fixed_ranks else min(result.dual, best.objective),
         problem.split(result.soft),
         result.primal,
@@ -182,6 +191,11 @@ class _Relaxation:
         alone = scale * float(problem.weights[num_atoms])
         return cls(problem, norm.to(problem.cost.device), alone)
 
+    @property
+    def scale(self) -> float:
+        """What a gap is relative to where the objective is less."""
+        return max(self.alone, 1e-300)
+
     @cached_property
     def party(self) -> Tensor:
         """Of each component, ``[N]``."""
@@ -222,11 +236,11 @@ class _Relaxation:
                 if closest is None or point.difference < closest.difference:
                     closest = point
                 last = best.iterations == max_iterations
-                if not last and unit * point.difference > target * abs(primal):
+                if not last and unit * point.difference > target * max(abs(primal), self.scale):
                     continue
                 bound, missing = self._certify(closest if last else point, unit)
                 best.dual = max(best.dual, bound)
-                if last or relative_gap(best.primal, best.dual) <= tolerance:
+                if last or relative_gap(best.primal, best.dual, self.scale) <= tolerance:
                     return best
                 target = max(tolerance, target / 100)
                 missing &= candidates & ~active

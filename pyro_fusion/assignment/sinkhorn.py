@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from pyro_fusion.assignment.base import Assignment, AssignmentProblem
+from pyro_fusion.assignment.base import Assignment, AssignmentProblem, check_least
 from pyro_fusion.assignment.coordinate import coordinate, match
+from pyro_fusion.assignment.scaling import Scaled, Scaling
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.priors import AssignmentPrior
 
@@ -29,6 +30,12 @@ _COLDEST = 1e-5
 # On the way there, rows and prices need be right only so far.
 _ROUGHLY = 0.1
 
+# The temperature from which multipliers follow prices, over how far these moved.
+_FOLLOW = 0.25
+
+# Rows sum to at most 1 and this, whatever the tolerance.
+_FEASIBLE = 1e-3
+
 # A median needs no more numbers than this, about.
 _MAX_NUMBERS = 1 << 20
 
@@ -39,12 +46,18 @@ class SoftAssignment:
 
     :ivar soft: ``P``, ``[K, N]``; what a column lacks to 1 is a new atom's.
     :ivar dual: the multipliers of the row constraints, ``[S, K]``, never positive.
-    :ivar iterations: of Sinkhorn.
+    :ivar price: of joining each atom for each party, ``[S, K]``.
+    :ivar new: of new atoms, ``[]`` or ``[N]``.
+    :ivar heat: the temperature at which each party's multipliers are right, ``[S, 1]``.
+    :ivar iterations: of Sinkhorn and Newton.
     :ivar converged: whether rows and prices stand still up to the tolerance.
     """
 
     soft: Tensor
     dual: Tensor
+    price: Tensor
+    new: Tensor
+    heat: Tensor
     iterations: int
     converged: bool
 
@@ -77,8 +90,7 @@ def sinkhorn(
     :param max_iterations: of :func:`soft_assignment` at each temperature.
     :raises StructureError: if shapes do not fit, or a party has more components than there are
         atoms while their number is fixed.
-    :raises ParameterError: if costs are NaN or ``-inf``, if every assignment is forbidden, or if
-        temperature or annealing are out of range.
+    :raises ParameterError: as for :func:`coordinate`.
 
     Source: as for :func:`soft_assignment`; annealing after Rose, *Deterministic Annealing for
     Clustering, Compression, Classification, Regression, and Related Optimization Problems* (Proc.
@@ -87,9 +99,11 @@ def sinkhorn(
     problem = AssignmentProblem.of(cost, prior, opening)
     if not 0 < annealing < 1:
         raise ParameterError(f"annealing must be between 0 and 1, got {annealing}")
+    check_least(0, tolerance=tolerance)
+    check_least(1, max_iterations=max_iterations)
     state, candidates, iterations = None, [], 0
     if start is not None:
-        candidates.append(torch.cat([torch.as_tensor(a) for a in start]))
+        candidates.append(problem.join(start))
         state = _hard(problem, candidates[0])
     if temperature is None:
         temperature = first = _scale(problem)
@@ -135,17 +149,18 @@ def soft_assignment(
     ``φ(m + 1) - φ(m)`` at their popularity ``m``, between integers by interpolation. ``u`` are new
     atoms, and the inequality is what lets a party lack an atom.
 
-    Rows and columns are scaled in turn, all parties at once: a column is a softmax, a row a step
-    of its multiplier, clamped at zero. Once the rows hold, prices move half the way to what they
-    should be (all the way, parties that all react at once may overshoot forever), and so on.
+    Given prices, rows and columns are scaled until the rows hold, all parties at once
+    (:class:`~.scaling.Scaling`). Then prices move half the way to what they should be, less where
+    they overshoot, as parties do that all react at once, and more where they do not; and so on.
+    At the end what a row has beyond 1 goes to new atoms; or if there are none, and rows do not hold
+    yet, the party is mixed with its rounded assignment. So ``soft`` is always feasible.
 
     :param temperature: ``ε``, positive, in the units of the costs.
     :param start: a result to go on from, at this or another temperature and other costs.
-    :param tolerance: rows sum to at most ``1 + tolerance`` when converged, and prices are right up
-        to ``tolerance`` times ``ε``. Columns are exact.
+    :param tolerance: when converged, multipliers and prices are right up to ``tolerance`` times
+        ``ε``. Columns are exact, and rows sum to at most 1, or without new atoms 1.001, always.
     :param max_iterations: limit on the scalings.
-    :raises ParameterError: unless the temperature is positive and finite. Where every assignment
-        is forbidden, it does not converge.
+    :raises ParameterError: for settings out of range, or if every assignment is forbidden.
 
     Source: Cuturi, *Sinkhorn Distances* (NeurIPS 2013); Peyré & Cuturi, *Computational Optimal
     Transport* (2019), sec. 4.4, for the log domain; Chizat et al., *Scaling Algorithms for
@@ -153,45 +168,63 @@ def soft_assignment(
     """
     if not 0 < temperature < math.inf:
         raise ParameterError(f"temperature must be positive and finite, got {temperature}")
-    cost, num_parties, num_atoms = problem.cost, problem.num_parties, problem.num_atoms
+    check_least(0, tolerance=tolerance)
+    check_least(1, max_iterations=max_iterations)
+    cost, num_atoms = problem.cost, problem.num_atoms
     tiny = torch.finfo(cost.dtype).tiny
     temperature = max(temperature, tiny**0.5)  # colder, costs over it overflow
-    lengths = torch.tensor(problem.sizes, device=cost.device)
-    party = torch.arange(num_parties, device=cost.device).repeat_interleave(lengths)
+    scaling = Scaling(problem.sizes, num_atoms, cost.device)
     slack = int(problem.new_atoms)
     costs = pad(cost.T, (0, slack))  # [N, K + 1]: a new atom is one more
     if start is None:
-        dual = cost.new_zeros(num_parties, num_atoms)
-        # The chord of φ is its convex envelope: the best assignment there depends on no start.
-        chord = (problem.penalty[-1] + problem.opening) / num_parties
-        price, new = chord.to(cost).expand_as(dual), problem.penalty[1].to(cost)
-    else:
-        dual = start.dual
-        p = torch.cat([start.soft, 1 - start.soft.sum(0, keepdim=True)])[: num_atoms + slack].T
-        price, new = _prices(problem, p, torch.segment_reduce(p, "sum", lengths=lengths))
-    p = torch.empty_like(costs)
+        start = _first(problem)
+    dual, price, new = start.dual, start.price, start.new
+    heat = start.heat.clamp(min=temperature)
+    # Without new atoms there is nowhere for what a row has too much.
+    accuracy = tolerance if slack else min(tolerance, _FEASIBLE)
+    part, last = torch.full_like(price, 0.5), torch.zeros_like(price)
     converged, iteration = False, 0
-    while not converged and iteration < max_iterations:
-        iteration += 1
+    while True:
         if slack:
             costs[:, -1] = new
-        logits = pad(dual - price, (0, slack)).index_select(0, party).sub_(costs)
-        torch.softmax(logits.div_(temperature), 1, out=p)
-        rows = torch.segment_reduce(p, "sum", lengths=lengths)
-        # A row that underflows leaves its true multiplier in several steps, never beyond it.
-        step = rows[:, :num_atoms].clamp(min=tiny).log_().mul_(-temperature)
-        last, dual = dual, (dual + step).clamp_(max=0)
-        # Rows themselves too: a step may be lost in rounding.
-        rows_hold = bool((rows[:, :num_atoms] <= 1 + tolerance).all())
-        if rows_hold and _near(last, dual, tolerance * temperature):
-            last, (target, new) = price, _prices(problem, p, rows)
-            converged = _near(last, target, tolerance * temperature)
-            price = (last + target) / 2
-    return SoftAssignment(p[:, :num_atoms].T, dual, iteration, converged)
+        room = max_iterations - iteration
+        result = scaling.solve(costs, price, dual, heat, temperature, accuracy, room)
+        iteration, dual = iteration + result.iterations, result.dual
+        target, new = _prices(problem, result.p, result.rows)
+        off = target - price
+        converged = result.converged and bool((off.abs() <= tolerance * temperature).all())
+        if converged or iteration >= max_iterations:
+            soft = _feasible(problem, scaling, result)
+            return SoftAssignment(soft, dual, price, new, result.heat, iteration, converged)
+        part = torch.where(off * last < 0, part / 2, (1.5 * part).clamp_(max=1))
+        last, before = off, price
+        price = price.lerp(target, part)
+        # The multipliers of rows may have to follow so far.
+        moved = (price - before).abs_().amax(1, keepdim=True)
+        heat = (_FOLLOW * moved).clamp_(min=temperature)
 
 
-def _near(a: Tensor, b: Tensor, tolerance: float) -> bool:
-    return bool((a - b).abs_().le(tolerance).all())
+def _first(problem: AssignmentProblem) -> SoftAssignment:
+    """Where nothing is known. The chord of φ is its convex envelope: the best assignment there
+    depends on no start."""
+    cost, num_parties = problem.cost, problem.num_parties
+    price = ((problem.penalty[-1] + problem.opening) / num_parties).to(cost)
+    price = price.expand(num_parties, -1)
+    heat = cost.new_full((num_parties, 1), _scale(problem))
+    new = problem.penalty[1].to(cost)
+    return SoftAssignment(cost, torch.zeros_like(price), price, new, heat, 0, False)
+
+
+def _feasible(problem: AssignmentProblem, scaling: Scaling, result: Scaled) -> Tensor:
+    """``P``, ``[K, N]``, with rows that sum to at most 1."""
+    soft = result.p[:, : problem.num_atoms].T
+    if problem.new_atoms:
+        return soft / result.rows.clamp(min=1).T.index_select(1, scaling.party)
+    excess = result.rows.amax(1) - 1
+    if not bool((excess > _FEASIBLE).any()):
+        return soft
+    part = (_FEASIBLE / excess.clamp(min=_FEASIBLE)).index_select(0, scaling.party)
+    return _one_hot(problem, _round(problem, soft)).lerp(soft, part)
 
 
 def _prices(problem: AssignmentProblem, p: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -226,10 +259,18 @@ def _rank_weights(problem: AssignmentProblem, m: Tensor) -> Tensor:
 
 
 def _hard(problem: AssignmentProblem, atoms: Tensor) -> SoftAssignment:
-    """An assignment ``[N]`` as the soft one that it is."""
+    """Nothing but the prices of an assignment ``[N]``."""
+    result, soft = _first(problem), _one_hot(problem, atoms)
+    p = torch.cat([soft, 1 - soft.sum(0, keepdim=True)]) if problem.new_atoms else soft
+    scaling = Scaling(problem.sizes, problem.num_atoms, soft.device)
+    price, new = _prices(problem, p.T, scaling.sums(p.T))
+    return replace(result, soft=soft, price=price, new=new)
+
+
+def _one_hot(problem: AssignmentProblem, atoms: Tensor) -> Tensor:
+    """``[N]`` -> ``[K, N]``."""
     soft = one_hot(atoms.to(problem.cost.device) + 1, problem.num_atoms + 1)[:, 1:].T
-    dual = problem.cost.new_zeros(problem.num_parties, problem.num_atoms)
-    return SoftAssignment(soft.to(problem.cost), dual, 0, True)
+    return soft.to(problem.cost)
 
 
 def _scale(problem: AssignmentProblem) -> float:

@@ -73,6 +73,18 @@ def check_feasible(cost, prior, result) -> None:
             assert p.shape == c.shape
             assert p.dtype == c.dtype
             assert p.device == c.device
+            check_soft(p, c, prior)
+
+
+def check_soft(p, cost, prior) -> None:
+    """Whether or not the solver converged."""
+    eps = 20 * torch.finfo(p.dtype).eps
+    assert bool((p >= 0).all())
+    assert bool((p[cost.isinf()] == 0).all())
+    total = p.double().sum(0)
+    assert bool((total <= 1 + eps).all())
+    assert prior.num_atoms is None or bool((total >= 1 - eps).all())
+    assert bool((p.double().sum(1) <= 1 + 1e-3 + eps).all())
 
 
 def random_start(seed, num_atoms, sizes):
@@ -212,47 +224,6 @@ def test_a_million_entries_of_any_size(name, prior, num_atoms, sizes):
     result = solve(name, cost, prior, **limit.get(name, {}))
     assert math.isfinite(result.objective)
     assert result.converged or name != "relaxed"
-
-
-@every_solver
-class TestBadInput:
-    def test_no_party(self, name):
-        with pytest.raises(StructureError, match="at least one party"):
-            SOLVERS[name]([], GroupNorm())
-
-    def test_ragged_atoms(self, name):
-        with pytest.raises(StructureError, match=r"party 1: expected costs of shape \[2, L\]"):
-            SOLVERS[name]([torch.zeros(2, 1), torch.zeros(3, 1)], GroupNorm())
-
-    def test_not_a_matrix(self, name):
-        with pytest.raises(StructureError, match=r"party 0: expected costs of shape \[2, L\]"):
-            SOLVERS[name]([torch.zeros(2)], GroupNorm())
-
-    def test_too_few_atoms(self, name):
-        with pytest.raises(StructureError, match="party 0 has 3 components, but there are only 2"):
-            SOLVERS[name]([torch.zeros(2, 3)], Parametric(2))
-
-    @pytest.mark.parametrize("bad", [float("nan"), -float("inf")])
-    def test_not_a_cost(self, name, bad):
-        cost = [torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [0.0, bad]])]
-        with pytest.raises(ParameterError, match="party 1: costs must not be NaN or -inf"):
-            SOLVERS[name](cost, GroupNorm())
-
-    @pytest.mark.parametrize("start", [None, [torch.tensor([0, 1]), torch.tensor([0, 1])]])
-    def test_all_forbidden(self, name, start):
-        cost = [torch.zeros(2, 2), torch.tensor([[0.0, torch.inf], [0.0, torch.inf]])]
-        with pytest.raises(ParameterError, match="party 1: every assignment has infinite cost"):
-            SOLVERS[name](cost, Parametric(2), start=start)
-
-    @pytest.mark.parametrize("start", [None, [torch.tensor([0, 1]), torch.tensor([0, 1])]])
-    def test_two_components_with_one_atom(self, name, start):
-        cost = [torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [torch.inf, torch.inf]])]
-        with pytest.raises(ParameterError, match="every assignment has infinite cost"):
-            SOLVERS[name](cost, Parametric(2), start=start)
-
-    def test_opening_of_another_shape(self, name):
-        with pytest.raises(ValueError, match="opening costs"):
-            SOLVERS[name]([torch.zeros(2, 2)], GroupNorm(), opening=torch.ones(3))
 
 
 @given(

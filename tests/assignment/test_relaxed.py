@@ -250,6 +250,19 @@ def test_rounding_finds_what_coordinate_alone_does_not():
     assert result.objective < 0.7 * coordinate(cost, GroupNorm(), start=start).objective
 
 
+@pytest.mark.parametrize("seed", [1, 2])
+def test_converges_where_the_objective_is_about_zero(seed):
+    cost = random_costs(seed, 8, [5, 4, 6])
+    low, high = -3.0, 3.0
+    for _ in range(60):  # the shift at which the optimum is zero
+        shift = (low + high) / 2
+        result = relaxed([c + shift for c in cost], GroupNorm(0.3))
+        assert result.converged
+        assert result.relaxation - result.dual <= 1e-6 * max(0.3, abs(result.relaxation))
+        low, high = (shift, high) if result.relaxation < 0 else (low, shift)
+    assert abs(result.relaxation) < 1e-5
+
+
 def test_nothing_worth_sharing_needs_no_iteration():
     cost = [10 + c for c in random_costs(0, 4, [3, 2])]
     result = relaxed(cost, GroupNorm(1.0))
