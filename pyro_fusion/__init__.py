@@ -16,6 +16,7 @@ from pyro_fusion.errors import (
 )
 from pyro_fusion.families import pairwise_kl, register_family
 from pyro_fusion.fuse import fuse
+from pyro_fusion.gibbs import FusionGibbs
 from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.model import FusionGuide, FusionModel
 from pyro_fusion.posterior import Posterior
@@ -27,6 +28,7 @@ __all__ = [
     "Fusion",
     "FusionEM",
     "FusionError",
+    "FusionGibbs",
     "FusionGuide",
     "FusionModel",
     "GroupNorm",

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
+from pyro.nn.module import PyroModule
 from torch import Tensor
 
 from pyro_fusion.annealing import annealed
@@ -25,7 +26,7 @@ from pyro_fusion.problem import by_popularity
 from pyro_fusion.result import Fusion, Matching
 from pyro_fusion.seeding import starts
 
-__all__ = ["FusionEM", "check_run"]
+__all__ = ["FusionEM", "check_own", "check_run"]
 
 _SOLVERS: dict[str, Callable[..., Assignment]] = {
     "coordinate": coordinate,
@@ -55,6 +56,26 @@ def check_run(restarts: int, max_iterations: int, seed: int) -> None:
         raise ParameterError(f"seed must be an integer, got {seed!r}")
 
 
+def check_own(model: FusionModel, guide: FusionGuide | None = None) -> None:
+    """:raises ParameterError: if a method is overridden that has a closed form, or if the guide is
+    that of another model, or relaxed."""
+    methods: list[tuple[PyroModule, type[PyroModule], str]] = [
+        (model, FusionModel, name) for name in ("assignment_prior", "local", "scale")
+    ]
+    if guide is not None:
+        methods.append((guide, FusionGuide, "scale"))
+    for owner, base, name in methods:
+        if getattr(getattr(owner, name), "__func__", None) is not getattr(base, name):
+            raise ParameterError(
+                f"{type(owner).__name__} overrides {name}(): there are closed forms for "
+                f"{base.__name__}'s own alone; use SVI"
+            )
+    if guide is not None and guide.model is not model:
+        raise ParameterError("the guide is that of another model")
+    if guide is not None and model.relaxed:
+        raise ParameterError("the guide is relaxed: harden() it first")
+
+
 class FusionEM:
     """Coordinate ascent for a model and its guide, in place of ``SVI``: each :meth:`step` is an
     exact E-step and an exact M-step, and never raises the loss.
@@ -63,8 +84,8 @@ class FusionEM:
         closed forms for others.
     :param guide: its guide; begins where that is.
     :param solver: of the E-steps, as for :func:`~pyro_fusion.fuse`.
-    :raises ParameterError: for a model that overrides these methods, or a solver that is unknown or
-        not for its prior or pooling.
+    :raises ParameterError: for a model that overrides these methods, a guide that is relaxed or of
+        another model, or a solver that is unknown or not for its prior or pooling.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
@@ -77,12 +98,7 @@ class FusionEM:
         *,
         solver: Literal["coordinate", "relaxed", "sinkhorn"] = "coordinate",
     ) -> None:
-        for name in ("assignment_prior", "local", "scale"):
-            if getattr(type(model), name) is not getattr(FusionModel, name):
-                raise ParameterError(
-                    f"{type(model).__name__} overrides {name}(): FusionEM has closed forms for "
-                    "FusionModel's own alone; use SVI"
-                )
+        check_own(model, guide)
         if solver not in _SOLVERS:
             raise ParameterError(f"solver must be one of {sorted(_SOLVERS)}, got {solver!r}")
         for part in model.parts.values():

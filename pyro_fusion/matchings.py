@@ -12,14 +12,18 @@ import torch
 from pyro.distributions import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import one_hot
 
-from pyro_fusion.distributions.matching import Matching
+from pyro_fusion.kernels import match_anew
 from pyro_fusion.priors import AssignmentPrior
 
 __all__ = ["JointMatching"]
 
 # Sweeps over the parties before a draw is taken.
 _SWEEPS = 20
+
+# A party of at most so many components is matched as a block, exactly.
+_BLOCK = 8
 
 
 class JointMatching(TorchDistribution):
@@ -32,24 +36,31 @@ class JointMatching(TorchDistribution):
     :class:`~pyro_fusion.IndianBuffet` it is normalised but for a factor ``Π L_s!`` (see
     :class:`~pyro_fusion.distributions.IndianBuffetProcess`), of other priors not.
 
-    The value is a LongTensor ``[N]``, the atom of each component, the parties in turn. A relaxed
-    one, ``[K, N]`` of probabilities, has a density too: ``φ`` is linear between integers.
+    The value is a LongTensor ``[N]``, the atom of each component, the parties in turn; or relaxed,
+    ``[K, N]`` of probabilities, for which ``φ`` is taken as linear between integers.
 
     :param prior: has ``φ``, and a constant.
     :param sizes: ``L_s`` of each party.
     :param num_atoms: K, the room there is, at least ``max L_s``.
+    :param relaxed: whether values are.
     """
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = False
 
-    def __init__(self, prior: AssignmentPrior, sizes: Sequence[int], num_atoms: int) -> None:
+    def __init__(
+        self, prior: AssignmentPrior, sizes: Sequence[int], num_atoms: int, relaxed: bool = False
+    ) -> None:
         self.prior, self.sizes, self.num_atoms = prior, tuple(sizes), num_atoms
+        self.relaxed = relaxed
         self._penalty = prior.penalty(len(self.sizes))
-        super().__init__(torch.Size(), torch.Size([sum(self.sizes)]), validate_args=False)
+        shape = (num_atoms, sum(self.sizes)) if relaxed else (sum(self.sizes),)
+        super().__init__(torch.Size(), torch.Size(shape), validate_args=False)
 
     @property
     def support(self) -> Any:
+        if self.relaxed:
+            return constraints.independent(constraints.unit_interval, 2)
         return constraints.independent(constraints.integer_interval(0, self.num_atoms - 1), 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> JointMatching:
@@ -58,57 +69,50 @@ class JointMatching(TorchDistribution):
         return self
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``-Σ φ(m) -`` the prior's constant, a scalar.
-
-        :param value: LongTensor ``[N]``, or relaxed ``[K, N]``.
-        """
-        if value.is_floating_point():
+        """``-Σ φ(m) -`` the prior's constant: ``[*batch]`` of a value ``[*batch, N]``, or relaxed
+        ``[*batch, K, N]``."""
+        if self.relaxed:
             m = value.sum(-1)
         else:
-            m = torch.bincount(value, minlength=self.num_atoms).to(self._penalty.dtype)
+            m = self._penalty.new_zeros(value.shape[:-1] + (self.num_atoms,), device=value.device)
+            m = m.scatter_add(-1, value, torch.ones_like(value, dtype=m.dtype))
         penalty = self._penalty.to(m)
         # Nowhere more than all parties, but for rounding.
         below = m.detach().floor().clamp(max=len(penalty) - 2).long()
         phi = penalty[below] + (m - below) * (penalty[below + 1] - penalty[below])
-        weights = self.prior.rank_weights(len(m), max(self.sizes)).to(m)
+        weights = self.prior.rank_weights(self.num_atoms, max(self.sizes)).to(m)
         order = m.argsort(descending=True, stable=True)
-        return -(weights * phi[order]).sum() - self.prior.constant(len(self.sizes))
+        return -(weights * phi.gather(-1, order)).sum(-1) - self.prior.constant(len(self.sizes))
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of a Gibbs chain that matches one party after the other given all others, after
         twenty sweeps; exact in the limit of many. Without rank weights."""
         shape = torch.Size(sample_shape)
-        draws = [self._draw() for _ in range(shape.numel())]
-        return torch.stack(draws).reshape(shape + self.event_shape)
+        draws = torch.stack([self._draw() for _ in range(shape.numel())])
+        if self.relaxed:
+            draws = one_hot(draws, self.num_atoms).mT.to(self._penalty.dtype)
+        return draws.reshape(shape + self.event_shape)
 
     def _draw(self) -> Tensor:
-        m = torch.zeros(self.num_atoms, dtype=torch.long)
-        parties: list[Tensor | None] = [None] * len(self.sizes)
+        parties = [torch.arange(size) for size in self.sizes]
+        m = torch.bincount(torch.cat(parties), minlength=self.num_atoms)
         for _ in range(_SWEEPS):
-            for s, size in enumerate(self.sizes):
-                old = parties[s]
-                if old is not None:
-                    m[old] -= 1
-                parties[s] = self._match(m, size)
+            for s, old in enumerate(parties):
+                m[old] -= 1
+                parties[s] = self._match(m, old)
                 m[parties[s]] += 1
-        return torch.cat([a for a in parties if a is not None])
+        return torch.cat(parties)
 
-    def _match(self, m: Tensor, size: int) -> Tensor:
-        """One party given the popularities among the others."""
+    def _match(self, m: Tensor, old: Tensor) -> Tensor:
+        """A party anew, given the popularities among the others."""
         used, free = (m > 0).nonzero().squeeze(1), (m == 0).nonzero().squeeze(1)
         step = self._penalty.diff()
-        logits = -step[m[used]].expand(size, -1)
-        if len(free):
-            # A new atom for each component: they have no names, so there is one way to take it.
-            new = torch.full((size, size), -torch.inf, dtype=step.dtype)
-            logits = torch.cat([logits, new.fill_diagonal_(-float(step[0]))], 1)
-        matching = Matching(logits)
-        while True:
-            choice = matching.sample()
-            fresh = choice >= len(used)
-            if int(fresh.sum()) <= len(free):  # else there is no room for them
-                break
+        place = torch.full_like(m, len(used))  # a new one, unless others have it
+        place[used] = torch.arange(len(used))
+        join = -step[m[used]].expand(len(old), -1)
+        choice = match_anew(join, -float(step[0]), place[old], len(free), _BLOCK)
         result = torch.empty_like(choice)
+        fresh = choice == len(used)
         result[~fresh] = used[choice[~fresh]]
         result[fresh] = free[: int(fresh.sum())]
         return result

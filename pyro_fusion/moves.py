@@ -12,14 +12,11 @@ contains a component is biased towards keeping it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-
 import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import NEW, match
-from pyro_fusion.barycenter import Pooling
-from pyro_fusion.families import Factor
+from pyro_fusion.collapsed import Sums
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem
 
@@ -28,8 +25,6 @@ __all__ = ["regroup", "rematch"]
 
 # Atoms that a component may go to, besides its own and new ones: the cheapest in the last E-step.
 _NEAREST = 4
-# Numbers in the statistics of the candidate groups at a time: bounds the memory.
-_NUMBERS = 1 << 24
 
 
 def regroup(
@@ -38,7 +33,7 @@ def regroup(
     """Merge pairs of near atoms that no party has both of, and split atoms in two, where that
     lowers F: LongTensor ``[N]``, numbered with gaps. Arguments as for :func:`rematch`."""
     groups = groups.clone()
-    sums = _Sums.of(problem, groups, num_atoms)
+    sums = Sums.of(problem, groups, num_atoms)
     popularity = torch.bincount(groups, minlength=num_atoms)
     penalty = prior.penalty(problem.num_parties)
     every = torch.arange(num_atoms)
@@ -60,7 +55,7 @@ def regroup(
         return groups
     part = _far_parts(problem, groups, num_atoms, cost)
     away = part.nonzero().squeeze(-1)
-    there = _Sums.of(problem, torch.where(part, groups, num_atoms), num_atoms + 1)
+    there = Sums.of(problem, torch.where(part, groups, num_atoms), num_atoms + 1)
     leaving = torch.bincount(groups[away], minlength=num_atoms)
     splits = ((leaving > 0) & (leaving < popularity) & ~taken).nonzero().squeeze(-1)
     if len(splits) == 0:
@@ -124,7 +119,7 @@ def rematch(
     """
     groups = groups.clone()
     near = cost.topk(min(_NEAREST, num_atoms), dim=0, largest=False).indices.cpu()
-    sums = _Sums.of(problem, groups, num_atoms)
+    sums = Sums.of(problem, groups, num_atoms)
     popularity = torch.bincount(groups, minlength=num_atoms)
     step = prior.penalty(problem.num_parties).diff()
     new = float(step[0])
@@ -168,7 +163,7 @@ def rematch(
 
 def _promising(
     problem: MatchingProblem,
-    sums: _Sums,
+    sums: Sums,
     groups: Tensor,
     near: Tensor,
     popularity: Tensor,
@@ -191,114 +186,3 @@ def _promising(
         best = best.clamp(max=float(step[0]))
     gains = ~(best >= here - 1e-12 * here.abs())
     return problem.party[gains].unique().tolist()
-
-
-@dataclass
-class _SiteSums:
-    """Sums of one site's statistics over each group, about the origin of all."""
-
-    pooling: Pooling
-    local: Factor
-    base: Factor | None
-    statistics: Tensor
-    potential: Tensor
-    total: Tensor
-    potentials: Tensor
-
-    def value(self, total: Tensor, potential: Tensor, weight: Tensor) -> Tensor:
-        atoms = self.pooling.from_statistics(self.local, total, weight, self.base)
-        return potential - self.pooling.group_potential(atoms, weight, self.base)
-
-
-@dataclass
-class _Sums:
-    """The objective of each group, and what a component more or less would change."""
-
-    sites: list[_SiteSums]
-    weights: Tensor
-    weight: Tensor
-    dispersion: float
-
-    @classmethod
-    def of(cls, problem: MatchingProblem, groups: Tensor, num_atoms: int) -> _Sums:
-        w = problem.weights
-        sites = []
-        for site, f in problem.local.items():
-            base = problem.base.get(site)
-            base = None if base is None else base.shift(f.origin)
-            statistics = problem.pooling.statistics(f.centred, base)
-            potential = problem.pooling.potential(f.centred, base)
-            zero = w.new_zeros(num_atoms)
-            total = w.new_zeros(num_atoms, statistics.shape[1])
-            sites.append(
-                _SiteSums(problem.pooling, f.centred, base, statistics, potential, total, zero)
-            )
-        sums = cls(sites, w, w.new_zeros(num_atoms), problem.dispersion)
-        sums.add(torch.arange(len(groups)), groups, 1.0)
-        return sums
-
-    def minus(self, other: _Sums) -> _Sums:
-        """The groups without their parts in ``other``, which may have more of them."""
-        count = len(self.weight)
-        sites = [
-            replace(
-                s, total=s.total - o.total[:count], potentials=s.potentials - o.potentials[:count]
-            )
-            for s, o in zip(self.sites, other.sites, strict=True)
-        ]
-        return replace(self, sites=sites, weight=self.weight - other.weight[:count])
-
-    def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
-        """The objective over T of groups, or of their unions with others: on the CPU."""
-        k = groups.to(self.weight.device)
-        j = None if other is None else other.to(k.device)
-
-        def both(x: Tensor) -> Tensor:
-            return x[k] if j is None else x[k] + x[j]
-
-        terms = [s.value(both(s.total), both(s.potentials), both(self.weight)) for s in self.sites]
-        return torch.stack(terms).sum(0).cpu() / self.dispersion
-
-    def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
-        w = sign * self.weights[members]
-        groups = groups.to(w.device)
-        self.weight.index_add_(0, groups, w)
-        for s in self.sites:
-            s.total.index_add_(0, groups, s.statistics[members] * w.unsqueeze(1))
-            s.potentials.index_add_(0, groups, s.potential[members] * w)
-
-    def grow(self, count: int) -> None:
-        """Room for so many groups more."""
-        if count == 0:
-            return
-        self.weight = torch.cat([self.weight, self.weight.new_zeros(count)])
-        for s in self.sites:
-            s.total = torch.cat([s.total, s.total.new_zeros(count, s.total.shape[1])])
-            s.potentials = torch.cat([s.potentials, s.potentials.new_zeros(count)])
-
-    def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
-        """By how much the objective of each group, over T, would grow with the component (or
-        without it): on the CPU, for each pair; NaN where a group would be left empty."""
-        part = max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
-        pairs = zip(members.split(part), groups.split(part), strict=True)
-        return torch.cat([self._increments(n, k, sign) for n, k in pairs]).cpu() / self.dispersion
-
-    def _increments(self, members: Tensor, groups: Tensor, sign: float) -> Tensor:
-        members = members.to(self.weights.device)
-        w = sign * self.weights[members]
-        groups = groups.to(w.device)
-        weight = self.weight[groups] + w
-        used, place = groups.unique(return_inverse=True)
-        result = torch.zeros_like(w)
-        # A group that the component leaves empty costs nothing any more.
-        keep = (weight > 1e-9 * self.weight[groups]).nonzero().squeeze(-1)
-        for s in self.sites:
-            result -= s.value(s.total[used], s.potentials[used], self.weight[used])[place]
-            n, k, v = members[keep], groups[keep], w[keep]
-            joined = s.value(
-                s.total[k] + s.statistics[n] * v.unsqueeze(1),
-                s.potentials[k] + s.potential[n] * v,
-                weight[keep],
-            )
-            result[keep] += joined
-        return result

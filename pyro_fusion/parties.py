@@ -30,7 +30,7 @@ from pyro_fusion.structure import (
     warn_unlabelled_simplex,
 )
 
-__all__ = ["Labelled", "Parties", "locating"]
+__all__ = ["Labelled", "Parties", "locating", "tempered"]
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Parties:
             if dispersion is None and len(sizes) > 1:
                 scale = estimate_dispersion(*voting, self.pooling, base)
             messages = replace(messages, dispersion=scale)
-            problem = _tempered(messages) if self.pooling.needs_base else messages
+            problem = tempered(messages) if self.pooling.needs_base else messages
         calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
         ordered = problem.in_order(order, ordered_sizes)
         return Labelled(label, problem, messages, calibrated, scale, ordered, order)
@@ -288,7 +288,7 @@ def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...
     return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
 
 
-def _tempered(problem: MatchingProblem) -> MatchingProblem:
+def tempered(problem: MatchingProblem) -> MatchingProblem:
     """Weights and dispersion moved into the messages, where the evidence is exact."""
     local = {
         site: temper(f, problem.base[site], problem.weights, problem.dispersion)

@@ -1,0 +1,188 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The collapsed objective: that of groups of components with the best atom for each, and what a
+component more or less in a group would change. For ``product`` it is minus the log evidence that
+the components of a group share one atom, against that each has one of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.barycenter import Pooling
+from pyro_fusion.errors import ParameterError
+from pyro_fusion.families import Factor
+from pyro_fusion.problem import MatchingProblem
+
+__all__ = ["SiteSums", "Sums", "log_evidence", "log_evidence_of_joining"]
+
+# Numbers in the statistics of the candidate groups at a time: bounds the memory.
+_NUMBERS = 1 << 24
+
+
+@dataclass
+class SiteSums:
+    """Sums of one site's statistics over each group, about the origin of all.
+
+    :ivar local, base: in coordinates about that origin.
+    :ivar statistics, potential: of each component, ``[N, P]`` and ``[N]``.
+    :ivar total, potentials: their weighted sums over each group, ``[K, P]`` and ``[K]``.
+    """
+
+    pooling: Pooling
+    local: Factor
+    base: Factor | None
+    statistics: Tensor
+    potential: Tensor
+    total: Tensor
+    potentials: Tensor
+
+    def value(self, total: Tensor, potential: Tensor, weight: Tensor) -> Tensor:
+        """The objective of groups with these sums: ``[K, P]``, ``[K]``, ``[K]`` -> ``[K]``."""
+        atoms = self.pooling.from_statistics(self.local, total, weight, self.base)
+        return potential - self.pooling.group_potential(atoms, weight, self.base)
+
+
+@dataclass
+class Sums:
+    """The objective of each group, and what a component more or less would change.
+
+    :ivar weights: of the components, ``[N]``; ``weight``: of the groups, ``[K]``.
+    :ivar dispersion: T.
+    """
+
+    sites: list[SiteSums]
+    weights: Tensor
+    weight: Tensor
+    dispersion: float
+
+    @classmethod
+    def of(cls, problem: MatchingProblem, groups: Tensor, num_atoms: int) -> Sums:
+        """Of the groups ``[N]``, in ``0, ..., K-1``."""
+        w = problem.weights
+        sites = []
+        for site, f in problem.local.items():
+            base = problem.base.get(site)
+            base = None if base is None else base.shift(f.origin)
+            statistics = problem.pooling.statistics(f.centred, base)
+            potential = problem.pooling.potential(f.centred, base)
+            zero = w.new_zeros(num_atoms)
+            total = w.new_zeros(num_atoms, statistics.shape[1])
+            sites.append(
+                SiteSums(problem.pooling, f.centred, base, statistics, potential, total, zero)
+            )
+        sums = cls(sites, w, w.new_zeros(num_atoms), problem.dispersion)
+        sums.add(torch.arange(len(groups)), groups, 1.0)
+        return sums
+
+    def minus(self, other: Sums) -> Sums:
+        """The groups without their parts in ``other``, which may have more of them."""
+        count = len(self.weight)
+        sites = [
+            replace(
+                s, total=s.total - o.total[:count], potentials=s.potentials - o.potentials[:count]
+            )
+            for s, o in zip(self.sites, other.sites, strict=True)
+        ]
+        return replace(self, sites=sites, weight=self.weight - other.weight[:count])
+
+    def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
+        """The objective over T of groups, or of their unions with others: on the CPU."""
+        k = groups.to(self.weight.device)
+        j = None if other is None else other.to(k.device)
+
+        def both(x: Tensor) -> Tensor:
+            return x[k] if j is None else x[k] + x[j]
+
+        terms = [s.value(both(s.total), both(s.potentials), both(self.weight)) for s in self.sites]
+        return torch.stack(terms).sum(0).cpu() / self.dispersion
+
+    def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
+        """Put components into groups; with ``sign=-1.0`` take them out."""
+        w = sign * self.weights[members]
+        groups = groups.to(w.device)
+        self.weight.index_add_(0, groups, w)
+        for s in self.sites:
+            s.total.index_add_(0, groups, s.statistics[members] * w.unsqueeze(1))
+            s.potentials.index_add_(0, groups, s.potential[members] * w)
+
+    def grow(self, count: int) -> None:
+        """Room for so many groups more."""
+        if count == 0:
+            return
+        self.weight = torch.cat([self.weight, self.weight.new_zeros(count)])
+        for s in self.sites:
+            s.total = torch.cat([s.total, s.total.new_zeros(count, s.total.shape[1])])
+            s.potentials = torch.cat([s.potentials, s.potentials.new_zeros(count)])
+
+    def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
+        """By how much the objective of each group, over T, would grow with the component (or
+        without it): on the CPU, for each pair; NaN where a group would be left empty."""
+        part = max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
+        pairs = zip(members.split(part), groups.split(part), strict=True)
+        return torch.cat([self._increments(n, k, sign) for n, k in pairs]).cpu() / self.dispersion
+
+    def _increments(self, members: Tensor, groups: Tensor, sign: float) -> Tensor:
+        members = members.to(self.weights.device)
+        w = sign * self.weights[members]
+        groups = groups.to(w.device)
+        weight = self.weight[groups] + w
+        used, place = groups.unique(return_inverse=True)
+        result = torch.zeros_like(w)
+        # A group that the component leaves empty costs nothing any more.
+        keep = (weight > 1e-9 * self.weight[groups]).nonzero().squeeze(-1)
+        for s in self.sites:
+            result -= s.value(s.total[used], s.potentials[used], self.weight[used])[place]
+            n, k, v = members[keep], groups[keep], w[keep]
+            joined = s.value(
+                s.total[k] + s.statistics[n] * v.unsqueeze(1),
+                s.potentials[k] + s.potential[n] * v,
+                weight[keep],
+            )
+            result[keep] += joined
+        return result
+
+
+def log_evidence(problem: MatchingProblem, groups: Tensor) -> float:
+    """Of ``product``: that the components of each group share an atom, against that each has one of
+    its own.
+
+    :param groups: LongTensor ``[N]``, in ``0, ..., K-1``, none empty.
+    :raises ParameterError: if a group is improper.
+    """
+    num_atoms = int(groups.max()) + 1
+    problem.barycenter(groups, num_atoms)  # checks what sums do not
+    with _as_improper(problem):
+        return -float(Sums.of(problem, groups, num_atoms).values(torch.arange(num_atoms)).sum())
+
+
+def log_evidence_of_joining(
+    problem: MatchingProblem, sums: Sums, members: Tensor, groups: Tensor
+) -> Tensor:
+    """Of ``product``: that a component shares the atom of a group, against that it does not, for
+    each with each: ``[len(members), len(groups)]``, on the CPU.
+
+    :raises ParameterError: if it is not a number, as that of an improper group.
+    """
+    pairs = torch.cartesian_prod(members, groups)
+    with _as_improper(problem):
+        value = -sums.increments(pairs[:, 0], pairs[:, 1])
+        if not bool((value < math.inf).all()):
+            raise ValueError("NaN or infinite")
+    return value.reshape(len(members), len(groups))
+
+
+@contextmanager
+def _as_improper(problem: MatchingProblem) -> Iterator[None]:
+    try:
+        yield
+    except (torch.linalg.LinAlgError, ValueError) as e:
+        raise ParameterError(
+            f"the {problem.pooling.name} barycentre {problem.pooling.failure}"
+        ) from e
