@@ -31,9 +31,11 @@ from pyro import poutine
 from pyro.distributions import Delta
 from pyro.nn.module import PyroModule
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from pyro_fusion.barycenter import Inclusive, Pooling, pooling_named
 from pyro_fusion.base import Base
+from pyro_fusion.distributions.matching import Matching, relax
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
@@ -44,12 +46,15 @@ from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet
 from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
-from pyro_fusion.structure import warn_identical
+from pyro_fusion.structure import check_assignment, check_names, warn_identical
 
 __all__ = ["FusionGuide", "FusionModel", "assignment_prior"]
 
 # Modules of one name share their parameters in Pyro's global store, so each gets its own.
 _COUNT = itertools.count()
+
+# Of a component and its atom in a relaxed assignment to begin with; of others it is zero.
+_LOGIT = 3.0
 
 # Pyro wants scales that are positive.
 _TINY = 1e-30
@@ -97,6 +102,7 @@ class FusionModel(PyroModule):
         if not isinstance(posteriors, Parties):
             posteriors = Parties.of(posteriors, how, weights, base, axes)
         posteriors.check_num_atoms(prior)
+        check_names(posteriors.roles, posteriors.posteriors[0].axes, how.needs_base)
         warn_identical(posteriors.posteriors)
         self.parties, self.pooling = posteriors, how
         self.parts: dict[str, Labelled] = {
@@ -104,7 +110,12 @@ class FusionModel(PyroModule):
             for label in posteriors.roles.matched
         }
         self.shared = {site: posteriors.shared(site) for site in posteriors.roles.shared}
-        self.num_atoms: dict[str, int] = {}
+        # Until a guide says how many there are: room for all.
+        self.num_atoms: dict[str, int] = {
+            label: part.prior.num_atoms or sum(part.problem.sizes)
+            for label, part in self.parts.items()
+        }
+        self.relaxed = False  # or whether assignments are matrices of probabilities
         if isinstance(how, Inclusive):
             self.atoms = atoms_of(self, self.start())
 
@@ -134,13 +145,14 @@ class FusionModel(PyroModule):
         result = {}
         for label, part in self.parts.items():
             prior, problem = self.assignment_prior(label), part.problem
-            distribution = JointMatching(prior, problem.sizes, self.num_atoms[label])
-            assignment = pyro.sample(f"{label}_assignment", distribution)
+            room = self.num_atoms[label]
+            distribution = JointMatching(prior, problem.sizes, room, self.relaxed)
+            assignment = _event(pyro.sample(f"{label}_assignment", distribution))
             result[f"{label}_assignment"] = assignment
             result.update(self._pool(label, list(problem.local), assignment))
-        for site, problem in self.shared.items():
-            everyone = torch.zeros(problem.num_parties, dtype=torch.long)
-            result.update(self._pool(None, [site], everyone))
+        if self.shared:
+            everyone = torch.zeros(len(self.parties.weights), dtype=torch.long)
+            result.update(self._pool(None, list(self.shared), everyone))
         return result
 
     def _pool(
@@ -229,6 +241,11 @@ def _pairs(label: str | None, assignment: Tensor, scale: Tensor) -> Iterator[tup
         yield k.to(scale.device), n.to(scale.device)
 
 
+def _event(assignment: Tensor) -> Tensor:
+    """Without the batch axes, of size one, that ``Predictive`` puts in front."""
+    return assignment.reshape(assignment.shape[-2 if assignment.is_floating_point() else -1 :])
+
+
 def atoms_of(model: FusionModel, assignment: Mapping[str, Tensor]) -> FactorParams:
     """The best atoms for an assignment, and the shared sites, as parameters; tells the model how
     many there are."""
@@ -250,22 +267,44 @@ class FusionGuide(PyroModule):
 
     Its state is an assignment for each label and, but for ``inclusive``, where they belong to the
     model, the atoms: :class:`~pyro.nn.module.PyroParam`, which SVI learns. The assignment is moved
-    by :class:`~pyro_fusion.FusionEM`, or with ``relaxed`` by SVI too.
+    by :class:`~pyro_fusion.FusionEM`. If relaxed, SVI moves it too: it is then a matrix ``[K, N]``
+    of probabilities, one for each component in all, and at most one for the components of a party
+    in an atom, made from logits as in :class:`~pyro_fusion.distributions.RelaxedMatching`;
+    :meth:`harden` rounds it.
+
+    A model has one guide at a time: a new one tells it how many atoms there are, and for
+    ``inclusive`` gives it new ones.
 
     :param model: the model.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
         default that of :meth:`FusionModel.start`.
+    :param relaxed: whether the assignment is relaxed.
+    :raises StructureError: if the assignment does not fit.
     """
 
-    def __init__(self, model: FusionModel, assignment: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: FusionModel,
+        assignment: Mapping[str, Tensor] | None = None,
+        relaxed: bool = False,
+    ) -> None:
         super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
         # In a list: a model is no part of its guide, and a guide not of its model.
         self._model = [model]
         self.assignment: dict[str, Tensor] = {}
         start = model.start() if assignment is None else assignment
+        if assignment is not None:
+            sizes = {label: part.problem.sizes for label, part in model.parts.items()}
+            check_assignment(assignment, sizes)
         atoms = atoms_of(model, start)
-        for label in model.parts:
+        model.relaxed = relaxed
+        self.logits = PyroModule()
+        for label, part in model.parts.items():
             self.assignment[label] = compact(start[label])[0]
+            if relaxed:
+                logits = _LOGIT * one_hot(self.assignment[label]).double()
+                device = part.problem.weights.device
+                setattr(self.logits, label, torch.nn.Parameter(logits.to(device)))
         if isinstance(model.pooling, Inclusive):
             model.atoms = atoms
         else:
@@ -293,14 +332,42 @@ class FusionGuide(PyroModule):
         """Sample every site; returns site name -> value."""
         result = {}
         for label, part in self.model.parts.items():
-            value = self.assignment[label]
+            value = self.soft(label) if self.model.relaxed else self.assignment[label]
             assignment = pyro.sample(f"{label}_assignment", Delta(value, event_dim=value.dim()))
             result[f"{label}_assignment"] = assignment
             result.update(self._pool(label, list(part.problem.local), assignment))
-        for site, problem in self.model.shared.items():
-            everyone = torch.zeros(problem.num_parties, dtype=torch.long)
-            result.update(self._pool(None, [site], everyone))
+        if self.model.shared:
+            everyone = torch.zeros(len(self.model.parties.weights), dtype=torch.long)
+            result.update(self._pool(None, list(self.model.shared), everyone))
         return result
+
+    def soft(self, label: str) -> Tensor:
+        """The relaxed assignment, ``[K, N]``."""
+        sizes = torch.tensor(self.model.parts[label].problem.sizes)
+        logits, ends = getattr(self.logits, label), sizes.cumsum(0)
+        result = torch.empty_like(logits)
+        # Parties of one size at once.
+        for size in sizes.unique().tolist():
+            first = (ends - size)[sizes == size]
+            index = (first.unsqueeze(1) + torch.arange(size)).to(logits.device)
+            result = result.index_put((index,), relax(logits[index]))
+        return result.mT
+
+    def harden(self) -> None:
+        """Round a relaxed assignment: each party gets the matching that agrees most with it."""
+        if not self.model.relaxed:
+            return
+        for label, part in self.model.parts.items():
+            parties = part.problem.split(self.soft(label).detach())
+            self.assignment[label] = torch.cat([Matching(p.mT).mode.cpu() for p in parties])
+        self.model.relaxed = False
+
+    def get_extra_state(self) -> dict[str, Tensor]:
+        """The assignment, which ``state_dict`` would leave out."""
+        return dict(self.assignment)
+
+    def set_extra_state(self, state: dict[str, Tensor]) -> None:
+        self.assignment.update(state)
 
     def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
         """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""

@@ -9,7 +9,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -68,7 +68,9 @@ class IndianBuffet(AssignmentPrior):
     ``log S`` at each step, times the dispersion) then merges what merely may be merged.
 
     :param alpha: the mass parameter, positive: the expected number of atoms is
-        ``alpha * H_S``. By default learned, at its mode under a Gamma prior.
+        ``alpha * H_S``. By default learned, at its mode under a Gamma prior. A Tensor of one
+        element is kept, so that in a model of one's own gradients reach it; ``fuse`` takes its
+        value.
     :param concentration, rate: of the Gamma prior over a learned ``alpha``; concentration >= 1.
     :raises ParameterError: for values out of range.
 
@@ -76,12 +78,19 @@ class IndianBuffet(AssignmentPrior):
     prior Yurochkin et al., *Statistical Model Aggregation via Parameter Matching* (NeurIPS 2019).
     """
 
-    alpha: float | None = None
+    alpha: float | Tensor | None = None
     concentration: float = 1.0
     rate: float = 1.0
     _estimate: float = field(default=1.0, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        if isinstance(self.alpha, Tensor):
+            if self.alpha.numel() != 1:
+                raise ParameterError(
+                    f"alpha must be a number, got a tensor of shape {tuple(self.alpha.shape)}"
+                )
+            # Of axes of size one, as those that ``Predictive`` puts in front.
+            object.__setattr__(self, "alpha", self.alpha.reshape(()))
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")
         if not 1 <= self.concentration < math.inf or not 0 < self.rate < math.inf:
@@ -90,20 +99,33 @@ class IndianBuffet(AssignmentPrior):
                 f"{self.concentration} and {self.rate}"
             )
 
+    def __hash__(self) -> int:
+        # Equal tensors have different hashes.
+        alpha = None if self.alpha is None else self.mass
+        return hash((alpha, self.concentration, self.rate, self._estimate))
+
     @property
     def mass(self) -> float:
         """The value of alpha in use: given, or the present estimate."""
+        if isinstance(self.alpha, Tensor):
+            return float(self.alpha.item())
         return self._estimate if self.alpha is None else self.alpha
 
     def penalty(self, num_parties: int) -> Tensor:
-        phi = -math.log(self.mass) - popularity_log_weights(num_parties)
-        return torch.cat([torch.zeros(1, dtype=torch.float64), phi])
+        mass = self._estimate if self.alpha is None else self.alpha
+        log_mass = torch.as_tensor(mass, dtype=torch.float64).log()
+        phi = -log_mass - popularity_log_weights(num_parties).to(log_mass)
+        return torch.cat([phi.new_zeros(1), phi])
 
-    def constant(self, num_parties: int) -> float:
+    def constant(self, num_parties: int) -> Any:
+        """As of any prior; a Tensor if ``alpha`` is one."""
+        if self.alpha is not None:
+            return self.alpha * harmonic_number(num_parties)
         result = self.mass * harmonic_number(num_parties)
-        if self.alpha is None:
-            result += self.rate * self.mass - (self.concentration - 1) * math.log(self.mass)
-        return result
+        return result + self.rate * self.mass - (self.concentration - 1) * math.log(self.mass)
+
+    def calibrated(self, spread: Callable[[], float]) -> IndianBuffet:
+        return replace(self, alpha=self.mass) if isinstance(self.alpha, Tensor) else self
 
     def update(self, num_atoms: int, num_parties: int) -> IndianBuffet:
         if self.alpha is not None:

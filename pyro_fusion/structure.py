@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from pyro_fusion.posterior import Posterior
 
 __all__ = [
     "Roles",
+    "check_assignment",
+    "check_names",
     "check_parties",
     "check_weights",
     "show_structure",
@@ -119,6 +121,45 @@ def site_roles(posterior: Posterior) -> Roles:
                 "one site needs it on an axis of independent components, to tell them apart by"
             )
     return roles
+
+
+def check_names(roles: Roles, sites: Iterable[str], product: bool) -> None:
+    """:raises StructureError: if the program of a fusion has another use for the name of a site."""
+    sites, labels = set(sites), roles.matched
+    taken = {name for x in labels for name in (f"{x}_assignment", f"local_{x}")} | {"party"}
+    if product:
+        taken |= {*labels, "shared"} | {f"{site}_message" for site in sites}
+    if clash := sorted(sites & taken):
+        raise StructureError(
+            f"site '{clash[0]}' has a name that the program of a fusion uses itself; those are "
+            f"{sorted(taken)}: give the site another"
+        )
+
+
+def check_assignment(
+    assignment: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Check that each label has an atom for each component, no two of a party the same.
+
+    :raises StructureError: naming the label, and the party where it can.
+    """
+    if set(assignment) != set(sizes):
+        raise StructureError(
+            f"expected an assignment for {sorted(sizes)}, got one for {sorted(assignment)}"
+        )
+    for label, a in assignment.items():
+        count = sum(sizes[label])
+        if a.shape != (count,) or a.is_floating_point():
+            raise StructureError(
+                f"assignment of '{label}': expected a LongTensor of shape [{count}], got "
+                f"{a.dtype} of shape {list(a.shape)}"
+            )
+        for s, own in enumerate(a.split(sizes[label])):
+            if len(own.unique()) < len(own):
+                raise StructureError(
+                    f"assignment of '{label}', party {s}: expected a different atom for each "
+                    f"component, got {own.tolist()}"
+                )
 
 
 def warn_unlabelled_simplex(posterior: Posterior, roles: Roles) -> None:

@@ -506,7 +506,7 @@ class TestBadInput:
                 local = dist.MultivariateNormal(loc, 1.2 * eye)
                 base = dist.MultivariateNormal(torch.zeros(2).double(), eye)
             parties.append(Posterior({"x": local}, {"x": "component"}))
-        with pytest.raises(ParameterError, match="site 'x'.*improper"):
+        with pytest.raises(ParameterError, match=r"site 'x'.*improper"):
             fuse(parties, "product", base={"x": base}, dispersion=0.1)
 
     def test_solver(self):

@@ -78,6 +78,45 @@ class TestIndianBuffet:
         with pytest.raises(ParameterError, match="alpha must be positive"):
             IndianBuffet(alpha)
 
+    def test_alpha_may_be_a_tensor(self):
+        alpha = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
+        prior, number = IndianBuffet(alpha), IndianBuffet(1.7)
+        torch.testing.assert_close(prior.penalty(4), number.penalty(4), rtol=0, atol=1e-15)
+        assert prior.constant(4).item() == pytest.approx(number.constant(4), rel=1e-15)
+        # Of an assignment of six parties: log density K log α - α H_S but for constants.
+        popularity = torch.tensor([1, 2, 6])
+        (prior.penalty(6)[popularity].sum() + prior.constant(6)).backward()
+        harmonic = sum(1 / s for s in range(1, 7))
+        assert float(alpha.grad) == pytest.approx(harmonic - 3 / 1.7)
+
+    def test_a_tensor_of_any_dtype_and_of_axes_of_size_one(self):
+        for alpha in (torch.tensor(2.0), torch.tensor([[2.0]]), torch.tensor(2)):
+            prior = IndianBuffet(alpha)
+            assert prior.mass == 2.0
+            assert isinstance(prior.mass, float)
+            assert prior.penalty(3).dtype == torch.float64
+            assert prior.constant(3).shape == ()
+            assert prior == IndianBuffet(2.0)
+            assert hash(prior) == hash(IndianBuffet(2.0))
+            assert prior != IndianBuffet(2.5)
+            assert repr(prior).startswith("IndianBuffet(alpha=tensor(2")
+            assert prior.update(9, 9) is prior
+
+    def test_fuse_takes_the_value_of_a_tensor(self):
+        alpha = torch.tensor(0.5, requires_grad=True)
+        prior = IndianBuffet(alpha, 2.0, 3.0).calibrated(lambda: math.nan)
+        assert prior == IndianBuffet(0.5, 2.0, 3.0)
+        assert type(prior.alpha) is float
+
+    @pytest.mark.parametrize("alpha", [torch.tensor(-1.0), torch.tensor(math.nan)])
+    def test_bad_tensor(self, alpha):
+        with pytest.raises(ParameterError, match="alpha must be positive"):
+            IndianBuffet(alpha)
+
+    def test_a_tensor_of_several_alphas(self):
+        with pytest.raises(ParameterError, match=r"a number, got a tensor of shape \(2,\)"):
+            IndianBuffet(torch.ones(2))
+
     def test_bad_hyperprior(self):
         with pytest.raises(ParameterError, match="concentration >= 1"):
             IndianBuffet(None, concentration=0.5)

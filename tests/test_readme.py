@@ -15,10 +15,11 @@ import pyro_fusion
 from pyro_fusion import families
 from pyro_fusion.cli import main
 from pyro_fusion.families import base
+from tests import markdown
 
 PACKAGE = Path(pyro_fusion.__file__).parent
 README = (PACKAGE.parent / "README.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", README, flags=re.M | re.S)
+BLOCKS = markdown.blocks(README)
 
 
 def test_the_code_runs_as_printed(
@@ -30,14 +31,7 @@ def test_the_code_runs_as_printed(
     compared = commands = 0
     for i, (language, content) in enumerate(BLOCKS):
         if language == "python":
-            exec(compile(content, f"README.md, block {i}", "exec"), namespace)
-            out = capsys.readouterr().out
-            following = BLOCKS[i + 1]
-            if following[0] == "text" and out:
-                assert out == following[1]
-                compared += 1
-            else:
-                assert out == ""
+            compared += markdown.run("README.md", BLOCKS, i, namespace, capsys)
         for line in content.splitlines() if language == "sh" else ():
             if line.startswith("pyro-fusion ") and line != "pyro-fusion demo":
                 assert main(shlex.split(line)[1:]) == 0

@@ -20,7 +20,7 @@ from torch.nn.functional import pad
 from pyro_fusion.distributions.shapes import broadcast_shapes
 from pyro_fusion.errors import ParameterError, StructureError, warn_user
 
-__all__ = ["MAX_ENUMERATED", "MAX_EXACT", "Matching", "RelaxedMatching"]
+__all__ = ["MAX_ENUMERATED", "MAX_EXACT", "Matching", "RelaxedMatching", "relax"]
 
 MAX_EXACT = 14  # components up to which sums over matchings are exact, by 2^L subsets for each atom
 MAX_ENUMERATED = math.factorial(8)  # matchings up to which `enumerate_support` lists them
@@ -229,7 +229,7 @@ class RelaxedMatching(_OfPairs):
         allowed = self.logits.masked_fill(forbidden, 0)  # -inf / temperature has NaN gradients
         noisy = allowed + _gumbel(Size(sample_shape) + self.logits.shape, allowed)
         scores = noisy.double() / self.temperature.double()[..., None, None]
-        return _relax(scores.masked_fill(forbidden, -math.inf)).to(self.logits.dtype)
+        return relax(scores.masked_fill(forbidden, -math.inf)).to(self.logits.dtype)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Not available: raises NotImplementedError."""
@@ -361,7 +361,7 @@ def _bethe(logits: Tensor) -> Tensor:
     return pairs.sum((-2, -1)) + entr((1 - b.sum(-2)).clamp(min=0)).sum(-1)
 
 
-def _relax(scores: Tensor) -> Tensor:
+def relax(scores: Tensor) -> Tensor:
     """``softmax(scores + price)`` with prices of the atoms at which columns sum to 1, together with
     a row of zeros that counts K - L times: the value of :class:`RelaxedMatching`."""
     count = scores.new_ones(scores.shape[-2] + 1, 1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 from typing import Any
 
 import pyro.distributions as dist
-import torch
 from torch import Tensor
 from torch.distributions import register_kl
 
@@ -18,48 +17,20 @@ from pyro_fusion.families.pairwise import kl
 __all__ = ["FactorDistribution"]
 
 
-class FactorDistribution(dist.TorchDistribution):
+class FactorDistribution(dist.Independent):
     """``factor.distribution()``, whose ``kl_divergence`` is that of this package.
 
     So it is known behind every bijection, and right where torch's is not: the KL divergence of
     batches of Wisharts, and of any two that are close and far from the origin (torch 2.13).
     """
 
-    arg_constraints: dict[str, Any] = {}
-
     def __init__(self, factor: Factor, validate_args: bool | None = None) -> None:
         self.factor = factor
-        # Named as wrappers name what they wrap: Pyro prints a model with the latter.
-        self.base_dist = factor.distribution(validate_args=validate_args)
-        super().__init__(factor.batch_shape, factor.event_shape, validate_args=validate_args)
+        # Of no axis more than it has: a wrapper, which Pyro prints by what it wraps.
+        super().__init__(factor.distribution(validate_args), 0, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FactorDistribution:
         return FactorDistribution(self.factor.expand_batch(batch_shape), self._validate_args)
-
-    @property
-    def has_rsample(self) -> bool:  # type: ignore[override]
-        return bool(self.base_dist.has_rsample)
-
-    @property
-    def support(self) -> Any:
-        return self.base_dist.support
-
-    @property
-    def mean(self) -> Tensor:
-        return self.base_dist.mean
-
-    @property
-    def variance(self) -> Tensor:
-        return self.base_dist.variance
-
-    def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.sample(sample_shape)
-
-    def rsample(self, sample_shape: Any = torch.Size()) -> Tensor:
-        return self.base_dist.rsample(sample_shape)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        return self.base_dist.log_prob(value)
 
 
 @register_kl(FactorDistribution, FactorDistribution)
