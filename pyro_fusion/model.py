@@ -70,7 +70,10 @@ class FusionModel(PyroModule):
     merely follow an assignment (mixture weights) have no part in it.
 
     To change the program, override :meth:`assignment_prior`, :meth:`local` or :meth:`scale`; each
-    may contain Pyro statements.
+    may contain Pyro statements. Whatever sites they draw the guide must draw too: for ``scale`` in
+    its own, which ``product`` does not call, else before ``super().forward()``. ``scale`` and
+    ``assignment_prior`` are called once for each label, ``scale`` once more if there are sites
+    without one.
 
     :param posteriors: one per party: posteriors or Pyro guides, as for :func:`~pyro_fusion.fuse`.
     :param prior: of the assignment; :class:`~pyro_fusion.GroupNorm` by default, for ``product``
@@ -318,8 +321,8 @@ class FusionGuide(PyroModule):
     # -- what a program of one's own may override ------------------------------------------------
 
     def scale(self, label: str | None) -> Tensor:
-        """As :meth:`FusionModel.scale`, and by default that. Where the model's draws something, the
-        guide's must draw it too."""
+        """As :meth:`FusionModel.scale`, and by default that. Where the model's draws something,
+        this one must draw it from the guide, and call ``FusionModel.scale(self.model, label)``."""
         return self.model.scale(label)
 
     # -- the program -------------------------------------------------------------------------------
