@@ -15,10 +15,10 @@ from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.base import Base
 from pyro_fusion.dispersion import pairwise_spread
 from pyro_fusion.em import FusionEM, check_run
-from pyro_fusion.model import FusionGuide, FusionModel, assignment_prior
+from pyro_fusion.model import FusionGuide, FusionModel
 from pyro_fusion.parties import Parties
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.priors import AssignmentPrior, assignment_prior
 from pyro_fusion.result import Fusion, Matching
 
 __all__ = ["fuse"]
@@ -83,7 +83,7 @@ def fuse(
     """
     check_run(restarts, max_iterations, seed)
     parties = Parties.of(posteriors, pooling_named(pooling), weights, base, axes)
-    prior = assignment_prior(prior, parties.pooling)
+    prior = assignment_prior(prior, parties.pooling.needs_base)
     parties.check_num_atoms(prior)
     if len(parties.posteriors) == 1:
         return _alone(parties, prior)

@@ -70,19 +70,27 @@ class JointMatching(TorchDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``-Σ φ(m) -`` the prior's constant: ``[*batch]`` of a value ``[*batch, N]``, or relaxed
-        ``[*batch, K, N]``."""
+        ``[*batch, K, N]``; ``-inf`` if two components of a party have one atom."""
         if self.relaxed:
             m = value.sum(-1)
         else:
             m = self._penalty.new_zeros(value.shape[:-1] + (self.num_atoms,), device=value.device)
-            m = m.scatter_add(-1, value, torch.ones_like(value, dtype=m.dtype))
+            one = torch.ones_like(value, dtype=m.dtype)
+            m = m.scatter_add(-1, value, one)
         penalty = self._penalty.to(m)
         # Nowhere more than all parties, but for rounding.
         below = m.detach().floor().clamp(max=len(penalty) - 2).long()
         phi = penalty[below] + (m - below) * (penalty[below + 1] - penalty[below])
         weights = self.prior.rank_weights(self.num_atoms, max(self.sizes)).to(m)
         order = m.argsort(descending=True, stable=True)
-        return -(weights * phi.gather(-1, order)).sum(-1) - self.prior.constant(len(self.sizes))
+        result = -(weights * phi.gather(-1, order)).sum(-1) - self.prior.constant(len(self.sizes))
+        return result if self.relaxed else result.masked_fill(self._shares(value), -torch.inf)
+
+    def _shares(self, value: Tensor) -> Tensor:
+        """Whether two components of a party have one atom."""
+        party = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
+        place = (party.to(value.device) * self.num_atoms + value).sort(-1).values
+        return (place.diff(dim=-1) == 0).any(-1)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of a Gibbs chain that matches one party after the other given all others, after

@@ -43,12 +43,12 @@ from pyro_fusion.guide import FactorParams
 from pyro_fusion.matchings import JointMatching
 from pyro_fusion.parties import Labelled, Parties, locating
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import AssignmentPrior, GroupNorm, IndianBuffet
+from pyro_fusion.priors import AssignmentPrior, assignment_prior
 from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
 from pyro_fusion.structure import check_assignment, check_names, warn_identical
 
-__all__ = ["FusionGuide", "FusionModel", "assignment_prior"]
+__all__ = ["FusionGuide", "FusionModel"]
 
 # Modules of one name share their parameters in Pyro's global store, so each gets its own.
 _COUNT = itertools.count()
@@ -101,11 +101,10 @@ class FusionModel(PyroModule):
         if dispersion is not None and not 0 < dispersion < float("inf"):
             raise ParameterError(f"dispersion must be positive and finite, got {dispersion}")
         how = pooling_named(pooling)
-        prior = assignment_prior(prior, how)
+        prior = assignment_prior(prior, how.needs_base)
         if not isinstance(posteriors, Parties):
             posteriors = Parties.of(posteriors, how, weights, base, axes)
         posteriors.check_num_atoms(prior)
-        check_names(posteriors.roles, posteriors.posteriors[0].axes, how.needs_base)
         warn_identical(posteriors.posteriors)
         self.parties, self.pooling = posteriors, how
         self.parts: dict[str, Labelled] = {
@@ -137,14 +136,19 @@ class FusionModel(PyroModule):
         """By which the log densities of each component's sites are multiplied, ``w / T``: ``[N]``;
         of sites without a label, those of each party: ``[S]``."""
         if label is None:
-            return self.parties.weights
+            return next(iter(self.shared.values())).weights
         problem = self.parts[label].problem
         return problem.weights / problem.dispersion
 
     # -- the program -------------------------------------------------------------------------------
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site; returns site name -> value."""
+        """Sample every site; returns site name -> value.
+
+        :raises StructureError: if a site or label has a name that the program needs itself.
+        """
+        roles, sites = self.parties.roles, self.parties.posteriors[0].axes
+        check_names(roles, sites, self.pooling.needs_base)
         result = {}
         for label, part in self.parts.items():
             prior, problem = self.assignment_prior(label), part.problem
@@ -218,18 +222,6 @@ class FusionModel(PyroModule):
         return result
 
 
-def assignment_prior(prior: AssignmentPrior | None, pooling: Pooling) -> AssignmentPrior:
-    """The prior if it is one, by default that of the pooling."""
-    if prior is None:
-        # The buffet is at home where there is evidence that components agree.
-        prior = IndianBuffet() if pooling.needs_base else GroupNorm()
-    if not isinstance(prior, AssignmentPrior):
-        raise ParameterError(
-            f"prior must be IndianBuffet(), GroupNorm() or Parametric(K), got {prior!r}"
-        )
-    return prior
-
-
 @contextmanager
 def _pairs(label: str | None, assignment: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The plate of the pairs ``(k, n)`` of atoms and components in an assignment, with the scales
@@ -273,7 +265,7 @@ class FusionGuide(PyroModule):
     by :class:`~pyro_fusion.FusionEM`. If relaxed, SVI moves it too: it is then a matrix ``[K, N]``
     of probabilities, one for each component in all, and at most one for the components of a party
     in an atom, made from logits as in :class:`~pyro_fusion.distributions.RelaxedMatching`;
-    :meth:`harden` rounds it.
+    :meth:`harden` rounds it. Gradients find a local optimum, with no more atoms than there are.
 
     A model has one guide at a time: a new one tells it how many atoms there are, and for
     ``inclusive`` gives it new ones.
@@ -297,8 +289,7 @@ class FusionGuide(PyroModule):
         self.assignment: dict[str, Tensor] = {}
         start = model.start() if assignment is None else assignment
         if assignment is not None:
-            sizes = {label: part.problem.sizes for label, part in model.parts.items()}
-            check_assignment(assignment, sizes)
+            check_assignment(assignment, model.parts)
         atoms = atoms_of(model, start)
         model.relaxed = relaxed
         self.logits = PyroModule()
@@ -307,7 +298,9 @@ class FusionGuide(PyroModule):
             if relaxed:
                 logits = _LOGIT * one_hot(self.assignment[label]).double()
                 device = part.problem.weights.device
-                setattr(self.logits, label, torch.nn.Parameter(logits.to(device)))
+                # By number: a label may be no name of an attribute.
+                name = f"label{len(self.assignment) - 1}"
+                setattr(self.logits, name, torch.nn.Parameter(logits.to(device)))
         if isinstance(model.pooling, Inclusive):
             model.atoms = atoms
         else:
@@ -347,7 +340,8 @@ class FusionGuide(PyroModule):
     def soft(self, label: str) -> Tensor:
         """The relaxed assignment, ``[K, N]``."""
         sizes = torch.tensor(self.model.parts[label].problem.sizes)
-        logits, ends = getattr(self.logits, label), sizes.cumsum(0)
+        name = f"label{list(self.model.parts).index(label)}"
+        logits, ends = getattr(self.logits, name), sizes.cumsum(0)
         result = torch.empty_like(logits)
         # Parties of one size at once.
         for size in sizes.unique().tolist():

@@ -17,7 +17,7 @@ from torch import Tensor
 from pyro_fusion.distributions.indian_buffet import harmonic_number, popularity_log_weights
 from pyro_fusion.errors import ParameterError
 
-__all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric"]
+__all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric", "assignment_prior"]
 
 
 class AssignmentPrior(ABC):
@@ -196,3 +196,18 @@ class Parametric(AssignmentPrior):
 
     def penalty(self, num_parties: int) -> Tensor:
         return torch.zeros(num_parties + 1, dtype=torch.float64)
+
+
+def assignment_prior(prior: AssignmentPrior | None, evidence: bool) -> AssignmentPrior:
+    """The prior if it is one, else the default: the buffet where there is ``evidence`` that
+    components agree, where it is at home.
+
+    :raises ParameterError: for anything else.
+    """
+    if prior is None:
+        prior = IndianBuffet() if evidence else GroupNorm()
+    if not isinstance(prior, AssignmentPrior):
+        raise ParameterError(
+            f"prior must be IndianBuffet(), GroupNorm() or Parametric(K), got {prior!r}"
+        )
+    return prior

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from pyro_fusion.errors import ParameterError, StructureError, warn_user
 from pyro_fusion.families.projection import is_stick_breaking
 from pyro_fusion.posterior import Posterior
+
+if TYPE_CHECKING:
+    from pyro_fusion.parties import Labelled
 
 __all__ = [
     "Roles",
@@ -124,42 +128,54 @@ def site_roles(posterior: Posterior) -> Roles:
 
 
 def check_names(roles: Roles, sites: Iterable[str], product: bool) -> None:
-    """:raises StructureError: if the program of a fusion has another use for the name of a site."""
+    """:raises StructureError: if the program of a fusion has another use for a name."""
     sites, labels = set(sites), roles.matched
-    taken = {name for x in labels for name in (f"{x}_assignment", f"local_{x}")} | {"party"}
+    taken = {name for x in labels for name in (f"{x}_assignment", f"local_{x}")}
+    plates = {"party"} if roles.shared else set()
     if product:
-        taken |= {*labels, "shared"} | {f"{site}_message" for site in sites}
-    if clash := sorted(sites & taken):
+        taken |= {f"{site}_message" for site in sites}
+        plates |= {"shared"} if roles.shared else set()
+        if clash := sorted(plates & set(labels)):
+            raise StructureError(
+                f"label '{clash[0]}' has a name that the program of a fusion uses itself for sites "
+                "without a label: give it another"
+            )
+        plates |= set(labels)
+    if clash := sorted(sites & (taken | plates)):
         raise StructureError(
             f"site '{clash[0]}' has a name that the program of a fusion uses itself; those are "
-            f"{sorted(taken)}: give the site another"
+            f"{sorted(taken | plates)}: give the site another"
         )
 
 
-def check_assignment(
-    assignment: Mapping[str, Tensor], sizes: Mapping[str, tuple[int, ...]]
-) -> None:
-    """Check that each label has an atom for each component, no two of a party the same.
+def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Labelled]) -> None:
+    """Check that each label has an atom for each component, no two of a party the same, and no
+    more than its prior allows.
 
     :raises StructureError: naming the label, and the party where it can.
     """
-    if set(assignment) != set(sizes):
+    if set(assignment) != set(parts):
         raise StructureError(
-            f"expected an assignment for {sorted(sizes)}, got one for {sorted(assignment)}"
+            f"expected an assignment for {sorted(parts)}, got one for {sorted(assignment)}"
         )
     for label, a in assignment.items():
-        count = sum(sizes[label])
-        if a.shape != (count,) or a.is_floating_point():
+        sizes, limit = parts[label].problem.sizes, parts[label].prior.num_atoms
+        if a.shape != (sum(sizes),) or a.is_floating_point():
             raise StructureError(
-                f"assignment of '{label}': expected a LongTensor of shape [{count}], got "
+                f"assignment of '{label}': expected a LongTensor of shape [{sum(sizes)}], got "
                 f"{a.dtype} of shape {list(a.shape)}"
             )
-        for s, own in enumerate(a.split(sizes[label])):
+        for s, own in enumerate(a.split(sizes)):
             if len(own.unique()) < len(own):
                 raise StructureError(
                     f"assignment of '{label}', party {s}: expected a different atom for each "
                     f"component, got {own.tolist()}"
                 )
+        count = len(a.unique())
+        if limit is not None and count > limit:
+            raise StructureError(
+                f"assignment of '{label}': the prior allows {limit} atoms, got {count}"
+            )
 
 
 def warn_unlabelled_simplex(posterior: Posterior, roles: Roles) -> None:

@@ -262,3 +262,9 @@ class TestIsADistribution:
         assert support.is_discrete and support.event_dim == 1
         assert bool(support.check(torch.tensor([0, 2, 1])))
         assert not bool(support.check(torch.tensor([0, 3, 1])))
+
+
+def test_two_components_of_a_party_in_one_atom_have_no_probability():
+    joint = JointMatching(GroupNorm(), (2, 2, 1), 4)
+    values = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 1, 0, 0], [0, 1, 2, 2, 3]])
+    assert joint.log_prob(values).isneginf().tolist() == [True, False, True]

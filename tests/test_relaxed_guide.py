@@ -11,7 +11,7 @@ import pytest
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 
-from pyro_fusion import FusionGuide, FusionModel, GroupNorm, Posterior, fuse
+from pyro_fusion import FusionGuide, FusionModel, GroupNorm, Parametric, Posterior, fuse
 from pyro_fusion.errors import StructureError
 
 
@@ -72,7 +72,7 @@ def test_a_relaxed_assignment_that_is_hard_has_the_same_loss():
     hard = TraceMeanField_ELBO().loss(model, guide)
     relaxed = FusionGuide(model, guide.assignment, relaxed=True)
     with torch.no_grad():
-        relaxed.logits.component.mul_(20)
+        relaxed.logits.label0.mul_(20)
     assert TraceMeanField_ELBO().loss(model, relaxed) == pytest.approx(hard, rel=1e-6)
     relaxed.harden()
     assert torch.equal(relaxed.assignment["component"], guide.assignment["component"])
@@ -93,11 +93,51 @@ def test_bad_assignments(assignment, match):
         FusionGuide(FusionModel(parties(normal)), assignment)
 
 
-@pytest.mark.parametrize("name", ["party", "component_assignment", "local_component"])
+@pytest.mark.parametrize("name", ["component_assignment", "local_component"])
 def test_names_that_the_program_needs(name):
     local = [Posterior({name: p.factors["x"]}, {name: "component"}) for p in parties(normal)]
+    assert fuse(local).num_atoms == 6  # which needs no program
     with pytest.raises(StructureError, match=f"site '{name}' has a name that the program"):
-        FusionModel(local)
+        FusionModel(local)()
+
+
+def test_names_that_only_some_programs_need():
+    local = [Posterior({"party": p.factors["x"]}, {"party": "party"}) for p in parties(normal)]
+    assert "party" in FusionModel(local)()
+    base = {"party": dist.Normal(torch.zeros(3).double(), 20.0).to_event(1)}
+    assert fuse(local, "product", base=base).num_atoms == 6
+    with pytest.raises(StructureError, match="site 'party' has a name that the program"):
+        FusionModel(local, pooling="product", base=base)()
+
+
+@pytest.mark.parametrize("label", ["a.b", "train", "parameters"])
+def test_labels_that_are_no_attributes(label):
+    local = [Posterior({"x": p.factors["x"]}, {"x": label}) for p in parties(normal)]
+    guide = FusionGuide(FusionModel(local), relaxed=True)
+    assert guide.soft(label).shape[1] == 18
+    guide.harden()
+
+
+def test_no_more_atoms_than_the_prior_allows():
+    model = FusionModel(parties(normal), Parametric(6))
+    with pytest.raises(StructureError, match="the prior allows 6 atoms, got 18"):
+        FusionGuide(model, {"component": torch.arange(18)})
+
+
+def test_svi_mends_a_party_that_is_matched_wrongly():
+    local = parties(normal)
+    fusion = fuse(local)
+    wrong = [a.clone() for a in fusion.assignment]
+    wrong[0] = wrong[0].roll(1)
+    model = FusionModel(local)
+    guide = FusionGuide(model, {"component": torch.cat(wrong)}, relaxed=True)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
+    for _ in range(500):
+        svi.step()
+    guide.harden()
+    for _ in range(200):
+        loss = svi.step()
+    assert loss == pytest.approx(fusion.objective[-1], rel=0.01)
 
 
 def test_the_state_has_the_assignment():
@@ -116,3 +156,20 @@ def _saved(guide):
     torch.save(guide.state_dict(), file)
     file.seek(0)
     return file
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("pooling", ["exclusive", "inclusive"])
+def test_the_program_on_the_gpu(pooling):
+    local = []
+    for s, p in enumerate(parties(normal)):
+        noise = dist.Gamma(torch.tensor(3.0 + s).double(), torch.tensor(2.0).double())
+        factors = {"x": p.factors["x"], "noise": noise}
+        local.append(Posterior(factors, {"x": "component"}).to(device="cuda"))
+    model = FusionModel(local, pooling=pooling)
+    guide = FusionGuide(model, relaxed=True)
+    svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
+    losses = [svi.step() for _ in range(20)]
+    assert losses[-1] < losses[0]
+    guide.harden()
+    assert svi.step() == pytest.approx(TraceMeanField_ELBO().loss(model, guide), rel=0.1)
