@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What every test shares: a clean parameter store, seeds, validation, a Hypothesis profile."""
+"""What every test shares: a clean parameter store, seeds, validation, one thread, a Hypothesis
+profile."""
 
 from collections.abc import Iterator
 
@@ -23,6 +24,9 @@ class _TorchRandom:
     def setstate(self, state: torch.Tensor) -> None:
         torch.set_rng_state(state)
 
+
+# Tensors of a few numbers: to wake other threads takes longer than the work.
+torch.set_num_threads(1)
 
 _torch_random = _TorchRandom()  # Hypothesis keeps a weak reference only
 hypothesis.register_random(_torch_random)
