@@ -216,8 +216,9 @@ def _about_origin(f: Factor, first: Tensor, second: Tensor, pooling: Pooling) ->
         atoms = pooling.from_statistics(f, statistics[first] + statistics[second], weight)
         price = potential[first] + potential[second] - pooling.group_potential(atoms, weight)
         if origin is not None:
-            size = torch.stack([atoms.first.size, f.first.size[first], f.first.size[second]])
-            price = torch.where(size.amax(0) > FAR * origin.numel(), torch.nan, price)
+            # What they merge into is no farther, in units of its own width.
+            size = torch.maximum(f.first.size[first], f.first.size[second])
+            price = torch.where(size > FAR * origin.numel(), torch.nan, price)
     except (torch.linalg.LinAlgError, ValueError):
         return torch.full((len(first),), torch.nan, dtype=torch.float64)
     return price.cpu()
