@@ -9,6 +9,8 @@ they always lower the same objective.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import ClassVar
 
@@ -71,6 +73,15 @@ class Pooling(ABC):
         """What the group's optimal atom takes off: ``[K]``. The objective of a group is
         ``Σ_n w_n potential_n - group_potential``, with no sum over pairs."""
 
+    @classmethod
+    @contextmanager
+    def telling(cls) -> Iterator[None]:
+        """Where sums of statistics may be no member of the family: a ParameterError says so."""
+        try:
+            yield
+        except (torch.linalg.LinAlgError, ValueError) as e:
+            raise ParameterError(f"the {cls.name} barycentre {cls.failure}") from e
+
     def barycenter(
         self,
         local: Factor,
@@ -114,10 +125,8 @@ class Pooling(ABC):
         members = far[groups].nonzero().squeeze(-1)
         index = (far.cumsum(0) - 1)[groups[members]]
         part = local.index_select(0, members)
-        try:
+        with self.telling():
             exact = self._sum_about_means(part, index, w[members], weight[far], base)
-        except (torch.linalg.LinAlgError, ValueError) as e:
-            raise ParameterError(f"the {self.name} barycentre {self.failure}") from e
         if not bool(far.all()):
             params = atoms.shift(origin, sign=1.0).params
             place = far.nonzero().squeeze(-1)

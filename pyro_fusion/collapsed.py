@@ -8,15 +8,12 @@ the components of a group share one atom, against that each has one of its own."
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyro_fusion.barycenter import Pooling
-from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.problem import MatchingProblem
 
@@ -158,7 +155,7 @@ def log_evidence(problem: MatchingProblem, groups: Tensor) -> float:
     """
     num_atoms = int(groups.max()) + 1
     problem.barycenter(groups, num_atoms)  # checks what sums do not
-    with _as_improper(problem):
+    with problem.pooling.telling():
         return -float(Sums.of(problem, groups, num_atoms).values(torch.arange(num_atoms)).sum())
 
 
@@ -171,18 +168,8 @@ def log_evidence_of_joining(
     :raises ParameterError: if it is not a number, as that of an improper group.
     """
     pairs = torch.cartesian_prod(members, groups)
-    with _as_improper(problem):
+    with problem.pooling.telling():
         value = -sums.increments(pairs[:, 0], pairs[:, 1])
         if not bool((value < math.inf).all()):
             raise ValueError("NaN or infinite")
     return value.reshape(len(members), len(groups))
-
-
-@contextmanager
-def _as_improper(problem: MatchingProblem) -> Iterator[None]:
-    try:
-        yield
-    except (torch.linalg.LinAlgError, ValueError) as e:
-        raise ParameterError(
-            f"the {problem.pooling.name} barycentre {problem.pooling.failure}"
-        ) from e

@@ -249,9 +249,7 @@ def temper(local: Factor, base: Factor, weights: Tensor, dispersion: float) -> F
     shifted_base = base.expand_batch((len(weights),)).shift(origin)
     shifted = local.shift(origin)
     message = (shifted.natural - shifted_base.natural) * (weights / dispersion).unsqueeze(1)
-    try:
+    with Product.telling():
         tempered = local.from_natural(shifted_base.natural + message)
         tempered.check()
-    except (torch.linalg.LinAlgError, ValueError) as e:
-        raise ParameterError(f"the product barycentre {Product.failure}") from e
     return tempered.shift(origin, sign=1.0)
