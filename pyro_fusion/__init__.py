@@ -16,9 +16,10 @@ from pyro_fusion.errors import (
 )
 from pyro_fusion.families import pairwise_kl, register_family
 from pyro_fusion.fuse import fuse
+from pyro_fusion.fusion_guide import FusionGuide
 from pyro_fusion.gibbs import FusionGibbs
 from pyro_fusion.guide import PosteriorGuide
-from pyro_fusion.model import FusionGuide, FusionModel
+from pyro_fusion.model import FusionModel
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.priors import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.result import Fusion, Matching

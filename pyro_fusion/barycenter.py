@@ -102,15 +102,18 @@ class Pooling(ABC):
         w = torch.ones_like(groups, dtype=torch.float64) if weights is None else weights.double()
         if self.needs_base:
             _given(base)
-        count = torch.bincount(groups, minlength=num_atoms)
-        if not bool(count.all()):
-            empty = (count == 0).nonzero().flatten().tolist()
+        one = w.new_ones(len(w), 1)
+        count = _group_sum(one, groups, torch.ones_like(w), num_atoms)
+        weight = _group_sum(one, groups, w, num_atoms).squeeze(1)
+        # Read at once: a GPU waits meanwhile.
+        filled, weighed = torch.stack([count.all(), weight.all()]).tolist()
+        if not filled:
+            empty = (count == 0).nonzero()[:, 0].tolist()
             raise ParameterError(f"atoms {empty} have no component")
-        weight = w.new_zeros(num_atoms).index_add(0, groups, w)
-        if self.normalised and not bool(weight.all()):
+        if self.normalised and not weighed:
             # Where only parties of weight zero have an atom, they count alike.
             w = torch.where(weight[groups] > 0, w, 1.0)
-            weight = w.new_zeros(num_atoms).index_add(0, groups, w)
+            weight = _group_sum(one, groups, w, num_atoms).squeeze(1)
         # About one origin for all, where the statistics of `local` stay in its cache.
         origin = local.origin
         limit = torch.inf if origin is None else FAR * origin.numel()
@@ -263,7 +266,12 @@ def _given(base: Factor | None) -> Factor:
 
 
 def _group_sum(x: Tensor, groups: Tensor, w: Tensor, num_groups: int) -> Tensor:
-    """``Σ_n w_n x_n`` over each group, ``[N, P] -> [K, P]``, without a temporary."""
+    """``Σ_n w_n x_n`` over each group, ``[N, P] -> [K, P]``, in the same order each time."""
+    if x.device.type != "cpu":
+        # No more memory than the costs take. To sort a sparse matrix a GPU would have to be read.
+        atoms = torch.arange(num_groups, device=groups.device)
+        return ((groups == atoms.unsqueeze(1)) * w) @ x
+    # Without a temporary.
     index = torch.stack([groups, torch.arange(len(groups), device=groups.device)])
     shape = (num_groups, len(groups))
     return torch.sparse_coo_tensor(index, w, shape, check_invariants=False) @ x
@@ -273,10 +281,9 @@ def group_mean(loc: Tensor | None, groups: Tensor, w: Tensor, weight: Tensor) ->
     """Weighted mean location of each group, ``[K, ...]``: statistics are taken about it."""
     if loc is None:
         return None
-    trailing = (1,) * (loc.dim() - 1)
-    total = loc.new_zeros((len(weight), *loc.shape[1:]))
-    total = total.index_add(0, groups, loc * w.reshape(-1, *trailing))
-    return total / weight.clamp(min=1e-300).reshape(-1, *trailing)
+    total = _group_sum(loc.reshape(len(loc), -1), groups, w, len(weight))
+    mean = total / weight.clamp(min=1e-300).unsqueeze(1)
+    return mean.reshape(len(weight), *loc.shape[1:])
 
 
 _POOLINGS: dict[str, Pooling] = {p.name: p for p in (Inclusive(), Exclusive(), Product())}

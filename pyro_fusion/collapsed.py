@@ -91,8 +91,8 @@ class Sums:
 
     def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
         """The objective over T of groups, or of their unions with others: on the CPU."""
-        k = groups.to(self.weight.device)
-        j = None if other is None else other.to(k.device)
+        k = groups.to(self.weight.device, non_blocking=True)
+        j = None if other is None else other.to(k.device, non_blocking=True)
 
         def both(x: Tensor) -> Tensor:
             return x[k] if j is None else x[k] + x[j]
@@ -102,8 +102,9 @@ class Sums:
 
     def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
         """Put components into groups; with ``sign=-1.0`` take them out."""
+        members = members.to(self.weights.device, non_blocking=True)
         w = sign * self.weights[members]
-        groups = groups.to(w.device)
+        groups = groups.to(w.device, non_blocking=True)
         self.weight.index_add_(0, groups, w)
         for s in self.sites:
             s.total.index_add_(0, groups, s.statistics[members] * w.unsqueeze(1))
@@ -126,9 +127,9 @@ class Sums:
         return torch.cat([self._increments(n, k, sign) for n, k in pairs]).cpu() / self.dispersion
 
     def _increments(self, members: Tensor, groups: Tensor, sign: float) -> Tensor:
-        members = members.to(self.weights.device)
+        members = members.to(self.weights.device, non_blocking=True)
         w = sign * self.weights[members]
-        groups = groups.to(w.device)
+        groups = groups.to(w.device, non_blocking=True)
         weight = self.weight[groups] + w
         used, place = groups.unique(return_inverse=True)
         result = torch.zeros_like(w)

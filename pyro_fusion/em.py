@@ -18,7 +18,8 @@ from pyro_fusion.ascent import Ascent, EMResult, expectation_maximization
 from pyro_fusion.assignment import Assignment, coordinate, relaxed, sinkhorn
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
-from pyro_fusion.model import FusionGuide, FusionModel
+from pyro_fusion.fusion_guide import FusionGuide
+from pyro_fusion.model import FusionModel
 from pyro_fusion.parties import Labelled, locating
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.priors import GroupNorm, Parametric
@@ -72,7 +73,7 @@ def check_own(model: FusionModel, guide: FusionGuide | None = None) -> None:
             )
     if guide is not None and guide.model is not model:
         raise ParameterError("the guide is that of another model")
-    if guide is not None and model.relaxed:
+    if guide is not None and guide.relaxed:
         raise ParameterError("the guide is relaxed: harden() it first")
 
 
@@ -125,7 +126,6 @@ class FusionEM:
                 ascent = self._ascent(part)
                 ascent.step()
             x = ascent.state
-            self.model.set_prior(label, x.prior)
             self.guide.set_atoms(label, part.as_given(x.groups), x.atoms)
             loss += x.objective
         return loss
@@ -165,7 +165,6 @@ class FusionEM:
         with locating(part.messages):
             best, ends = self._search(part, restarts, max_iterations, seed, progress)
         groups, popularity = by_popularity(part.as_given(best.groups), best.num_atoms)
-        self.model.set_prior(part.label, best.prior)
         with locating(part.messages):
             atoms = part.problem.barycenter(groups, best.num_atoms)
         self.guide.set_atoms(part.label, groups, atoms)

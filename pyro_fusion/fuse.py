@@ -15,7 +15,8 @@ from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.base import Base
 from pyro_fusion.dispersion import pairwise_spread
 from pyro_fusion.em import FusionEM, check_run
-from pyro_fusion.model import FusionGuide, FusionModel
+from pyro_fusion.fusion_guide import FusionGuide
+from pyro_fusion.model import FusionModel
 from pyro_fusion.parties import Parties
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior, assignment_prior

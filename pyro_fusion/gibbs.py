@@ -45,6 +45,7 @@ from pyro_fusion.model import FusionModel
 from pyro_fusion.parties import Labelled, locating, tempered
 from pyro_fusion.priors import IndianBuffet
 from pyro_fusion.problem import MatchingProblem, compact
+from pyro_fusion.structure import check_assignment
 
 __all__ = ["AssignmentDraws", "FusionGibbs", "GibbsResult"]
 
@@ -161,6 +162,7 @@ class FusionGibbs:
         go on from where they are, by :func:`~pyro_fusion.kernels.match_anew`.
     :raises ParameterError: for another model, a prior that weighs atoms by their rank, or arguments
         out of range.
+    :raises StructureError: if the assignment does not fit.
     """
 
     def __init__(
@@ -179,7 +181,9 @@ class FusionGibbs:
             raise ParameterError(f"block must be from 0 to {MAX_EXACT}, got {block}")
         self.model = model
         self._state = torch.Generator().manual_seed(seed).get_state()
-        start = assignment or model.start(seed)
+        if assignment is not None:
+            check_assignment(assignment, model.parts)
+        start = model.start(seed) if assignment is None else assignment
         self._chains = {
             label: _Chain(part, start[label], learn_dispersion, block)
             for label, part in model.parts.items()
@@ -255,7 +259,7 @@ class _Chain:
             self.learned, self.alpha = part.prior, part.prior.mass
         self.problem, self.dispersion = part.problem, part.dispersion
         self.prior_of_dispersion = _prior_of_dispersion(learn_dispersion, part.dispersion)
-        self.groups = _checked(start.cpu(), part)
+        self.groups = _by_appearance(start.cpu())
         self.trace: list[tuple[Tensor, float, float, float]] = []
 
     def keep(self) -> None:
@@ -344,17 +348,6 @@ def _check_model(model: FusionModel) -> None:
         weights = x.prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
         if bool((weights != 1).any()):
             raise ParameterError(f"FusionGibbs needs a prior without rank weights, got {x.prior!r}")
-
-
-def _checked(groups: Tensor, part: Labelled) -> Tensor:
-    sizes, limit = part.problem.sizes, part.prior.num_atoms or sum(part.problem.sizes)
-    fits = groups.shape == (sum(sizes),) and len(groups.unique()) <= limit
-    if not fits or any(len(a.unique()) < len(a) for a in groups.split(sizes)):
-        raise ParameterError(
-            f"the assignment along '{part.label}' must be [{sum(sizes)}], different atoms for the "
-            f"components of a party, at most {limit} in all; got {groups.tolist()}"
-        )
-    return _by_appearance(groups)
 
 
 def _by_appearance(groups: Tensor) -> Tensor:

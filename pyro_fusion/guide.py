@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from pyro_fusion.families import Factor
     from pyro_fusion.posterior import Posterior
 
-__all__ = ["FactorParams", "PosteriorGuide"]
+__all__ = ["AtomParams", "FactorParams", "PosteriorGuide", "fit_length"]
 
 # Guides of one name share their parameters in Pyro's global store, so each gets its own.
 _COUNT = itertools.count()
@@ -59,6 +59,29 @@ class FactorParams(PyroModule):
         holder = getattr(self, self._holders[site])
         for name, value in f.params.items():
             setattr(holder, name, value)
+
+
+class AtomParams(FactorParams):
+    """Atoms, of batch shape ``[K]``; ``load_state_dict`` takes those of another number."""
+
+    def length(self, site: str) -> int:
+        """K."""
+        return len(next(getattr(self, self._holders[site]).parameters()))
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        for holder in self._holders.values():
+            for name, value in getattr(self, holder).named_parameters():
+                fit_length(value, state.get(f"{prefix}{holder}.{name}"), 0)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+
+def fit_length(parameter: torch.nn.Parameter, state: Tensor | None, dim: int) -> None:
+    """Make room in a parameter for a state that is longer or shorter along ``dim``."""
+    if state is None or state.dim() != parameter.dim():
+        return
+    shape = list(parameter.shape)
+    shape[dim] = state.shape[dim]
+    parameter.data = parameter.data.new_empty(shape)
 
 
 class PosteriorGuide(FactorParams):

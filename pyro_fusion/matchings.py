@@ -43,17 +43,23 @@ class JointMatching(TorchDistribution):
     :param sizes: ``L_s`` of each party.
     :param num_atoms: K, the room there is, at least ``max L_s``.
     :param relaxed: whether values are.
+    :param device: of the values.
     """
 
     arg_constraints: dict[str, Any] = {}
     has_rsample = False
 
     def __init__(
-        self, prior: AssignmentPrior, sizes: Sequence[int], num_atoms: int, relaxed: bool = False
+        self,
+        prior: AssignmentPrior,
+        sizes: Sequence[int],
+        num_atoms: int,
+        relaxed: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.prior, self.sizes, self.num_atoms = prior, tuple(sizes), num_atoms
-        self.relaxed = relaxed
-        self._penalty = prior.penalty(len(self.sizes))
+        self.relaxed, self._device = relaxed, device
+        self._penalty = prior.penalty(len(self.sizes)).to(device, non_blocking=True)
         shape = (num_atoms, sum(self.sizes)) if relaxed else (sum(self.sizes),)
         super().__init__(torch.Size(), torch.Size(shape), validate_args=False)
 
@@ -64,39 +70,48 @@ class JointMatching(TorchDistribution):
         return constraints.independent(constraints.integer_interval(0, self.num_atoms - 1), 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> JointMatching:
-        if tuple(batch_shape):
-            raise NotImplementedError("an assignment is one for all parties: it has no batch axes")
-        return self
+        """Independent assignments: ``batch_shape`` of them."""
+        new = type(self)(self.prior, self.sizes, self.num_atoms, self.relaxed, self._device)
+        super(JointMatching, new).__init__(
+            torch.Size(batch_shape), self.event_shape, validate_args=False
+        )
+        new._validate_args = self._validate_args
+        return new
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``-Σ φ(m) -`` the prior's constant: ``[*batch]`` of a value ``[*batch, N]``, or relaxed
-        ``[*batch, K, N]``; ``-inf`` if two components of a party have one atom."""
+        ``[*batch, K, N]``; ``-inf`` if two components of a party have one atom, or for an atom that
+        there is no room for."""
         if self.relaxed:
             m = value.sum(-1)
         else:
             m = self._penalty.new_zeros(value.shape[:-1] + (self.num_atoms,), device=value.device)
             one = torch.ones_like(value, dtype=m.dtype)
-            m = m.scatter_add(-1, value, one)
-        penalty = self._penalty.to(m)
+            m = m.scatter_add(-1, value.clamp(0, self.num_atoms - 1), one)
+        penalty = self._penalty.to(m, non_blocking=True)
         # Nowhere more than all parties, but for rounding.
         below = m.detach().floor().clamp(max=len(penalty) - 2).long()
         phi = penalty[below] + (m - below) * (penalty[below + 1] - penalty[below])
-        weights = self.prior.rank_weights(self.num_atoms, max(self.sizes)).to(m)
+        weights = self.prior.rank_weights(self.num_atoms, max(self.sizes)).to(m, non_blocking=True)
         order = m.argsort(descending=True, stable=True)
         result = -(weights * phi.gather(-1, order)).sum(-1) - self.prior.constant(len(self.sizes))
-        return result if self.relaxed else result.masked_fill(self._shares(value), -torch.inf)
+        if not self.relaxed:
+            result = result.masked_fill(~self._fits(value), -torch.inf)
+        return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
-    def _shares(self, value: Tensor) -> Tensor:
-        """Whether two components of a party have one atom."""
+    def _fits(self, value: Tensor) -> Tensor:
+        """Whether there are such atoms, and no two components of a party have one."""
         party = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        place = (party.to(value.device) * self.num_atoms + value).sort(-1).values
-        return (place.diff(dim=-1) == 0).any(-1)
+        party = party.to(value.device, non_blocking=True)
+        place = (party * self.num_atoms + value).sort(-1).values
+        inside = (value >= 0) & (value < self.num_atoms)
+        return inside.all(-1) & (place.diff(dim=-1) != 0).all(-1)
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of a Gibbs chain that matches one party after the other given all others, after
         twenty sweeps; exact in the limit of many. Without rank weights."""
-        shape = torch.Size(sample_shape)
-        draws = torch.stack([self._draw() for _ in range(shape.numel())])
+        shape = torch.Size(sample_shape) + self.batch_shape
+        draws = torch.stack([self._draw() for _ in range(shape.numel())]).to(self._device)
         if self.relaxed:
             draws = one_hot(draws, self.num_atoms).mT.to(self._penalty.dtype)
         return draws.reshape(shape + self.event_shape)
@@ -114,7 +129,7 @@ class JointMatching(TorchDistribution):
     def _match(self, m: Tensor, old: Tensor) -> Tensor:
         """A party anew, given the popularities among the others."""
         used, free = (m > 0).nonzero().squeeze(1), (m == 0).nonzero().squeeze(1)
-        step = self._penalty.diff()
+        step = self._penalty.diff().cpu()
         place = torch.full_like(m, len(used))  # a new one, unless others have it
         place[used] = torch.arange(len(used))
         join = -step[m[used]].expand(len(old), -1)

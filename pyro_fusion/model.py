@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Fusion as a Pyro program: a model and a guide, for any of Pyro's inference.
+r"""Fusion as a Pyro program: the model, for any of Pyro's inference; its guide is in
+``fusion_guide.py``.
 
 With an assignment ``a`` of the components ``n`` of all parties to atoms ``k``, and all sites of a
 component scaled by ``w_n / T``:
@@ -20,6 +21,7 @@ objective of :func:`~pyro_fusion.fuse`.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -28,33 +30,27 @@ from typing import Any
 import pyro
 import torch
 from pyro import poutine
-from pyro.distributions import Delta
 from pyro.nn.module import PyroModule
 from torch import Tensor
-from torch.nn.functional import one_hot
 
 from pyro_fusion.barycenter import Inclusive, Pooling, pooling_named
 from pyro_fusion.base import Base
-from pyro_fusion.distributions.matching import Matching, relax
-from pyro_fusion.errors import ParameterError
+from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
-from pyro_fusion.guide import FactorParams
+from pyro_fusion.guide import AtomParams
 from pyro_fusion.matchings import JointMatching
 from pyro_fusion.parties import Labelled, Parties, locating
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior, assignment_prior
 from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
-from pyro_fusion.structure import check_assignment, check_names, warn_identical
+from pyro_fusion.structure import check_dispersion, check_names, warn_identical
 
-__all__ = ["FusionGuide", "FusionModel"]
+__all__ = ["FusionModel", "atoms_at", "atoms_of", "pairs"]
 
 # Modules of one name share their parameters in Pyro's global store, so each gets its own.
 _COUNT = itertools.count()
-
-# Of a component and its atom in a relaxed assignment to begin with; of others it is zero.
-_LOGIT = 3.0
 
 # Pyro wants scales that are positive.
 _TINY = 1e-30
@@ -98,8 +94,7 @@ class FusionModel(PyroModule):
         dispersion: float | None = None,
     ) -> None:
         super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
-        if dispersion is not None and not 0 < dispersion < float("inf"):
-            raise ParameterError(f"dispersion must be positive and finite, got {dispersion}")
+        dispersion = check_dispersion(dispersion)
         how = pooling_named(pooling)
         prior = assignment_prior(prior, how.needs_base)
         if not isinstance(posteriors, Parties):
@@ -112,14 +107,14 @@ class FusionModel(PyroModule):
             for label in posteriors.roles.matched
         }
         self.shared = {site: posteriors.shared(site) for site in posteriors.roles.shared}
-        # Until a guide says how many there are: room for all.
+        # Until a guide says how many there are, whenever it is called: room for all.
         self.num_atoms: dict[str, int] = {
             label: part.prior.num_atoms or sum(part.problem.sizes)
             for label, part in self.parts.items()
         }
         self.relaxed = False  # or whether assignments are matrices of probabilities
         if isinstance(how, Inclusive):
-            self.atoms = atoms_of(self, self.start())
+            self.atoms, self.num_atoms = atoms_of(self, self.start())
 
     # -- what a program of one's own may override ------------------------------------------------
 
@@ -153,13 +148,13 @@ class FusionModel(PyroModule):
         for label, part in self.parts.items():
             prior, problem = self.assignment_prior(label), part.problem
             room = self.num_atoms[label]
-            distribution = JointMatching(prior, problem.sizes, room, self.relaxed)
-            assignment = _event(pyro.sample(f"{label}_assignment", distribution))
+            device = problem.weights.device
+            distribution = JointMatching(prior, problem.sizes, room, self.relaxed, device)
+            assignment = pyro.sample(f"{label}_assignment", distribution)
             result[f"{label}_assignment"] = assignment
             result.update(self._pool(label, list(problem.local), assignment))
         if self.shared:
-            everyone = torch.zeros(len(self.parties.weights), dtype=torch.long)
-            result.update(self._pool(None, list(self.shared), everyone))
+            result.update(self._pool(None, list(self.shared), self.everyone))
         return result
 
     def _pool(
@@ -172,11 +167,11 @@ class FusionModel(PyroModule):
         if isinstance(self.pooling, Inclusive):
             atoms = {site: self.atoms.factor(site) for site in sites}
         result = {}
-        with _pairs(label, assignment, self.scale(label)) as (k, n):
+        with pairs(label, assignment, self.scale(label)) as (k, n):
             for site in sites:
                 d = self.local(site, n)
                 if site in atoms:
-                    d = FactorDistribution(atoms[site].index_select(0, k))
+                    d = FactorDistribution(atoms_at(atoms[site], k))
                 result[site] = pyro.sample(site, d)
         return result
 
@@ -190,11 +185,12 @@ class FusionModel(PyroModule):
             for site, one in base.items():
                 prior = FactorDistribution(one.expand_batch((plate.size,)))
                 result[site] = pyro.sample(site, prior)
-        with _pairs(label, assignment, self.scale(label)) as (k, n):
+        with pairs(label, assignment, self.scale(label)) as (k, n):
             for site, one in base.items():
-                value = result[site].index_select(0, k)
+                prior = FactorDistribution(one)
+                value = _gather(result[site], k, prior.event_dim)
                 message = self.local(site, n).log_prob(value)
-                pyro.factor(f"{site}_message", message - FactorDistribution(one).log_prob(value))
+                pyro.factor(f"{site}_message", message - prior.log_prob(value))
         return result
 
     def atom_plate(self, label: str | None) -> pyro.plate:
@@ -202,6 +198,16 @@ class FusionModel(PyroModule):
         if label is None:
             return pyro.plate("shared", 1)
         return pyro.plate(label, self.num_atoms[label])
+
+    def party(self, label: str) -> Tensor:
+        """The party of each component along a label: LongTensor ``[N]``."""
+        problem = self.parts[label].problem
+        return problem.party.to(problem.weights.device)
+
+    @property
+    def everyone(self) -> Tensor:
+        """The assignment of all parties to the one atom of a site without a label, ``[S]``."""
+        return torch.zeros_like(next(iter(self.shared.values())).weights, dtype=torch.long)
 
     def _problem(self, site: str) -> MatchingProblem:
         if site in self.shared:
@@ -223,172 +229,68 @@ class FusionModel(PyroModule):
 
 
 @contextmanager
-def _pairs(label: str | None, assignment: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def pairs(label: str | None, assignment: Tensor, scale: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """The plate of the pairs ``(k, n)`` of atoms and components in an assignment, with the scales
     of their components. Of an assignment ``[N]`` there are as many as components; of a relaxed one,
-    ``[K, N]``, all that there can be, each scaled by its probability too."""
-    k, n = assignment, torch.arange(len(scale))
+    ``[K, N]``, all that there can be, each scaled by its probability too. Of a batch of assignments
+    there is a ``k`` for each, ``[*batch, N]``."""
+    k = _without_plate(assignment).to(scale.device, non_blocking=True)
+    n = torch.arange(scale.shape[-1], device=scale.device)
     if assignment.is_floating_point():
-        k, n = torch.cartesian_prod(torch.arange(len(assignment)), n).unbind(1)
-        scale = scale[n] * assignment.flatten()
+        soft, num_atoms = k.flatten(-2), k.shape[-2]
+        k, n = torch.cartesian_prod(torch.arange(num_atoms, device=n.device), n).unbind(1)
+        scale = scale[..., n] * soft
     name = "party" if label is None else f"local_{label}"
     with pyro.plate(name, len(n)), poutine.scale(scale=scale.clamp(min=_TINY)):
-        yield k.to(scale.device), n.to(scale.device)
+        yield k, n
 
 
-def _event(assignment: Tensor) -> Tensor:
-    """Without the batch axes, of size one, that ``Predictive`` puts in front."""
-    return assignment.reshape(assignment.shape[-2 if assignment.is_floating_point() else -1 :])
+def _without_plate(assignment: Tensor) -> Tensor:
+    """Without the axes of size one that plates around the program, and ``Predictive``, leave at the
+    place of its own plates, which an assignment is outside of."""
+    dim = 2 if assignment.is_floating_point() else 1
+    event, batch = assignment.shape[-dim:], assignment.shape[:-dim]
+    if math.prod(batch) == 1:
+        return assignment.reshape(event)
+    if batch[-1] != 1:
+        raise StructureError(
+            "plates around the program must leave dim -1 to its own, got assignments of batch "
+            f"shape {list(batch)}"
+        )
+    return assignment.squeeze(-dim - 1)
 
 
-def atoms_of(model: FusionModel, assignment: Mapping[str, Tensor]) -> FactorParams:
-    """The best atoms for an assignment, and the shared sites, as parameters; tells the model how
-    many there are."""
-    factors = {}
+def atoms_at(atoms: Factor, k: Tensor) -> Factor:
+    """The atoms ``k``, of batch shape that of ``k``."""
+    result = atoms.index_select(0, k.flatten())
+    result = result.map(lambda v: v.reshape(k.shape + v.shape[1:]))
+    return replace(result, batch_dim=k.dim())
+
+
+def _gather(value: Tensor, k: Tensor, event_dim: int) -> Tensor:
+    """``value[k]`` along the plate of atoms of ``[*batch, K, *event]``."""
+    if k.dim() == 1:
+        return value.index_select(-1 - event_dim, k)
+    axis = value.dim() - event_dim - 1
+    batch = torch.broadcast_shapes(value.shape[:axis], k.shape[:-1])
+    value = value.expand(batch + value.shape[axis:])
+    k = k.expand(batch + k.shape[-1:])
+    event = value.shape[value.dim() - event_dim :]
+    index = k.reshape(k.shape + (1,) * event_dim).expand(k.shape + event)
+    return value.gather(len(batch), index)
+
+
+def atoms_of(
+    model: FusionModel, assignment: Mapping[str, Tensor]
+) -> tuple[AtomParams, dict[str, int]]:
+    """The best atoms for an assignment, and the shared sites, as parameters; and how many atoms
+    each label has."""
+    factors, numbers = {}, {}
     for label, part in model.parts.items():
-        groups, model.num_atoms[label] = compact(assignment[label])
+        groups, numbers[label] = compact(assignment[label])
         with locating(part.messages):
-            factors.update(part.problem.barycenter(groups, model.num_atoms[label]))
+            factors.update(part.problem.barycenter(groups, numbers[label]))
     for problem in model.shared.values():
         with locating(problem):
-            factors.update(
-                problem.barycenter(torch.zeros(problem.num_parties, dtype=torch.long), 1)
-            )
-    return FactorParams(factors)
-
-
-class FusionGuide(PyroModule):
-    """The guide of a :class:`FusionModel`.
-
-    Its state is an assignment for each label and, but for ``inclusive``, where they belong to the
-    model, the atoms: :class:`~pyro.nn.module.PyroParam`, which SVI learns. The assignment is moved
-    by :class:`~pyro_fusion.FusionEM`. If relaxed, SVI moves it too: it is then a matrix ``[K, N]``
-    of probabilities, one for each component in all, and at most one for the components of a party
-    in an atom, made from logits as in :class:`~pyro_fusion.distributions.RelaxedMatching`;
-    :meth:`harden` rounds it. Gradients find a local optimum, with no more atoms than there are.
-
-    A model has one guide at a time: a new one tells it how many atoms there are, and for
-    ``inclusive`` gives it new ones.
-
-    :param model: the model.
-    :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
-        default that of :meth:`FusionModel.start`.
-    :param relaxed: whether the assignment is relaxed.
-    :raises StructureError: if the assignment does not fit.
-    """
-
-    def __init__(
-        self,
-        model: FusionModel,
-        assignment: Mapping[str, Tensor] | None = None,
-        relaxed: bool = False,
-    ) -> None:
-        super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
-        # In a list: a model is no part of its guide, and a guide not of its model.
-        self._model = [model]
-        self.assignment: dict[str, Tensor] = {}
-        start = model.start() if assignment is None else assignment
-        if assignment is not None:
-            check_assignment(assignment, model.parts)
-        atoms = atoms_of(model, start)
-        model.relaxed = relaxed
-        self.logits = PyroModule()
-        for label, part in model.parts.items():
-            self.assignment[label] = compact(start[label])[0]
-            if relaxed:
-                logits = _LOGIT * one_hot(self.assignment[label]).double()
-                device = part.problem.weights.device
-                # By number: a label may be no name of an attribute.
-                name = f"label{len(self.assignment) - 1}"
-                setattr(self.logits, name, torch.nn.Parameter(logits.to(device)))
-        if isinstance(model.pooling, Inclusive):
-            model.atoms = atoms
-        else:
-            self.atoms = atoms
-
-    @property
-    def model(self) -> FusionModel:
-        """The model that this is the guide of."""
-        return self._model[0]
-
-    # -- what a program of one's own may override ------------------------------------------------
-
-    def scale(self, label: str | None) -> Tensor:
-        """As :meth:`FusionModel.scale`, and by default that. Where the model's draws something,
-        this one must draw it from the guide, and call ``FusionModel.scale(self.model, label)``."""
-        return self.model.scale(label)
-
-    # -- the program -------------------------------------------------------------------------------
-
-    def factor(self, site: str) -> Factor:
-        """The atoms at ``site``, at the present parameters."""
-        return self._owner.atoms.factor(site)
-
-    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site; returns site name -> value."""
-        result = {}
-        for label, part in self.model.parts.items():
-            value = self.soft(label) if self.model.relaxed else self.assignment[label]
-            assignment = pyro.sample(f"{label}_assignment", Delta(value, event_dim=value.dim()))
-            result[f"{label}_assignment"] = assignment
-            result.update(self._pool(label, list(part.problem.local), assignment))
-        if self.model.shared:
-            everyone = torch.zeros(len(self.model.parties.weights), dtype=torch.long)
-            result.update(self._pool(None, list(self.model.shared), everyone))
-        return result
-
-    def soft(self, label: str) -> Tensor:
-        """The relaxed assignment, ``[K, N]``."""
-        sizes = torch.tensor(self.model.parts[label].problem.sizes)
-        name = f"label{list(self.model.parts).index(label)}"
-        logits, ends = getattr(self.logits, name), sizes.cumsum(0)
-        result = torch.empty_like(logits)
-        # Parties of one size at once.
-        for size in sizes.unique().tolist():
-            first = (ends - size)[sizes == size]
-            index = (first.unsqueeze(1) + torch.arange(size)).to(logits.device)
-            result = result.index_put((index,), relax(logits[index]))
-        return result.mT
-
-    def harden(self) -> None:
-        """Round a relaxed assignment: each party gets the matching that agrees most with it."""
-        if not self.model.relaxed:
-            return
-        for label, part in self.model.parts.items():
-            parties = part.problem.split(self.soft(label).detach())
-            self.assignment[label] = torch.cat([Matching(p.mT).mode.cpu() for p in parties])
-        self.model.relaxed = False
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        """The assignment, which ``state_dict`` would leave out."""
-        return dict(self.assignment)
-
-    def set_extra_state(self, state: dict[str, Tensor]) -> None:
-        self.assignment.update(state)
-
-    def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
-        """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""
-        self.assignment[label] = assignment
-        for site, f in atoms.items():
-            self.model.num_atoms[label] = f.batch_shape[0]
-            self._owner.atoms.set_factor(site, f)
-
-    @property
-    def _owner(self) -> FusionModel | FusionGuide:
-        return self.model if isinstance(self.model.pooling, Inclusive) else self
-
-    def _pool(
-        self, label: str | None, sites: Sequence[str], assignment: Tensor
-    ) -> dict[str, Tensor]:
-        model = self.model
-        if isinstance(model.pooling, Inclusive):
-            with _pairs(label, assignment, self.scale(label)) as (_, n):
-                return {s: pyro.sample(s, model.local(s, n)) for s in sites}
-        # Parameters, outside the plate of components.
-        atoms = {s: self.factor(s) for s in sites}
-        if model.pooling.needs_base:
-            with model.atom_plate(label):
-                return {s: pyro.sample(s, FactorDistribution(f)) for s, f in atoms.items()}
-        with _pairs(label, assignment, self.scale(label)) as (k, _):
-            own = {s: f.index_select(0, k) for s, f in atoms.items()}
-            return {s: pyro.sample(s, FactorDistribution(f)) for s, f in own.items()}
+            factors.update(problem.barycenter(model.everyone, 1))
+    return AtomParams(factors), numbers

@@ -91,7 +91,7 @@ class MatchingProblem:
         self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
     ) -> dict[str, Factor]:
         """M-step: the atoms of the groups ``[N]``, with other weights if they are given."""
-        groups = groups.to(self.weights.device)
+        groups = groups.to(self.weights.device, non_blocking=True)
         w = self.weights if weights is None else weights
         return {
             site: self.pooling.barycenter(f, groups, num_atoms, w, self.base.get(site))

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -210,6 +211,22 @@ def warn_identical(posteriors: Sequence[Posterior]) -> None:
                 "right after its fit, or fit it under `with pyro.get_param_store().scope():`"
             )
             return
+
+
+def check_dispersion(dispersion: float | Tensor | None) -> float | None:
+    """T as a number, or None.
+
+    :raises ParameterError: unless it is positive and finite.
+    """
+    if dispersion is None:
+        return None
+    try:
+        result = float(dispersion)
+    except (TypeError, ValueError, RuntimeError):
+        result = math.nan
+    if isinstance(dispersion, str) or not 0 < result < math.inf:
+        raise ParameterError(f"dispersion must be positive and finite, got {dispersion!r}")
+    return result
 
 
 def check_weights(weights: Sequence[float] | Tensor | None, num_parties: int) -> Tensor:

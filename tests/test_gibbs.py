@@ -516,10 +516,19 @@ class TestErrors:
         with pytest.raises(ParameterError, match=r"learn_dispersion.*density at .* dispersion, 1;"):
             FusionGibbs(self.model(), learn_dispersion=prior)
 
-    @pytest.mark.parametrize("groups", [[0, 0, 1, 2, 3, 0, 1], [0, 1, 2], [0, 1, 2, 3, 4, 5, 6]])
-    def test_start(self, groups):
-        with pytest.raises(ParameterError, match=r"'component' must be \[7\].*at most 5"):
+    @pytest.mark.parametrize(
+        "groups, match",
+        [
+            ([0, 0, 1, 2, 3, 0, 1], r"'component', party 0: .* got \[0, 0"),
+            ([0, 1, 2], r"'component': expected a LongTensor of shape \[7\]"),
+            ([0, 1, 2, 3, 4, 5, 6], "the prior allows 5 atoms, got 7"),
+        ],
+    )
+    def test_start(self, groups, match):
+        with pytest.raises(StructureError, match=match):
             FusionGibbs(self.model(Parametric(5)), {"component": torch.tensor(groups)})
+        with pytest.raises(StructureError, match=r"expected an assignment for \['component'\]"):
+            FusionGibbs(self.model(), {"topic": torch.tensor(groups)})
 
     def test_improper(self):
         wide = [Posterior({"x": dist.Normal(torch.zeros(1, 1), 9.0).to_event(1)}, AXES)] * 3

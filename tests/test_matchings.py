@@ -251,11 +251,17 @@ class TestIsADistribution:
         site = trace.nodes["a"]
         torch.testing.assert_close(site["log_prob"], d.log_prob(site["value"]))
 
-    def test_has_no_batch_axes(self):
-        d = draw(GroupNorm(), (2, 3), 4)
-        assert d.expand(()) is d and d.batch_shape == () and d.event_shape == (5,)
-        with pytest.raises(NotImplementedError, match="one for all parties"):
-            d.expand((2,))
+    @pytest.mark.parametrize("relaxed", [False, True])
+    def test_batches(self, relaxed):
+        one = JointMatching(GroupNorm(), (2, 3), 4, relaxed)
+        d = one.expand((6, 1))
+        value = d.sample((2,))
+        assert d.batch_shape == (6, 1) and d.event_shape == ((4, 5) if relaxed else (5,))
+        assert value.shape == (2, 6, 1) + d.event_shape
+        assert len({tuple(v.flatten().tolist()) for v in value.flatten(0, 2)}) > 1  # independent
+        torch.testing.assert_close(d.log_prob(value), one.log_prob(value))
+        assert d.log_prob(value[0, 0, 0]).shape == (6, 1)
+        assert d.expand((4, 6, 1)).batch_shape == (4, 6, 1)
 
     def test_support(self):
         support = draw(GroupNorm(), (2, 1), 3).support
@@ -268,3 +274,9 @@ def test_two_components_of_a_party_in_one_atom_have_no_probability():
     joint = JointMatching(GroupNorm(), (2, 2, 1), 4)
     values = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 1, 0, 0], [0, 1, 2, 2, 3]])
     assert joint.log_prob(values).isneginf().tolist() == [True, False, True]
+
+
+def test_atoms_that_there_are_not_have_no_probability():
+    joint = JointMatching(GroupNorm(), (2, 1), 3)
+    values = torch.tensor([[0, 1, 2], [0, 3, 2], [0, 1, -1]])
+    assert joint.log_prob(values).isneginf().tolist() == [False, True, True]

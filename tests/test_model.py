@@ -4,7 +4,6 @@
 """Fusion as a Pyro program: its ELBO against F by hand, at the optimum and anywhere else."""
 
 import copy
-import io
 import pickle
 import statistics
 from collections import Counter
@@ -88,11 +87,13 @@ def base(family="Normal", shared=2, size=0.05):
     return {"x.y": prior, **{f"shared{i}": gamma for i in range(shared)}}
 
 
-def pair(pooling, family="Normal", prior=None, shared=2, assignment=None, **settings):
+def pair(
+    pooling, family="Normal", prior=None, shared=2, assignment=None, relaxed=False, **settings
+):
     given = settings.pop("parties", None) or posteriors(family, shared)
     settings.setdefault("base", base(family, shared))
     model = FusionModel(given, prior, pooling, **settings)
-    guide = FusionGuide(model, assignment)
+    guide = FusionGuide(model, assignment, relaxed)
     return model, guide
 
 
@@ -342,14 +343,9 @@ class TestIsAProgram:
         assert loss(*first) != pytest.approx(before)
         assert loss(*second) == before
 
-    def test_a_new_guide_takes_the_place_of_an_older(self, pooling):
-        model, guide = pair(pooling)
-        loss(model, guide)
-        other = FusionGuide(model, {"component": torch.tensor([0, 1, 2, 0, 1, 0, 1, 2])})
-        assert other.factor("x.y").batch_shape == (3,)
-        assert loss(model, other, best_elbo(pooling)) == pytest.approx(
-            by_hand(model, other), rel=1e-7
-        )
+    def test_party(self, pooling):
+        model, _ = pair(pooling)
+        assert model.party("component").tolist() == [0] * 3 + [1] * 2 + [2] * 3
 
     @pytest.mark.parametrize("local", [False, True])
     @pytest.mark.parametrize("pooling", NOISELESS)
@@ -365,21 +361,10 @@ class TestIsAProgram:
                 assert twins[1].model is twins[0] is not model
                 assert loss(*twins) == pytest.approx(value, rel=1e-12)
 
-    def test_state(self, pooling):
-        model, guide = pair(pooling)
-        owner = model if pooling == "inclusive" else guide
-        file = io.BytesIO()
-        torch.save(owner.state_dict(), file)
-        file.seek(0)
-        before = guide.factor("x.y").distribution().mean.detach().clone()
-        perturb(guide)
-        owner.load_state_dict(torch.load(file))
-        torch.testing.assert_close(guide.factor("x.y").distribution().mean, before)
-
 
 class TestErrors:
     def test_arguments(self):
-        for value in (0.0, -1.0, float("inf"), float("nan")):
+        for value in (0.0, -1.0, float("inf"), float("nan"), "one", [1.0, 2.0], torch.ones(2)):
             with pytest.raises(ParameterError, match="dispersion must be positive and finite"):
                 FusionModel(posteriors(), dispersion=value)
         with pytest.raises(ParameterError, match="pooling must be one of"):

@@ -22,9 +22,9 @@ NU = 4.0
 
 
 class TrustModel(FusionModel):
-    def scale(self, label):  # of each component; a party has three
+    def scale(self, label):
         prior = dist.Gamma(NU / 2 + 1, NU / 2).expand([len(self.parties.weights)]).to_event(1)
-        return super().scale(label) * pyro.sample("trust", prior).repeat_interleave(3)
+        return super().scale(label) * pyro.sample("trust", prior)[..., self.party(label)]
 
 
 class TrustGuide(FusionGuide):
@@ -32,7 +32,7 @@ class TrustGuide(FusionGuide):
         start = torch.ones(len(self.model.parties.weights))
         mode = pyro.param("mode", start, constraint=dist.constraints.positive)
         trust = pyro.sample("trust", dist.Delta(mode, event_dim=1))
-        return FusionModel.scale(self.model, label) * trust.repeat_interleave(3)
+        return FusionModel.scale(self.model, label) * trust[..., self.model.party(label)]
 
 
 def atoms(parties, weights=None, trust=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -149,6 +150,11 @@ class AssignmentProblem:
         """K."""
         return self.cost.shape[0]
 
+    @cached_property
+    def host_cost(self) -> Tensor:
+        """The costs on the CPU, where assignments are."""
+        return self.cost.cpu()
+
     def split(self, x: Tensor) -> list[Tensor]:
         """``[..., N]`` -> one ``[..., L_s]`` per party."""
         return list(x.split(self.sizes, dim=-1))
@@ -201,8 +207,7 @@ class AssignmentProblem:
     def objective(self, atoms: Tensor) -> float:
         """F of an assignment, LongTensor ``[N]`` on the CPU."""
         standing = (atoms != NEW).nonzero().squeeze(-1)
-        k = atoms[standing].to(self.cost.device)
-        total = self.cost[k, standing.to(k.device)].double().sum().cpu()
+        total = self.host_cost[atoms[standing], standing].double().sum()
         m = self.popularity(atoms)
         lone = torch.ones(len(atoms) - len(standing), dtype=m.dtype)
         every = torch.cat([m, lone]).sort(descending=True).values
@@ -268,7 +273,7 @@ def _check_values(cost: Tensor, sizes: tuple[int, ...], new_atoms: bool) -> None
     if cost.numel() == 0:
         return
     # min and max see NaN and infinities in one pass each.
-    low, high = cost.amin(0), cost.amax(0)
+    low, high = torch.stack([cost.amin(0), cost.amax(0)]).cpu()
     bad = ~(low > -torch.inf) | high.isnan()
     if bool(bad.any()):
         s, _ = _place(bad, sizes)
@@ -280,7 +285,7 @@ def _check_values(cost: Tensor, sizes: tuple[int, ...], new_atoms: bool) -> None
             f"party {s}: every assignment has infinite cost: component {component} has no atom"
         )
     if bool((high == torch.inf).any()):
-        high = cost.masked_fill(cost == torch.inf, 0.0).amax(0)
+        high = cost.masked_fill(cost == torch.inf, 0.0).amax(0).cpu()
     # Solvers add and subtract a few of them; F, a float64, adds one for each component.
     largest = torch.finfo(torch.float64).max / cost.shape[1]
     most = min(torch.finfo(cost.dtype).max, largest) / 8

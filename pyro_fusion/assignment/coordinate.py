@@ -135,7 +135,7 @@ class Descent:
 
     @classmethod
     def of(cls, problem: AssignmentProblem) -> Descent:
-        cost = problem.cost.cpu().double().T.contiguous().numpy()
+        cost = problem.host_cost.double().T.contiguous().numpy()
         sizes = np.array(problem.sizes)
         penalty, weights = problem.penalty.numpy(), problem.weights.numpy()
         opening = problem.opening.numpy()

@@ -12,6 +12,7 @@ atoms, columns, parties or pairs, only over blocks of parties; all sums in a fix
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,7 +96,8 @@ class Programme:
         party = column // self.width % self.block
         place = (party * len(self.norm) + _at(self.atom, entries)) * self.width
         place += column % self.width
-        sizes = [int(n.sum()) for n in self._lengths[2].split(self.block * self.width)]
+        lengths = self._lengths[2].cpu().split(self.block * self.width)
+        sizes = [int(n.sum()) for n in lengths]
         buffer = self.cost.new_empty(self.block, len(self.norm), self.width)
         return buffer, list(zip(entries.split(sizes), place.split(sizes), strict=True))
 
@@ -120,7 +122,7 @@ def _at(x: Tensor, index: Tensor) -> Tensor:
 
 def _sums(x: Tensor, lengths: Tensor) -> Tensor:
     # Unlike index_add, in the same order each time on a GPU too.
-    return torch.segment_reduce(x, "sum", lengths=lengths, initial=0)
+    return torch.segment_reduce(x, "sum", lengths=lengths, initial=0, unsafe=True)
 
 
 @dataclass(frozen=True)
@@ -172,16 +174,15 @@ def interior_point(a: Programme) -> Iterator[Point]:
     """
     state = _State.start(a)
     while True:
-        try:
-            state = _Newton(a, state).step()
-        except torch.linalg.LinAlgError:
-            return
-        if not bool(torch.isfinite(state.p).all() & torch.isfinite(state.y).all()):
-            return
+        state = _Newton(a, state).step()
         p = state.p / _at(a.rows(state.p).clamp(min=1), a.row)
         p = p / _at(a.columns(p).clamp(min=1), a.column)
         dual = state.y.sum() - state.z.sum()
-        yield Point(p, state.y, state.z, float(a.objective(p)), float(dual))
+        # All that the host has to know, at once: a GPU waits while it is read. Also sums see NaN.
+        primal, dual, whole = torch.stack([a.objective(p), dual, state.p.sum()]).tolist()
+        if not (math.isfinite(primal) and math.isfinite(dual) and math.isfinite(whole)):
+            return
+        yield Point(p, state.y, state.z, primal, dual)
 
 
 @dataclass(frozen=True)
@@ -257,7 +258,7 @@ class _Newton:
         for root, f in zip(self.root.split(a.block), a.spread(self.by_atom), strict=True):
             f = f @ root.mT
             core.addbmm_(f, f.mT)
-        self.core = torch.linalg.cholesky(core)
+        self.core = _cholesky(core)
 
     def _root(self) -> Tensor:
         """``[S, W, W]``. What is needed on the way is as large, and freed on return."""
@@ -267,7 +268,7 @@ class _Newton:
         for block, by_row in zip(blocks.split(a.block), a.spread(self.by_row), strict=True):
             block.baddbmm_(by_row.mT, by_row, alpha=-1)
         one = torch.eye(a.width, dtype=blocks.dtype, device=blocks.device).expand_as(blocks)
-        return torch.linalg.solve_triangular(torch.linalg.cholesky(blocks), one, upper=False)
+        return torch.linalg.solve_triangular(_cholesky(blocks), one, upper=False)
 
     def _solve(self, x: Tensor) -> Tensor:
         """By the matrix of ``P``."""
@@ -328,14 +329,20 @@ class _Newton:
         curve_p = -part * _at(a.norm * turn, a.atom) * tilt
         bend = a.atoms(tilt.square()) - 2 * turn * a.atoms(x.p * tilt) / x.t
         d = self.direction(products, curve_p, -part * a.norm / 2 * bend)
-        along = min(1.0, _STEP * _reach(x.primal, d.primal))
-        across = min(1.0, _STEP * _reach(x.dual, d.dual))
+        along = (_STEP * _reach(x.primal, d.primal)).clamp(max=1)
+        across = (_STEP * _reach(x.dual, d.dual)).clamp(max=1)
         primal = (s + along * ds for s, ds in zip(x.primal, d.primal, strict=True))
         dual = (s + across * ds for s, ds in zip((*x.dual, x.y), (*d.dual, d.y), strict=True))
         return _State(*primal, *dual)
 
 
-def _reach(x: tuple[Tensor, ...], d: tuple[Tensor, ...]) -> float:
+def _reach(x: tuple[Tensor, ...], d: tuple[Tensor, ...]) -> Tensor:
     """How much of the change keeps all of ``x`` non-negative, at most 1."""
     worst = torch.stack([(-dx / x).amax() for x, dx in zip(x, d, strict=True)]).amax()
-    return 1 / max(1.0, float(worst))
+    return worst.clamp(min=1).reciprocal()
+
+
+def _cholesky(x: Tensor) -> Tensor:
+    """NaN where ``x`` is not positive definite."""
+    factor, failed = torch.linalg.cholesky_ex(x)
+    return factor.masked_fill_((failed != 0)[..., None, None], torch.nan)

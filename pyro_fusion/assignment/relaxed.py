@@ -109,11 +109,12 @@ def relaxed(
         return RelaxedAssignment(plain.atoms, value, 0, True, value, soft, value, value)
     first = start
     if first is None:
-        first = [match(c, float(problem.penalty[1])) for c in problem.split(problem.cost)]
+        first = [match(c, float(problem.penalty[1])) for c in problem.split(problem.host_cost)]
     popularity = problem.popularity(problem.join(first))
     relaxation = _Relaxation.of(problem, popularity)
     result = relaxation.solve(popularity, tolerance, max_iterations)
-    nearest = [_round(p) for p in problem.split(result.soft)]
+    joint = result.soft
+    nearest = [_round(p) for p in problem.split(joint.cpu())]
     ends = [coordinate(problem, prior, start=a) for a in (nearest, start)]
     best = min(ends, key=lambda a: a.objective)
     fixed_ranks = bool((problem.weights != 1).any())
@@ -123,7 +124,7 @@ def relaxed(
         result.iterations,
         relative_gap(result.primal, result.dual, relaxation.scale) <= tolerance,
         -math.inf if fixed_ranks else min(result.dual, best.objective),
-        problem.split(result.soft),
+        problem.split(joint),
         result.primal,
         result.dual,
     )
@@ -189,7 +190,7 @@ class _Relaxation:
         ranks = popularity.argsort(descending=True, stable=True)
         norm[ranks] = scale * problem.weights[:num_atoms]
         alone = scale * float(problem.weights[num_atoms])
-        return cls(problem, norm.to(problem.cost.device), alone)
+        return cls(problem, norm.to(problem.cost.device, non_blocking=True), alone)
 
     @property
     def scale(self) -> float:
@@ -199,8 +200,9 @@ class _Relaxation:
     @cached_property
     def party(self) -> Tensor:
         """Of each component, ``[N]``."""
-        sizes = torch.tensor(self.problem.sizes, device=self.norm.device)
-        return torch.arange(len(sizes), device=sizes.device).repeat_interleave(sizes)
+        sizes = torch.tensor(self.problem.sizes)
+        party = torch.arange(len(sizes)).repeat_interleave(sizes)
+        return party.to(self.norm.device, non_blocking=True)
 
     @cached_property
     def place(self) -> Tensor:
@@ -208,7 +210,7 @@ class _Relaxation:
         sizes = self.problem.sizes
         width = max(sizes)
         within = torch.arange(width) < torch.tensor(sizes)[:, None]
-        return within.flatten().nonzero().squeeze(-1).to(self.norm.device)
+        return within.flatten().nonzero().squeeze(-1).to(self.norm.device, non_blocking=True)
 
     @cached_property
     def low(self) -> Tensor:

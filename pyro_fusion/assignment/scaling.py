@@ -58,23 +58,26 @@ class Scaling:
 
     def __init__(self, sizes: Sequence[int], num_atoms: int, device: torch.device) -> None:
         self.num_atoms = num_atoms
-        self.lengths = lengths = torch.tensor(sizes, device=device)
-        self.party = torch.arange(len(sizes), device=device).repeat_interleave(lengths)
-        # Of each group the parties, and where their components are; N where there is none.
+        lengths = torch.tensor(sizes)
+        party = torch.arange(len(sizes)).repeat_interleave(lengths)
+        self.lengths = lengths.to(device, non_blocking=True)
+        self.party = party.to(device, non_blocking=True)
+        # Of each group the parties, and where their components are, N where there is none: on the
+        # CPU, as is decided there which of them Newton's method takes.
         self._groups: list[tuple[Tensor, Tensor]] = []
         first, width = lengths.cumsum(0) - lengths, max(sizes)
         while width > 0:
             members = ((lengths <= width) & (2 * lengths > width)).nonzero().squeeze(1)
-            at = torch.arange(width, device=device)
+            at = torch.arange(width)
             inside = at < lengths[members, None]
-            place = torch.where(inside, first[members, None] + at, len(self.party))
+            place = torch.where(inside, first[members, None] + at, len(party))
             part = max(1, _MAX_NUMBERS // (width * num_atoms))
             self._groups += zip(members.split(part), place.split(part), strict=True)
             width //= 2
 
     def sums(self, p: Tensor) -> Tensor:
         """``[N, K]`` summed over each party: ``[S, K]``."""
-        return torch.segment_reduce(p, "sum", lengths=self.lengths, initial=0)
+        return torch.segment_reduce(p, "sum", lengths=self.lengths, initial=0, unsafe=True)
 
     def solve(
         self,
@@ -115,16 +118,18 @@ class Scaling:
             cold = heat <= temperature
             allowed = torch.where(cold, tolerance, _ROUGHLY)
             hold = change.abs().amax(1, keepdim=True) <= allowed
-            converged = bool((hold & cold).all())
-            if converged or iteration >= limit:
-                return Scaled(p, rows, scaled, heat, iteration, converged)
             off = change.abs().sum(1, keepdim=True)
             worse = off > last
             age = torch.where(hold, 0, age + 1)
             newton = (age > _PATIENCE) & ~worse
+            # All that the host has to know, at once: a GPU waits while it is read.
+            held, wanted = torch.stack([hold & cold, newton]).squeeze(2).cpu()
+            converged = bool(held.all())
+            if converged or iteration >= limit:
+                return Scaled(p, rows, scaled, heat, iteration, converged)
             proposal = scaled
-            if bool(newton.any()):
-                proposal = self._newton(dual, scaled, p, rows, change, heat, newton.squeeze(1))
+            if bool(wanted.any()):
+                proposal = self._newton(dual, scaled, p, rows, change, heat, wanted)
             dual, safe = torch.where(worse, safe, proposal), scaled
             last = torch.where(newton, off, torch.inf)
             heat = torch.where(hold, (_COOLING * heat).clamp(min=temperature), heat)
@@ -146,9 +151,10 @@ class Scaling:
         change = change.double()
         for members, place in self._groups:
             chosen = wanted[members]
-            members, place = members[chosen], place[chosen]
-            if len(members) == 0:
+            if not bool(chosen.any()):
                 continue
+            members = members[chosen].to(p.device, non_blocking=True)
+            place = place[chosen].to(p.device, non_blocking=True)
             # The matrix is diag(rows) - P P', [K, K], inverted by way of [L, L].
             q = pad(p[:, : self.num_atoms].double(), (0, 0, 0, 1))[place]
             root = q * inverse[members].sqrt().unsqueeze(1)

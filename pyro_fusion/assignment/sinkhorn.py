@@ -112,14 +112,15 @@ def sinkhorn(
                 problem, temperature, state, tolerance=_ROUGHLY, max_iterations=max_iterations
             )
             iterations += state.iterations
-            if _is_integral(state.soft) or temperature <= _COLDEST * first:
+            soft = state.soft.cpu()
+            if _is_integral(soft) or temperature <= _COLDEST * first:
                 break
-            candidates.append(_round(problem, state.soft))
+            candidates.append(_round(problem, soft))
             temperature *= annealing
     state = soft_assignment(
         problem, temperature, state, tolerance=tolerance, max_iterations=max_iterations
     )
-    candidates.append(_round(problem, state.soft))
+    candidates.append(_round(problem, state.soft.cpu()))
     best = min(candidates, key=problem.objective)
     polished = coordinate(problem, prior, start=problem.split(best))
     return Assignment(
@@ -208,10 +209,10 @@ def _first(problem: AssignmentProblem) -> SoftAssignment:
     """Where nothing is known. The chord of φ is its convex envelope: the best assignment there
     depends on no start."""
     cost, num_parties = problem.cost, problem.num_parties
-    price = ((problem.penalty[-1] + problem.opening) / num_parties).to(cost)
+    price = ((problem.penalty[-1] + problem.opening) / num_parties).to(cost, non_blocking=True)
     price = price.expand(num_parties, -1)
     heat = cost.new_full((num_parties, 1), _scale(problem))
-    new = problem.penalty[1].to(cost)
+    new = problem.penalty[1].to(cost, non_blocking=True)
     return SoftAssignment(cost, torch.zeros_like(price), price, new, heat, 0, False)
 
 
@@ -224,7 +225,7 @@ def _feasible(problem: AssignmentProblem, scaling: Scaling, result: Scaled) -> T
     if not bool((excess > _FEASIBLE).any()):
         return soft
     part = (_FEASIBLE / excess.clamp(min=_FEASIBLE)).index_select(0, scaling.party)
-    return _one_hot(problem, _round(problem, soft)).lerp(soft, part)
+    return _one_hot(problem, _round(problem, soft.cpu())).lerp(soft, part)
 
 
 def _prices(problem: AssignmentProblem, p: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
@@ -238,14 +239,14 @@ def _prices(problem: AssignmentProblem, p: Tensor, rows: Tensor) -> tuple[Tensor
     own = rows[:, :num_atoms].clamp(max=1)
     m = own.sum(0)
     others = (m - own).clamp_(0, problem.num_parties - 1)
-    step = problem.penalty.diff().to(own)
+    step = problem.penalty.diff().to(own, non_blocking=True)
     low = others.floor()
     price = step[low.long()].lerp(step[others.ceil().long()], others - low)
-    new = problem.penalty[1].to(own)
+    new = problem.penalty[1].to(own, non_blocking=True)
     if bool((problem.weights != 1).any()):
         factor = _rank_weights(problem, torch.cat([m, p[:, num_atoms:].flatten()]))
         price, new = price * factor[:num_atoms], new * factor[num_atoms:]
-    price += problem.opening.to(own) * (1 - others).clamp_(min=0)
+    price += problem.opening.to(own, non_blocking=True) * (1 - others).clamp_(min=0)
     return price, new
 
 
@@ -255,7 +256,7 @@ def _rank_weights(problem: AssignmentProblem, m: Tensor) -> Tensor:
     order = m.argsort(descending=True, stable=True)
     there = m[order].clamp(max=1)
     rank = (there.cumsum(0) - there).round().long()
-    return torch.empty_like(m).index_copy_(0, order, problem.weights.to(m)[rank])
+    return torch.empty_like(m).index_copy_(0, order, problem.weights.to(m, non_blocking=True)[rank])
 
 
 def _hard(problem: AssignmentProblem, atoms: Tensor) -> SoftAssignment:
@@ -269,7 +270,8 @@ def _hard(problem: AssignmentProblem, atoms: Tensor) -> SoftAssignment:
 
 def _one_hot(problem: AssignmentProblem, atoms: Tensor) -> Tensor:
     """``[N]`` -> ``[K, N]``."""
-    soft = one_hot(atoms.to(problem.cost.device) + 1, problem.num_atoms + 1)[:, 1:].T
+    atoms = atoms.to(problem.cost.device, non_blocking=True)
+    soft = one_hot(atoms + 1, problem.num_atoms + 1)[:, 1:].T
     return soft.to(problem.cost)
 
 
@@ -290,11 +292,12 @@ def _is_integral(soft: Tensor) -> bool:
 
 
 def _round(problem: AssignmentProblem, soft: Tensor) -> Tensor:
-    """The assignment ``[N]`` of the greatest probability that is left, party by party."""
+    """The assignment ``[N]`` of the greatest probability that is left, party by party, of a
+    relaxed one on the CPU."""
     value = -soft
     if problem.new_atoms:
         value += 1 - soft.sum(0)  # against that of a new atom
-    value = torch.where(problem.cost.isfinite(), value, torch.inf).cpu()
+    value = torch.where(problem.host_cost.isfinite(), value, torch.inf)
     room = None if problem.new_atoms else 0
     atoms = []
     for s, v in enumerate(problem.split(value)):

@@ -26,7 +26,7 @@ MAX_EXACT = 14  # components up to which sums over matchings are exact, by 2^L s
 MAX_ENUMERATED = math.factorial(8)  # matchings up to which `enumerate_support` lists them
 _SWEEPS_PER_ATOM = 20  # of the Metropolis chain
 _MAX_MESSAGES = 1000  # rounds of belief propagation
-_MAX_STEPS = 200  # of Sinkhorn or Newton, at each temperature
+_MAX_STEPS = 1000  # of Sinkhorn or Newton, down to the temperature
 _TOLERANCE = 1e-6  # of the sums of a relaxed matching
 _ALL_FORBIDDEN = "expected a matching that is allowed, but logits of -inf forbid them all"
 
@@ -376,24 +376,40 @@ def relax(scores: Tensor) -> Tensor:
         hessian = (count * soft).sum(-2).diag_embed() - soft.mT @ (count * soft)
         # A constant is free in the prices, hence the 1; the rest bounds steps at near-ties.
         hessian = hessian + 1 + 1e-12 * torch.ones_like(price).diag_embed()
-        return torch.linalg.solve(hessian, excess(scores, price).unsqueeze(-1)).squeeze(-1)
+        # Nearly always solvable; "_ex" does not make a GPU wait to say so.
+        step, _ = torch.linalg.solve_ex(hessian, excess(scores, price).unsqueeze(-1))
+        return step.squeeze(-1)
 
     with torch.no_grad():
         price = torch.zeros_like(scores[..., 0, :])
         # Cold problems take Sinkhorn very long from afar: halve the temperature step by step.
-        size = pad(scores.masked_fill(scores.isneginf(), 0).abs().flatten(), (0, 1), value=1.0)
-        for warmth in reversed(range(1 + math.ceil(size.max().log2().item()))):
-            warm, price = scores / 2**warmth, 2 * price
-            for _ in range(_MAX_STEPS):
-                if not (excess(warm, price).abs() > (0.1 if warmth else _TOLERANCE / 10)).any():
-                    break
-                # Sinkhorn's step never raises the sum of deviations; Newton's is fast if not long.
-                safe, step = price - excess(warm, price).log1p(), newton(warm, price)
-                fast = price - step / step.abs().amax(-1, keepdim=True).clamp(min=1)
-                better = excess(warm, fast).abs().sum(-1) < excess(warm, safe).abs().sum(-1)
-                price = torch.where(better.unsqueeze(-1), fast, safe)
-        if (excess(scores, price).abs() > _TOLERANCE).any():
-            warn_user("RelaxedMatching did not converge: columns do not sum to at most 1")
+        size = scores.masked_fill(scores.isneginf(), 0).abs().amax((-2, -1)).clamp(1, 2.0**1023)
+        heat = size.log2().ceil().exp2().unsqueeze(-1)
+        for _ in range(_MAX_STEPS):
+            warm = scores / heat.unsqueeze(-1)
+            now = excess(warm, price)
+            hot = heat > 1
+            # Where it is hot, roughly right is right enough.
+            hold = ~(now.abs() > torch.where(hot, 0.1, _TOLERANCE / 10)).any(-1, keepdim=True)
+            cool = hold & hot
+            # Read at once: a GPU waits meanwhile.
+            converged, rough = torch.stack([(hold & ~hot).all(), hold.all()]).tolist()
+            if converged:
+                break
+            if rough:
+                price = torch.where(cool, 2 * price, price)
+                heat = torch.where(cool, heat / 2, heat)
+                continue
+            # Sinkhorn's step never raises the sum of deviations; Newton's is fast if not long.
+            safe, step = price - now.log1p(), newton(warm, price)
+            fast = price - step / step.abs().amax(-1, keepdim=True).clamp(min=1)
+            better = excess(warm, fast).abs().sum(-1) < excess(warm, safe).abs().sum(-1)
+            moved = torch.where(better.unsqueeze(-1), fast, safe)
+            price = torch.where(cool, 2 * moved, torch.where(hold, price, moved))
+            heat = torch.where(cool, heat / 2, heat)
+        else:
+            if bool((excess(scores, price).abs() > _TOLERANCE).any()):
+                warn_user("RelaxedMatching did not converge: columns do not sum to at most 1")
     # Gradients of the exact solution, whatever led here: a Newton step that is 0 but for them.
     step = newton(scores, price)
     return (scores + (price + step.detach() - step).unsqueeze(-2)).softmax(-1)[..., :-1, :]

@@ -131,9 +131,10 @@ def _spoiled(result: Tensor, size_p: Tensor, size_q: Tensor) -> Tensor:
     unit = 64 * torch.finfo(torch.float64).eps / _TOLERANCE
     (product_p, sum_p), (product_q, sum_q) = unit * size_p.unsqueeze(-1), size_q
     sum_q = unit * sum_q
-    block = max(1, _BLOCK // max(1, result.shape[1]))
+    # Blocks that stay in the processor's cache: the matrix is read once. A GPU stops at each.
+    block = _BLOCK // max(1, result.shape[1]) if result.device.type == "cpu" else len(result)
+    block = max(1, block)
     found = []
-    # Blocks that stay in the processor's cache: the matrix is read once.
     for start in range(0, len(result), block):
         rows = slice(start, start + block)
         least = torch.addcmul(sum_q, product_p[rows], product_q).add_(sum_p[rows])

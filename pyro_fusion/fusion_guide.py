@@ -1,0 +1,215 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fusion as a Pyro program: the guide of a model of ``model.py``."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import Delta
+from pyro.nn.module import PyroModule
+from torch import Tensor
+from torch.nn.functional import one_hot
+
+from pyro_fusion.barycenter import Inclusive
+from pyro_fusion.distributions.matching import Matching, relax
+from pyro_fusion.errors import StructureError
+from pyro_fusion.families import Factor
+from pyro_fusion.families.distribution import FactorDistribution
+from pyro_fusion.guide import fit_length
+from pyro_fusion.model import FusionModel, atoms_at, atoms_of, pairs
+from pyro_fusion.problem import compact
+from pyro_fusion.structure import check_assignment
+
+__all__ = ["FusionGuide"]
+
+# Modules of one name share their parameters in Pyro's global store, so each gets its own.
+_COUNT = itertools.count()
+
+# Of a component and its atom in a relaxed assignment to begin with; of others it is zero.
+_LOGIT = 3.0
+
+
+class FusionGuide(PyroModule):
+    """The guide of a :class:`FusionModel`.
+
+    Its state is an assignment for each label and, but for ``inclusive``, where they belong to the
+    model, the atoms: :class:`~pyro.nn.module.PyroParam`, which SVI learns. The assignment is moved
+    by :class:`~pyro_fusion.FusionEM`. If relaxed, SVI moves it too: it is then a matrix ``[K, N]``
+    of probabilities, one for each component in all, and at most one for the components of a party
+    in an atom, made from logits as in :class:`~pyro_fusion.distributions.RelaxedMatching`;
+    :meth:`harden` rounds it. Gradients find a local optimum, with no more atoms than there are:
+    take the best of several starts, as with any mixture.
+
+    Several guides of one model may be used in turn; but for ``inclusive``, where the last has given
+    the model its atoms.
+
+    :param model: the model.
+    :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
+        default that of :meth:`FusionModel.start`.
+    :param relaxed: whether the assignment is relaxed.
+    :ivar assignment: label -> the atom of each component, LongTensor ``[N]``.
+    :ivar num_atoms: label -> K.
+    :raises StructureError: if the assignment does not fit.
+    """
+
+    def __init__(
+        self,
+        model: FusionModel,
+        assignment: Mapping[str, Tensor] | None = None,
+        relaxed: bool = False,
+    ) -> None:
+        super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
+        # In a list: a model is no part of its guide, and a guide not of its model.
+        self._model = [model]
+        self.relaxed = relaxed
+        if assignment is not None:
+            check_assignment(assignment, model.parts)
+        start = model.start() if assignment is None else assignment
+        atoms, self.num_atoms = atoms_of(model, start)
+        self.assignment: dict[str, Tensor] = {}
+        self.logits = PyroModule()
+        # For each label, parties of one size and where their components are: [parties, size].
+        self._places: dict[str, list[Tensor]] = {}
+        for label, part in model.parts.items():
+            device = part.problem.weights.device
+            self.assignment[label] = compact(start[label])[0].to(device)
+            if relaxed:
+                logits = _LOGIT * one_hot(self.assignment[label]).double()
+                # By number: a label may be no name of an attribute.
+                name = f"label{len(self.assignment) - 1}"
+                setattr(self.logits, name, torch.nn.Parameter(logits))
+                self._places[label] = [p.to(device) for p in _places(part.problem.sizes)]
+        if isinstance(model.pooling, Inclusive):
+            model.atoms = atoms
+        else:
+            self.atoms = atoms
+        self._tell()
+
+    @property
+    def model(self) -> FusionModel:
+        """The model that this is the guide of."""
+        return self._model[0]
+
+    # -- what a program of one's own may override ------------------------------------------------
+
+    def scale(self, label: str | None) -> Tensor:
+        """As :meth:`FusionModel.scale`, and by default that. Where the model's draws something,
+        this one must draw it from the guide, and call ``FusionModel.scale(self.model, label)``."""
+        return self.model.scale(label)
+
+    # -- the program -------------------------------------------------------------------------------
+
+    def factor(self, site: str) -> Factor:
+        """The atoms at ``site``, at the present parameters."""
+        return self._owner.atoms.factor(site)
+
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Sample every site; returns site name -> value.
+
+        :raises StructureError: if the model has the atoms of another guide, of another number.
+        """
+        self._tell()
+        result = {}
+        for label, part in self.model.parts.items():
+            value = self.soft(label) if self.relaxed else self.assignment[label]
+            assignment = pyro.sample(f"{label}_assignment", Delta(value, event_dim=value.dim()))
+            result[f"{label}_assignment"] = assignment
+            result.update(self._pool(label, list(part.problem.local), assignment))
+        if self.model.shared:
+            result.update(self._pool(None, list(self.model.shared), self.model.everyone))
+        return result
+
+    def _tell(self) -> None:
+        """Tell the model what it is to expect: it is called after its guide."""
+        model = self.model
+        model.relaxed = self.relaxed
+        for label, part in model.parts.items():
+            number = self.num_atoms[label]
+            if isinstance(model.pooling, Inclusive):
+                there = model.atoms.length(next(iter(part.problem.local)))
+                if there != number:
+                    raise StructureError(
+                        f"label '{label}': the guide has {number} atoms, but its model {there}, of "
+                        "another guide: make a new one"
+                    )
+            model.num_atoms[label] = number
+            model.set_prior(label, part.prior.update(number, part.problem.num_parties))
+
+    def soft(self, label: str) -> Tensor:
+        """The relaxed assignment, ``[K, N]``."""
+        logits = getattr(self.logits, f"label{list(self.model.parts).index(label)}")
+        result = torch.empty_like(logits)
+        for place in self._places[label]:
+            result = result.index_put((place,), relax(logits[place]))
+        return result.mT
+
+    def harden(self) -> None:
+        """Round a relaxed assignment: each party gets the matching that agrees most with it."""
+        if not self.relaxed:
+            return
+        for label, part in self.model.parts.items():
+            parties = part.problem.split(self.soft(label).detach().cpu())
+            hard = torch.cat([Matching(p.mT).mode for p in parties])
+            self.assignment[label] = hard.to(self.assignment[label].device)
+        self.relaxed = False
+        self._tell()
+
+    def get_extra_state(self) -> dict[str, Any]:
+        """What ``state_dict`` would leave out: the assignment, and whether it is relaxed."""
+        return {
+            "assignment": dict(self.assignment),
+            "num_atoms": dict(self.num_atoms),
+            "relaxed": self.relaxed,
+        }
+
+    def set_extra_state(self, state: dict[str, Any]) -> None:
+        for label, assignment in state["assignment"].items():
+            self.assignment[label] = assignment.to(self.assignment[label].device)
+        self.num_atoms.update(state["num_atoms"])
+        self.relaxed = state["relaxed"]
+
+    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        for name, logits in self.logits.named_parameters():
+            fit_length(logits, state.get(f"{prefix}logits.{name}"), 1)
+        super()._load_from_state_dict(state, prefix, *rest)
+
+    def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
+        """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""
+        self.assignment[label] = assignment.to(self.assignment[label].device, non_blocking=True)
+        for site, f in atoms.items():
+            (self.num_atoms[label],) = f.batch_shape
+            self._owner.atoms.set_factor(site, f)
+        self._tell()
+
+    @property
+    def _owner(self) -> FusionModel | FusionGuide:
+        return self.model if isinstance(self.model.pooling, Inclusive) else self
+
+    def _pool(
+        self, label: str | None, sites: Sequence[str], assignment: Tensor
+    ) -> dict[str, Tensor]:
+        model = self.model
+        if isinstance(model.pooling, Inclusive):
+            with pairs(label, assignment, self.scale(label)) as (_, n):
+                return {s: pyro.sample(s, model.local(s, n)) for s in sites}
+        # Parameters, outside the plate of components.
+        atoms = {s: self.factor(s) for s in sites}
+        if model.pooling.needs_base:
+            with model.atom_plate(label):
+                return {s: pyro.sample(s, FactorDistribution(f)) for s, f in atoms.items()}
+        with pairs(label, assignment, self.scale(label)) as (k, _):
+            own = {s: atoms_at(f, k) for s, f in atoms.items()}
+            return {s: pyro.sample(s, FactorDistribution(f)) for s, f in own.items()}
+
+
+def _places(sizes: Sequence[int]) -> list[Tensor]:
+    """Where the components of the parties of each size are, ``[parties, size]``."""
+    every = torch.tensor(sizes)
+    first = every.cumsum(0) - every
+    return [first[every == n].unsqueeze(1) + torch.arange(n) for n in sorted(set(sizes))]
