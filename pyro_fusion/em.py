@@ -128,6 +128,7 @@ class FusionEM:
             x = ascent.state
             self.guide.set_atoms(label, part.as_given(x.groups), x.atoms)
             loss += x.objective
+        self.guide.set_shared()
         return loss
 
     def _ascent(self, part: Labelled) -> Ascent:
@@ -153,6 +154,7 @@ class FusionEM:
         :raises ParameterError: for arguments out of range, and where ``product`` is improper.
         """
         check_run(restarts, max_iterations, seed)
+        self.guide.set_shared()
         matchings = {
             label: self._match(part, restarts, max_iterations, seed, progress)
             for label, part in self.model.parts.items()

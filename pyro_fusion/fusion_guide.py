@@ -5,14 +5,13 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro
 import torch
 from pyro.distributions import Delta
-from pyro.nn.module import PyroModule
+from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 from torch.nn.functional import one_hot
 
@@ -21,15 +20,12 @@ from pyro_fusion.distributions.matching import Matching, relax
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
-from pyro_fusion.guide import fit_length
+from pyro_fusion.guide import fit_length, unique_name
 from pyro_fusion.model import FusionModel, atoms_at, atoms_of, pairs
 from pyro_fusion.problem import compact
 from pyro_fusion.structure import check_assignment
 
 __all__ = ["FusionGuide"]
-
-# Modules of one name share their parameters in Pyro's global store, so each gets its own.
-_COUNT = itertools.count()
 
 # Of a component and its atom in a relaxed assignment to begin with; of others it is zero.
 _LOGIT = 3.0
@@ -64,27 +60,24 @@ class FusionGuide(PyroModule):
         assignment: Mapping[str, Tensor] | None = None,
         relaxed: bool = False,
     ) -> None:
-        super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
+        super().__init__(name=unique_name(type(self)))
         # In a list: a model is no part of its guide, and a guide not of its model.
         self._model = [model]
-        self.relaxed = relaxed
         if assignment is not None:
             check_assignment(assignment, model.parts)
         start = model.start() if assignment is None else assignment
         atoms, self.num_atoms = atoms_of(model, start)
         self.assignment: dict[str, Tensor] = {}
-        self.logits = PyroModule()
+        # Atoms that some component has: of those there are, all but after rounding.
+        self._used = dict(self.num_atoms)
         # For each label, parties of one size and where their components are: [parties, size].
         self._places: dict[str, list[Tensor]] = {}
         for label, part in model.parts.items():
             device = part.problem.weights.device
             self.assignment[label] = compact(start[label])[0].to(device)
-            if relaxed:
-                logits = _LOGIT * one_hot(self.assignment[label]).double()
-                # By number: a label may be no name of an attribute.
-                name = f"label{len(self.assignment) - 1}"
-                setattr(self.logits, name, torch.nn.Parameter(logits))
-                self._places[label] = [p.to(device) for p in _places(part.problem.sizes)]
+            self._places[label] = [p.to(device) for p in _places(part.problem.sizes)]
+        self.logits = PyroModule()
+        self._set_relaxed(relaxed)
         if isinstance(model.pooling, Inclusive):
             model.atoms = atoms
         else:
@@ -112,7 +105,8 @@ class FusionGuide(PyroModule):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; returns site name -> value.
 
-        :raises StructureError: if the model has the atoms of another guide, of another number.
+        :raises StructureError: if the model has the atoms of another guide or state, of another
+            number.
         """
         self._tell()
         result = {}
@@ -136,29 +130,47 @@ class FusionGuide(PyroModule):
                 if there != number:
                     raise StructureError(
                         f"label '{label}': the guide has {number} atoms, but its model {there}, of "
-                        "another guide: make a new one"
+                        "another guide or state: load the model's too, or make a new guide"
                     )
             model.num_atoms[label] = number
-            model.set_prior(label, part.prior.update(number, part.problem.num_parties))
+            used = self._used[label]
+            model.set_prior(label, part.prior.update(used, part.problem.num_parties))
 
     def soft(self, label: str) -> Tensor:
         """The relaxed assignment, ``[K, N]``."""
-        logits = getattr(self.logits, f"label{list(self.model.parts).index(label)}")
+        logits = getattr(self.logits, self._name(label))
         result = torch.empty_like(logits)
         for place in self._places[label]:
             result = result.index_put((place,), relax(logits[place]))
         return result.mT
 
     def harden(self) -> None:
-        """Round a relaxed assignment: each party gets the matching that agrees most with it."""
+        """Round a relaxed assignment: each party gets the matching that agrees most with it. Atoms
+        that nobody has then stay as mere room, so that an optimizer can go on."""
         if not self.relaxed:
             return
         for label, part in self.model.parts.items():
             parties = part.problem.split(self.soft(label).detach().cpu())
             hard = torch.cat([Matching(p.mT).mode for p in parties])
             self.assignment[label] = hard.to(self.assignment[label].device)
-        self.relaxed = False
+            self._used[label] = len(hard.unique())
+        self._set_relaxed(False)
         self._tell()
+
+    def _name(self, label: str) -> str:
+        # By number: a label may be no name of an attribute.
+        return f"label{sorted(self.model.parts).index(label)}"
+
+    def _set_relaxed(self, relaxed: bool) -> None:
+        """Make logits, or drop them."""
+        self.relaxed = relaxed
+        for label, assignment in self.assignment.items():
+            name = self._name(label)
+            if relaxed:
+                logits = _LOGIT * one_hot(assignment, self.num_atoms[label]).double()
+                setattr(self.logits, name, PyroParam(logits))
+            elif hasattr(self.logits, name):
+                delattr(self.logits, name)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict`` would leave out: the assignment, and whether it is relaxed."""
@@ -169,21 +181,34 @@ class FusionGuide(PyroModule):
         }
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
+        """:raises StructureError: if the assignment does not fit."""
+        check_assignment(state["assignment"], self.model.parts)
         for label, assignment in state["assignment"].items():
             self.assignment[label] = assignment.to(self.assignment[label].device)
+            self._used[label] = len(assignment.unique())
         self.num_atoms.update(state["num_atoms"])
-        self.relaxed = state["relaxed"]
+        if self.relaxed != state["relaxed"]:
+            self._set_relaxed(state["relaxed"])
 
     def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        # First: it says what parameters there are, and may not fit.
+        if f"{prefix}_extra_state" in state:
+            self.set_extra_state(state[f"{prefix}_extra_state"])
         for name, logits in self.logits.named_parameters():
             fit_length(logits, state.get(f"{prefix}logits.{name}"), 1)
         super()._load_from_state_dict(state, prefix, *rest)
+
+    def set_shared(self) -> None:
+        """Move the sites without a label to their barycentres."""
+        for problem in self.model.shared.values():
+            for site, f in problem.barycenter(self.model.everyone, 1).items():
+                self._owner.atoms.set_factor(site, f)
 
     def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
         """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""
         self.assignment[label] = assignment.to(self.assignment[label].device, non_blocking=True)
         for site, f in atoms.items():
-            (self.num_atoms[label],) = f.batch_shape
+            (self.num_atoms[label],) = (self._used[label],) = f.batch_shape
             self._owner.atoms.set_factor(site, f)
         self._tell()
 

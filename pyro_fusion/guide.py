@@ -20,10 +20,14 @@ if TYPE_CHECKING:
     from pyro_fusion.families import Factor
     from pyro_fusion.posterior import Posterior
 
-__all__ = ["AtomParams", "FactorParams", "PosteriorGuide", "fit_length"]
+__all__ = ["AtomParams", "FactorParams", "PosteriorGuide", "fit_length", "unique_name"]
 
-# Guides of one name share their parameters in Pyro's global store, so each gets its own.
 _COUNT = itertools.count()
+
+
+def unique_name(cls: type) -> str:
+    """A name for a module: those of one name share their parameters in Pyro's global store."""
+    return f"{cls.__name__}{next(_COUNT)}"
 
 
 class FactorParams(PyroModule):
@@ -59,6 +63,8 @@ class FactorParams(PyroModule):
         holder = getattr(self, self._holders[site])
         for name, value in f.params.items():
             setattr(holder, name, value)
+        for parameter in holder.parameters():
+            parameter.grad = None  # of the old shape
 
 
 class AtomParams(FactorParams):
@@ -81,7 +87,7 @@ def fit_length(parameter: torch.nn.Parameter, state: Tensor | None, dim: int) ->
         return
     shape = list(parameter.shape)
     shape[dim] = state.shape[dim]
-    parameter.data = parameter.data.new_empty(shape)
+    parameter.data, parameter.grad = parameter.data.new_empty(shape), None
 
 
 class PosteriorGuide(FactorParams):
@@ -100,7 +106,7 @@ class PosteriorGuide(FactorParams):
 
     def __init__(self, posterior: Posterior) -> None:
         factors = posterior.decomposed
-        super().__init__(factors, name=f"{type(self).__name__}{next(_COUNT)}")
+        super().__init__(factors, name=unique_name(type(self)))
         self._plate_names = {
             # An axis of size one needs no plate: it stands to the right of another plate's axis.
             site: [

@@ -32,14 +32,15 @@ class JointMatching(TorchDistribution):
     .. math:: p(a) \propto \exp\Bigl(-\sum_k \varphi(m_k)\Bigr)
 
     with ``m_k`` the popularity of an atom. Atoms have no names: assignments that differ in them
-    alone are one, of which ``p`` is the probability; atoms that nobody has are mere room. Of
-    :class:`~pyro_fusion.IndianBuffet` it is normalised but for a factor ``Π L_s!`` (see
-    :class:`~pyro_fusion.distributions.IndianBuffetProcess`), of other priors not.
+    alone are one, of which ``p`` is the probability; atoms that nobody has are mere room. It is not
+    normalised: of :class:`~pyro_fusion.IndianBuffet`, ``p / Π L_s!`` adds up to 1 over the
+    assignments of all sizes ``L_s`` together (see
+    :class:`~pyro_fusion.distributions.IndianBuffetProcess`), not over those of the given ones.
 
     The value is a LongTensor ``[N]``, the atom of each component, the parties in turn; or relaxed,
     ``[K, N]`` of probabilities, for which ``φ`` is taken as linear between integers.
 
-    :param prior: has ``φ``, and a constant.
+    :param prior: has ``φ``, and a constant; its batch shape is that of this.
     :param sizes: ``L_s`` of each party.
     :param num_atoms: K, the room there is, at least ``max L_s``.
     :param relaxed: whether values are.
@@ -61,7 +62,7 @@ class JointMatching(TorchDistribution):
         self.relaxed, self._device = relaxed, device
         self._penalty = prior.penalty(len(self.sizes)).to(device, non_blocking=True)
         shape = (num_atoms, sum(self.sizes)) if relaxed else (sum(self.sizes),)
-        super().__init__(torch.Size(), torch.Size(shape), validate_args=False)
+        super().__init__(self._penalty.shape[:-1], torch.Size(shape), validate_args=False)
 
     @property
     def support(self) -> Any:
@@ -89,9 +90,12 @@ class JointMatching(TorchDistribution):
             one = torch.ones_like(value, dtype=m.dtype)
             m = m.scatter_add(-1, value.clamp(0, self.num_atoms - 1), one)
         penalty = self._penalty.to(m, non_blocking=True)
+        batch = torch.broadcast_shapes(m.shape[:-1], penalty.shape[:-1])
+        m, penalty = m.expand(batch + m.shape[-1:]), penalty.expand(batch + penalty.shape[-1:])
         # Nowhere more than all parties, but for rounding.
-        below = m.detach().floor().clamp(max=len(penalty) - 2).long()
-        phi = penalty[below] + (m - below) * (penalty[below + 1] - penalty[below])
+        below = m.detach().floor().clamp(max=len(self.sizes) - 1).long()
+        phi = penalty.gather(-1, below)
+        phi = phi + (m - below) * (penalty.gather(-1, below + 1) - phi)
         weights = self.prior.rank_weights(self.num_atoms, max(self.sizes)).to(m, non_blocking=True)
         order = m.argsort(descending=True, stable=True)
         result = -(weights * phi.gather(-1, order)).sum(-1) - self.prior.constant(len(self.sizes))
@@ -111,25 +115,26 @@ class JointMatching(TorchDistribution):
         """Draws of a Gibbs chain that matches one party after the other given all others, after
         twenty sweeps; exact in the limit of many. Without rank weights."""
         shape = torch.Size(sample_shape) + self.batch_shape
-        draws = torch.stack([self._draw() for _ in range(shape.numel())]).to(self._device)
+        steps = self._penalty.detach().diff(dim=-1).cpu().expand(shape + (-1,))
+        draws = torch.stack([self._draw(s) for s in steps.reshape(-1, len(self.sizes))])
+        draws = draws.to(self._device)
         if self.relaxed:
             draws = one_hot(draws, self.num_atoms).mT.to(self._penalty.dtype)
         return draws.reshape(shape + self.event_shape)
 
-    def _draw(self) -> Tensor:
+    def _draw(self, step: Tensor) -> Tensor:
         parties = [torch.arange(size) for size in self.sizes]
         m = torch.bincount(torch.cat(parties), minlength=self.num_atoms)
         for _ in range(_SWEEPS):
             for s, old in enumerate(parties):
                 m[old] -= 1
-                parties[s] = self._match(m, old)
+                parties[s] = self._match(m, old, step)
                 m[parties[s]] += 1
         return torch.cat(parties)
 
-    def _match(self, m: Tensor, old: Tensor) -> Tensor:
+    def _match(self, m: Tensor, old: Tensor, step: Tensor) -> Tensor:
         """A party anew, given the popularities among the others."""
         used, free = (m > 0).nonzero().squeeze(1), (m == 0).nonzero().squeeze(1)
-        step = self._penalty.diff().cpu()
         place = torch.full_like(m, len(used))  # a new one, unless others have it
         place[used] = torch.arange(len(used))
         join = -step[m[used]].expand(len(old), -1)

@@ -20,7 +20,6 @@ objective of :func:`~pyro_fusion.fuse`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -31,6 +30,7 @@ import pyro
 import torch
 from pyro import poutine
 from pyro.nn.module import PyroModule
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_fusion.barycenter import Inclusive, Pooling, pooling_named
@@ -38,7 +38,7 @@ from pyro_fusion.base import Base
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
-from pyro_fusion.guide import AtomParams
+from pyro_fusion.guide import AtomParams, unique_name
 from pyro_fusion.matchings import JointMatching
 from pyro_fusion.parties import Labelled, Parties, locating
 from pyro_fusion.posterior import Axes, Posterior
@@ -48,9 +48,6 @@ from pyro_fusion.seeding import starts
 from pyro_fusion.structure import check_dispersion, check_names, warn_identical
 
 __all__ = ["FusionModel", "atoms_at", "atoms_of", "pairs"]
-
-# Modules of one name share their parameters in Pyro's global store, so each gets its own.
-_COUNT = itertools.count()
 
 # Pyro wants scales that are positive.
 _TINY = 1e-30
@@ -93,7 +90,7 @@ class FusionModel(PyroModule):
         axes: Axes | None = None,
         dispersion: float | None = None,
     ) -> None:
-        super().__init__(name=f"{type(self).__name__}{next(_COUNT)}")
+        super().__init__(name=unique_name(type(self)))
         dispersion = check_dispersion(dispersion)
         how = pooling_named(pooling)
         prior = assignment_prior(prior, how.needs_base)
@@ -147,10 +144,10 @@ class FusionModel(PyroModule):
         result = {}
         for label, part in self.parts.items():
             prior, problem = self.assignment_prior(label), part.problem
-            room = self.num_atoms[label]
-            device = problem.weights.device
+            room, device = self._room(label), problem.weights.device
             distribution = JointMatching(prior, problem.sizes, room, self.relaxed, device)
             assignment = pyro.sample(f"{label}_assignment", distribution)
+            _check_value(label, assignment, room)
             result[f"{label}_assignment"] = assignment
             result.update(self._pool(label, list(problem.local), assignment))
         if self.shared:
@@ -197,12 +194,18 @@ class FusionModel(PyroModule):
         """The plate of the atoms; of one for a site without a label."""
         if label is None:
             return pyro.plate("shared", 1)
-        return pyro.plate(label, self.num_atoms[label])
+        return pyro.plate(label, self._room(label))
+
+    def _room(self, label: str) -> int:
+        """How many atoms there may be."""
+        if isinstance(self.pooling, Inclusive):
+            return self.atoms.length(next(iter(self.parts[label].problem.local)))
+        return self.num_atoms[label]
 
     def party(self, label: str) -> Tensor:
         """The party of each component along a label: LongTensor ``[N]``."""
         problem = self.parts[label].problem
-        return problem.party.to(problem.weights.device)
+        return problem.party.to(problem.weights.device, non_blocking=True)
 
     @property
     def everyone(self) -> Tensor:
@@ -234,30 +237,48 @@ def pairs(label: str | None, assignment: Tensor, scale: Tensor) -> Iterator[tupl
     of their components. Of an assignment ``[N]`` there are as many as components; of a relaxed one,
     ``[K, N]``, all that there can be, each scaled by its probability too. Of a batch of assignments
     there is a ``k`` for each, ``[*batch, N]``."""
-    k = _without_plate(assignment).to(scale.device, non_blocking=True)
-    n = torch.arange(scale.shape[-1], device=scale.device)
-    if assignment.is_floating_point():
-        soft, num_atoms = k.flatten(-2), k.shape[-2]
+    size, soft = scale.shape[-1], assignment.is_floating_point()
+    if assignment.shape[-1:] != (size,) or assignment.dim() <= soft:
+        raise StructureError(
+            f"label '{label}': expected an assignment, integers of shape [{size}], or a relaxed "
+            f"one of shape [K, {size}]; got {assignment.dtype} of shape {list(assignment.shape)}"
+        )
+    k = _without_plate(assignment, 1 + soft).to(scale.device, non_blocking=True)
+    scale = _without_plate(scale, 1)
+    n = torch.arange(size, device=scale.device)
+    if soft:
+        probability, num_atoms = k.flatten(-2), k.shape[-2]
         k, n = torch.cartesian_prod(torch.arange(num_atoms, device=n.device), n).unbind(1)
-        scale = scale[..., n] * soft
+        scale = scale[..., n] * probability
     name = "party" if label is None else f"local_{label}"
     with pyro.plate(name, len(n)), poutine.scale(scale=scale.clamp(min=_TINY)):
         yield k, n
 
 
-def _without_plate(assignment: Tensor) -> Tensor:
-    """Without the axes of size one that plates around the program, and ``Predictive``, leave at the
-    place of its own plates, which an assignment is outside of."""
-    dim = 2 if assignment.is_floating_point() else 1
-    event, batch = assignment.shape[-dim:], assignment.shape[:-dim]
+def _without_plate(value: Tensor, event_dim: int) -> Tensor:
+    """What is drawn outside the program's own plates, an assignment or a scale, without the axes of
+    size one that plates around the program, and ``Predictive``, leave at the place of these."""
+    event, batch = value.shape[-event_dim:], value.shape[:-event_dim]
     if math.prod(batch) == 1:
-        return assignment.reshape(event)
+        return value.reshape(event)
     if batch[-1] != 1:
         raise StructureError(
-            "plates around the program must leave dim -1 to its own, got assignments of batch "
-            f"shape {list(batch)}"
+            "plates around the program must leave dim -1 to its own, got values of batch shape "
+            f"{list(batch)}"
         )
-    return assignment.squeeze(-dim - 1)
+    return value.squeeze(-event_dim - 1)
+
+
+def _check_value(label: str, assignment: Tensor, num_atoms: int) -> None:
+    """Where Pyro validates: an assignment may be observed, or replayed from anywhere."""
+    if assignment.is_floating_point() or not is_validation_enabled():
+        return
+    bad = (assignment < 0) | (assignment >= num_atoms)
+    if bool(bad.any()):
+        raise StructureError(
+            f"label '{label}': expected atoms from 0 to {num_atoms - 1}, got "
+            f"{int(assignment[bad][0])}"
+        )
 
 
 def atoms_at(atoms: Factor, k: Tensor) -> Factor:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_fusion.distributions.indian_buffet import harmonic_number, popularity_log_weights
@@ -68,9 +69,9 @@ class IndianBuffet(AssignmentPrior):
     ``log S`` at each step, times the dispersion) then merges what merely may be merged.
 
     :param alpha: the mass parameter, positive: the expected number of atoms is
-        ``alpha * H_S``. By default learned, at its mode under a Gamma prior. A Tensor of one
-        element is kept, so that in a model of one's own gradients reach it; ``fuse`` takes its
-        value.
+        ``alpha * H_S``. By default learned, at its mode under a Gamma prior. A Tensor is kept, so
+        that in a model of one's own gradients reach it, and may have the batch axes of particles
+        there; ``fuse`` takes the value of one number.
     :param concentration, rate: of the Gamma prior over a learned ``alpha``; concentration >= 1.
     :raises ParameterError: for values out of range.
 
@@ -85,13 +86,14 @@ class IndianBuffet(AssignmentPrior):
 
     def __post_init__(self) -> None:
         if isinstance(self.alpha, Tensor):
-            if self.alpha.numel() != 1:
-                raise ParameterError(
-                    f"alpha must be a number, got a tensor of shape {tuple(self.alpha.shape)}"
-                )
-            # Of axes of size one, as those that ``Predictive`` puts in front.
-            object.__setattr__(self, "alpha", self.alpha.reshape(()))
-        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            if self.alpha.numel() == 1:
+                # Of axes of size one, as those that ``Predictive`` puts in front.
+                object.__setattr__(self, "alpha", self.alpha.reshape(()))
+            good = (self.alpha > 0) & self.alpha.isfinite()
+            # To read it makes a GPU wait; ``fuse`` does anyhow.
+            if is_validation_enabled() and not bool(good.all()):
+                raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")
+        elif self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")
         if not 1 <= self.concentration < math.inf or not 0 < self.rate < math.inf:
             raise ParameterError(
@@ -108,14 +110,22 @@ class IndianBuffet(AssignmentPrior):
     def mass(self) -> float:
         """The value of alpha in use: given, or the present estimate."""
         if isinstance(self.alpha, Tensor):
-            return float(self.alpha.item())
+            if self.alpha.numel() != 1:
+                raise ParameterError(
+                    f"alpha must be a number, got a tensor of shape {tuple(self.alpha.shape)}"
+                )
+            mass = float(self.alpha.item())
+            if not 0 < mass < math.inf:
+                raise ParameterError(f"alpha must be positive and finite, got {mass}")
+            return mass
         return self._estimate if self.alpha is None else self.alpha
 
     def penalty(self, num_parties: int) -> Tensor:
         mass = self._estimate if self.alpha is None else self.alpha
         log_mass = torch.as_tensor(mass, dtype=torch.float64).log()
-        phi = -log_mass - popularity_log_weights(num_parties).to(log_mass)
-        return torch.cat([phi.new_zeros(1), phi])
+        phi = popularity_log_weights(num_parties).to(log_mass, non_blocking=True)
+        phi = -log_mass.unsqueeze(-1) - phi
+        return torch.nn.functional.pad(phi, (1, 0))
 
     def constant(self, num_parties: int) -> Any:
         """As of any prior; a Tensor if ``alpha`` is one."""

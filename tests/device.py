@@ -92,6 +92,9 @@ class _OfNumbers(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.Tensor.new_tensor and isinstance(args[0], There):
+            dtype = kwargs.get("dtype") or args[0].dtype
+            return torch.tensor(args[1], dtype=dtype).to(DEVICE)
         made = func in (torch.tensor, torch.as_tensor) and not isinstance(args[0], torch.Tensor)
         to = kwargs.get("device")
         if not made or to is None or torch.device(to) != DEVICE:
@@ -114,7 +117,11 @@ def _run(func: Any, args: Any, kwargs: Any, reads: list[str]) -> Any:
     strangers = [x for x in tensors if not isinstance(x, There) and x.dim()]
     packet = func.overloadpacket
     copies = packet in (aten._to_copy, aten.copy_)
-    if there and not copies and packet not in _INDEXING and strangers:
+    if packet in _INDEXING and isinstance(args[0], There):
+        # An index may be on the CPU, at the price of a wait.
+        strangers = [x for x in args[2:] if isinstance(x, torch.Tensor) and x.dim()]
+        strangers = [x for x in strangers if not isinstance(x, There)]
+    if there and not copies and strangers:
         raise RuntimeError(f"{func}: expected all tensors on one device")
     to = kwargs.get("device")
     result_there = there if to is None else torch.device(to) == DEVICE
@@ -129,7 +136,7 @@ def _run(func: Any, args: Any, kwargs: Any, reads: list[str]) -> Any:
             blocking = not (
                 kwargs.get("non_blocking") or (packet is aten.copy_ and args[2:] == (True,))
             )
-            across = bool(strangers) or there != result_there
+            across = any(not isinstance(x, There) for x in tensors) or there != result_there
             waits |= across and (blocking or not result_there)
         if waits:
             reads.append(f"{packet}: {_place()}")

@@ -3,6 +3,7 @@
 
 """The guide: relaxed assignments by gradient, its state, batches of particles."""
 
+import copy
 import io
 
 import pyro
@@ -10,8 +11,10 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
+from torch.nn.functional import one_hot
 
 from pyro_fusion import (
+    FusionEM,
     FusionGuide,
     FusionModel,
     GroupNorm,
@@ -21,7 +24,9 @@ from pyro_fusion import (
     fuse,
 )
 from pyro_fusion.errors import StructureError
-from tests.test_model import POOLINGS, best_elbo, by_hand, loss, pair, perturb
+from pyro_fusion.families import Factor
+from tests import test_model
+from tests.test_model import POOLINGS, best_elbo, by_hand, loss, pair, perturb, stacked
 
 
 def normal(own, g):
@@ -258,3 +263,161 @@ class TestBatches:
         match = "leave dim -1|Inside pyro.plate"
         with pyro.plate("outer", 3, dim=-1), pytest.raises(ValueError, match=match):
             guide()
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+class TestTurns:
+    """SVI, coordinate ascent and loading in any order."""
+
+    def test_svi_after_the_number_of_atoms_has_changed(self, pooling):
+        model, guide = pair(pooling, assignment={"component": torch.arange(8)})
+        svi_step(model, guide)
+        before = FusionEM(model, guide).step()
+        assert guide.num_atoms["component"] < 8
+        assert svi_step(model, guide) < float("inf")  # with a new optimizer
+        many = FusionGuide(model, {"component": torch.arange(8)})
+        state = copy.deepcopy((model.state_dict(), many.state_dict()))
+        FusionEM(model, many).run()
+        svi_step(model, many)
+        model.load_state_dict(state[0])
+        many.load_state_dict(state[1])
+        assert svi_step(model, many) > before
+
+    def test_coordinate_ascent_moves_all_that_svi_does(self, pooling):
+        model, guide = pair(pooling)
+        for _ in range(5):
+            SVI(model, guide, pyro.optim.Adam({"lr": 0.5}), Trace_ELBO()).step()
+        for infer in (FusionEM(model, guide).step, FusionEM(model, guide).run):
+            perturb(guide)
+            end = infer()
+            end = end if isinstance(end, float) else end.objective[-1]
+            assert loss(model, guide, best_elbo(pooling)) == pytest.approx(end, rel=1e-9)
+
+    def test_atoms_that_nobody_has_after_rounding_count_for_nothing(self, pooling):
+        model, guide = pair(pooling, prior=IndianBuffet())
+        truth = FusionEM(model, guide).run()
+        guide = FusionGuide(model, {"component": torch.arange(8)}, relaxed=True)
+        with torch.no_grad():
+            wanted = one_hot(torch.cat(truth.assignment), 8).double()
+            guide.logits.label0_unconstrained.copy_(50 * wanted)
+        guide.harden()
+        assert guide.num_atoms["component"] == 8 > truth.num_atoms
+        assert loss(model, guide) < float("inf")
+        expected = truth.matchings["component"].prior.mass
+        assert model.assignment_prior("component").mass == pytest.approx(expected)
+
+    def test_the_atoms_of_a_model_that_was_loaded(self, pooling):
+        small, _ = pair(pooling, assignment={"component": torch.tensor([0, 1, 2, 0, 1, 1, 0, 3])})
+        large, _ = pair(pooling, assignment={"component": torch.arange(8)})
+        large.load_state_dict(small.state_dict())
+        number = 4 if pooling == "inclusive" else 8
+        assert large()["component_assignment"].max() < number
+
+    def test_states_that_do_not_fit_change_nothing(self, pooling):
+        _, guide = pair(pooling, assignment={"component": torch.arange(8)})
+        state = copy.deepcopy(guide.state_dict())
+        for bad, match in [
+            ({"topic": torch.arange(8)}, r"expected an assignment for \['component'\]"),
+            ({"component": torch.arange(7)}, r"expected a LongTensor of shape \[8\]"),
+            ({"component": torch.tensor([0, 1, 0, 2, 3, 0, 1, 2])}, "party 0: expected a differ"),
+        ]:
+            state["_extra_state"] = {"assignment": bad, "num_atoms": {}, "relaxed": False}
+            with pytest.raises(StructureError, match=match):
+                guide.load_state_dict(state)
+            assert torch.equal(guide.assignment["component"], torch.arange(8))
+            assert guide.factor("x.y").batch_shape == (8,)
+
+    def test_relaxed_states_into_others(self, pooling):
+        assignment = {"component": torch.tensor([0, 1, 2, 1, 0, 2, 0, 1])}
+        for before, after in ((True, False), (False, True)):
+            model, guide = pair(pooling, assignment=assignment, relaxed=before)
+            state = copy.deepcopy(guide.state_dict())
+            other = FusionGuide(model, assignment, relaxed=after)
+            other.load_state_dict(state)
+            assert other.relaxed == before
+            torch.manual_seed(0)
+            expected = loss(model, guide)
+            torch.manual_seed(0)
+            assert loss(model, other) == pytest.approx(expected)
+            guide.harden()
+            FusionGuide(model, assignment).load_state_dict(guide.state_dict())
+
+
+def test_states_go_by_label():
+    first = torch.arange(3)
+    local = [
+        {"a": Factor.of(stacked(torch.arange(3) + 9 * s)), "b": Factor.of(stacked(first + 5 * s))}
+        for s in range(2)
+    ]
+    axes = {"a": "first", "b": "second"}
+    turned = [{"b": f["b"], "a": f["a"]} for f in local]
+    one, two = (FusionModel([Posterior(f, axes) for f in fs]) for fs in (local, turned))
+    assignment = {
+        "first": torch.tensor([0, 1, 2, 0, 1, 2]),
+        "second": torch.tensor([0, 1, 2, 2, 1, 0]),
+    }
+    assert list(one.parts) != list(two.parts)
+    guide, other = FusionGuide(one, assignment, relaxed=True), FusionGuide(two, relaxed=True)
+    other.load_state_dict(guide.state_dict())
+    other.harden()
+    assert {k: v.tolist() for k, v in other.assignment.items()} == {
+        k: v.tolist() for k, v in assignment.items()
+    }
+
+
+class TestOwnPrograms:
+    """With what a tutorial has them draw, in batches."""
+
+    @pytest.mark.parametrize("pooling", POOLINGS)
+    def test_vectorized(self, pooling):
+        class Model(FusionModel):
+            def assignment_prior(self, label):
+                return IndianBuffet(alpha=pyro.sample("alpha", dist.Gamma(5.0, 5.0)))
+
+            def scale(self, label):
+                if label is None or pooling == "product":
+                    return super().scale(label)
+                trust = pyro.sample("trust", dist.Gamma(torch.full((3,), 9.0), 9.0).to_event(1))
+                return super().scale(label) * trust[..., self.party(label)]
+
+        class Guide(FusionGuide):
+            def forward(self):
+                pyro.sample("alpha", dist.Gamma(6.0, 6.0))
+                return super().forward()
+
+            def scale(self, label):
+                if label is None or pooling == "product":
+                    return FusionModel.scale(self.model, label)
+                trust = pyro.sample("trust", dist.Gamma(torch.full((3,), 7.0), 9.0).to_event(1))
+                return FusionModel.scale(self.model, label) * trust[..., self.model.party(label)]
+
+        model = Model(test_model.posteriors(), None, pooling, base=test_model.base())
+        guide = Guide(model)
+        draws = torch.tensor([loss(model, guide, Trace_ELBO()) for _ in range(200)])
+        many = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=1)
+        error = float(draws.std()) * (1 / 200 + 1 / 1000) ** 0.5
+        assert loss(model, guide, many) == pytest.approx(float(draws.mean()), abs=5 * error)
+        draws = Predictive(model, guide=guide, num_samples=5, parallel=True)()
+        assert draws["alpha"].shape[0] == 5 and draws["x.y"].shape[0] == 5
+
+    def test_conditions_that_do_not_fit(self):
+        model, _ = pair("exclusive")
+        for value, match in [
+            (
+                torch.arange(5) % 3,
+                r"label 'component': expected an assignment, integers of shape \[8\]",
+            ),
+            (torch.rand(8), "got torch.float32 of shape"),
+            (torch.tensor([0, 1, 99, 0, 1, 0, 1, 2]), "expected atoms from 0 to .*, got 99"),
+        ]:
+            with pytest.raises(StructureError, match=match):
+                pyro.poutine.condition(model, {"component_assignment": value})()
+
+    def test_in_single_precision(self):
+        model, guide = pair("exclusive", relaxed=True)
+        assert svi_step(model, guide.float()) < float("inf")
+
+    def test_with_local_parameters(self):
+        with pyro.settings.context(module_local_params=True):
+            model, guide = pair("exclusive", relaxed=True)
+            assert svi_step(model, guide) < float("inf")

@@ -114,8 +114,16 @@ class TestIndianBuffet:
             IndianBuffet(alpha)
 
     def test_a_tensor_of_several_alphas(self):
-        with pytest.raises(ParameterError, match=r"a number, got a tensor of shape \(2,\)"):
-            IndianBuffet(torch.ones(2))
+        """Of as many particles."""
+        alpha = torch.tensor([[0.5], [2.0]])
+        prior = IndianBuffet(alpha)
+        assert prior.penalty(4).shape == (2, 1, 5) and prior.constant(4).shape == (2, 1)
+        for a, row, constant in zip(alpha, prior.penalty(4), prior.constant(4), strict=True):
+            one = IndianBuffet(float(a))
+            torch.testing.assert_close(row[0], one.penalty(4))
+            assert float(constant) == pytest.approx(one.constant(4))
+        with pytest.raises(ParameterError, match=r"a number, got a tensor of shape \(2, 1\)"):
+            prior.calibrated(lambda: math.nan)
 
     def test_bad_hyperprior(self):
         with pytest.raises(ParameterError, match="concentration >= 1"):

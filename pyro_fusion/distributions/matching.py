@@ -383,7 +383,8 @@ def relax(scores: Tensor) -> Tensor:
     with torch.no_grad():
         price = torch.zeros_like(scores[..., 0, :])
         # Cold problems take Sinkhorn very long from afar: halve the temperature step by step.
-        size = scores.masked_fill(scores.isneginf(), 0).abs().amax((-2, -1)).clamp(1, 2.0**1023)
+        size = scores.masked_fill(scores.isneginf(), 0).abs().amax((-2, -1))
+        size = size.clamp(1, torch.finfo(size.dtype).max / 4)
         heat = size.log2().ceil().exp2().unsqueeze(-1)
         for _ in range(_MAX_STEPS):
             warm = scores / heat.unsqueeze(-1)
