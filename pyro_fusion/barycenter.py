@@ -102,18 +102,16 @@ class Pooling(ABC):
         w = torch.ones_like(groups, dtype=torch.float64) if weights is None else weights.double()
         if self.needs_base:
             _given(base)
-        one = w.new_ones(len(w), 1)
-        count = _group_sum(one, groups, torch.ones_like(w), num_atoms)
-        weight = _group_sum(one, groups, w, num_atoms).squeeze(1)
+        count, weight = _sizes(groups, w, num_atoms)
         # Read at once: a GPU waits meanwhile.
         filled, weighed = torch.stack([count.all(), weight.all()]).tolist()
         if not filled:
-            empty = (count == 0).nonzero()[:, 0].tolist()
+            empty = (count == 0).nonzero().flatten().tolist()
             raise ParameterError(f"atoms {empty} have no component")
         if self.normalised and not weighed:
             # Where only parties of weight zero have an atom, they count alike.
             w = torch.where(weight[groups] > 0, w, 1.0)
-            weight = _group_sum(one, groups, w, num_atoms).squeeze(1)
+            _, weight = _sizes(groups, w, num_atoms)
         # About one origin for all, where the statistics of `local` stay in its cache.
         origin = local.origin
         limit = torch.inf if origin is None else FAR * origin.numel()
@@ -265,14 +263,29 @@ def _given(base: Factor | None) -> Factor:
     return base
 
 
+# Sums over groups, in the same order each time. On a GPU by a matrix, no larger than the costs: to
+# count, or to sort a sparse matrix, the host would have to wait for it.
+
+
+def _members(groups: Tensor, num_groups: int) -> Tensor:
+    """Which are of which group, ``[K, N]``."""
+    return groups == torch.arange(num_groups, device=groups.device).unsqueeze(1)
+
+
+def _sizes(groups: Tensor, w: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
+    """How many there are in each group, and ``Σ_n w_n``: ``[K]``."""
+    if w.device.type != "cpu":
+        members = _members(groups, num_groups)
+        return members.sum(1), members.to(w.dtype) @ w
+    count = torch.bincount(groups, minlength=num_groups)
+    return count, w.new_zeros(num_groups).index_add(0, groups, w)
+
+
 def _group_sum(x: Tensor, groups: Tensor, w: Tensor, num_groups: int) -> Tensor:
-    """``Σ_n w_n x_n`` over each group, ``[N, P] -> [K, P]``, in the same order each time."""
+    """``Σ_n w_n x_n`` over each group, ``[N, P] -> [K, P]``; on the CPU without a temporary."""
     if x.device.type != "cpu":
-        # No more memory than the costs take. To sort a sparse matrix a GPU would have to be read.
-        atoms = torch.arange(num_groups, device=groups.device)
-        return ((groups == atoms.unsqueeze(1)) * w) @ x
-    # Without a temporary.
-    index = torch.stack([groups, torch.arange(len(groups), device=groups.device)])
+        return (_members(groups, num_groups) * w) @ x
+    index = torch.stack([groups, torch.arange(len(groups))])
     shape = (num_groups, len(groups))
     return torch.sparse_coo_tensor(index, w, shape, check_invariants=False) @ x
 
