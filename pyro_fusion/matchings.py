@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn.functional import one_hot
 
+from pyro_fusion.assignment.base import party_of
 from pyro_fusion.kernels import match_anew
 from pyro_fusion.priors import AssignmentPrior
 
@@ -105,8 +106,7 @@ class JointMatching(TorchDistribution):
 
     def _fits(self, value: Tensor) -> Tensor:
         """Whether there are such atoms, and no two components of a party have one."""
-        party = torch.arange(len(self.sizes)).repeat_interleave(torch.tensor(self.sizes))
-        party = party.to(value.device, non_blocking=True)
+        party = party_of(self.sizes).to(value.device, non_blocking=True)
         place = (party * self.num_atoms + value).sort(-1).values
         inside = (value >= 0) & (value < self.num_atoms)
         return inside.all(-1) & (place.diff(dim=-1) != 0).all(-1)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import NEW, AssignmentProblem
+from pyro_fusion.assignment.base import party_of
 from pyro_fusion.barycenter import Pooling
 from pyro_fusion.families import Factor
 from pyro_fusion.priors import AssignmentPrior
@@ -50,7 +51,7 @@ class MatchingProblem:
     @property
     def party(self) -> Tensor:
         """The party of each component, LongTensor ``[N]`` on the CPU."""
-        return torch.arange(self.num_parties).repeat_interleave(torch.tensor(self.sizes))
+        return party_of(self.sizes)
 
     def split(self, x: Tensor) -> list[Tensor]:
         """``[..., N]`` -> one ``[..., L_s]`` per party."""

@@ -71,6 +71,14 @@ def base(pooling, dim=3):
     }
 
 
+def settings_of(pooling, solver):
+    """Of ``fuse``."""
+    if solver == "relaxed" and pooling == "product":
+        pytest.skip("the relaxed solver is for the KL poolings")
+    prior = GroupNorm() if solver == "relaxed" else None
+    return {"base": base(pooling), "prior": prior, "solver": solver, "restarts": 0}
+
+
 def there(parties):
     return [p.to(device=DEVICE) for p in parties]
 
@@ -142,10 +150,7 @@ class TestTheDevice:
 class TestFusion:
     @pytest.mark.parametrize("solver", ["coordinate", "relaxed", "sinkhorn"])
     def test_fuse(self, pooling, solver):
-        if solver == "relaxed" and pooling == "product":
-            pytest.skip("the relaxed solver is for the KL poolings")
-        prior = GroupNorm() if solver == "relaxed" else None
-        settings = {"base": base(pooling), "prior": prior, "solver": solver, "restarts": 0}
+        settings = settings_of(pooling, solver)
         here = fuse(posteriors(), pooling, **settings)
         with elsewhere():
             far = fuse(there(posteriors()), pooling, **settings)
@@ -159,11 +164,9 @@ class TestFusion:
 
     @pytest.mark.parametrize("solver", ["coordinate", "relaxed", "sinkhorn"])
     def test_a_step_reads_no_more_of_a_larger_problem(self, pooling, solver, _no_validation):
-        if solver == "relaxed" and pooling == "product":
-            pytest.skip("the relaxed solver is for the KL poolings")
+        prior = settings_of(pooling, solver)["prior"] or IndianBuffet()
         reads_of = []
         for sizes in ((2, 2, 2, 2), (5, 6, 6, 4, 6, 6)):
-            prior = GroupNorm() if solver == "relaxed" else IndianBuffet()
             with elsewhere() as reads:
                 normal = [
                     Posterior({"loc": p.factors["loc"]}, {"loc": ("atom",)})
@@ -324,10 +327,7 @@ class TestOnTheGPU:
 
     @pytest.mark.parametrize("solver", ["coordinate", "relaxed", "sinkhorn"])
     def test_fuse(self, pooling, solver):
-        if solver == "relaxed" and pooling == "product":
-            pytest.skip("the relaxed solver is for the KL poolings")
-        prior = GroupNorm() if solver == "relaxed" else None
-        settings = {"base": base(pooling), "prior": prior, "solver": solver, "restarts": 0}
+        settings = settings_of(pooling, solver)
         here = fuse(posteriors(), pooling, **settings)
         far = fuse([p.to(device="cuda") for p in posteriors()], pooling, **settings)
         assert far.posterior.device.type == "cuda"

@@ -22,6 +22,7 @@ __all__ = [
     "AssignmentProblem",
     "assignment_objective",
     "check_least",
+    "party_of",
     "relative_gap",
 ]
 
@@ -32,6 +33,11 @@ NEW = -1
 def relative_gap(objective: float, bound: float, scale: float = 1e-300) -> float:
     """How far an objective is above a bound, relative to itself, or to the scale if it is less."""
     return max(0.0, objective - bound) / max(abs(objective), scale)
+
+
+def party_of(sizes: Sequence[int]) -> Tensor:
+    """The party of each component, of parties of these sizes: LongTensor ``[N]`` on the CPU."""
+    return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
 
 
 def check_least(least: float, **settings: float) -> None:
@@ -189,8 +195,7 @@ class AssignmentProblem:
                 f"{int(parties[s][n])} for component {n}"
             )
         standing = every != NEW
-        party = torch.arange(self.num_parties).repeat_interleave(torch.tensor(self.sizes))
-        pair = (party * self.num_atoms + every)[standing]
+        pair = (party_of(self.sizes) * self.num_atoms + every)[standing]
         taken = torch.zeros(self.num_parties * self.num_atoms, dtype=torch.bool)
         taken[pair] = True
         if int(taken.count_nonzero()) < len(pair):

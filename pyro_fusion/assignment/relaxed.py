@@ -18,6 +18,7 @@ from pyro_fusion.assignment.base import (
     Assignment,
     AssignmentProblem,
     check_least,
+    party_of,
     relative_gap,
 )
 from pyro_fusion.assignment.coordinate import coordinate, match
@@ -200,9 +201,7 @@ class _Relaxation:
     @cached_property
     def party(self) -> Tensor:
         """Of each component, ``[N]``."""
-        sizes = torch.tensor(self.problem.sizes)
-        party = torch.arange(len(sizes)).repeat_interleave(sizes)
-        return party.to(self.norm.device, non_blocking=True)
+        return party_of(self.problem.sizes).to(self.norm.device, non_blocking=True)
 
     @cached_property
     def place(self) -> Tensor:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyro_fusion.assignment.base import party_of
+
 __all__ = ["Scaled", "Scaling"]
 
 # The factor from one temperature to the next, and up to what rows must hold on the way.
@@ -59,7 +61,7 @@ class Scaling:
     def __init__(self, sizes: Sequence[int], num_atoms: int, device: torch.device) -> None:
         self.num_atoms = num_atoms
         lengths = torch.tensor(sizes)
-        party = torch.arange(len(sizes)).repeat_interleave(lengths)
+        party = party_of(sizes)
         self.lengths = lengths.to(device, non_blocking=True)
         self.party = party.to(device, non_blocking=True)
         # Of each group the parties, and where their components are, N where there is none: on the
