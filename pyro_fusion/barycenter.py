@@ -55,14 +55,25 @@ class Pooling(ABC):
         return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
 
     @abstractmethod
-    def statistics(self, local: Factor, base: Factor | None = None) -> Tensor:
-        """The coordinates that this pooling adds up over a group: ``[N, P]``."""
+    def coordinates(self, local: Factor) -> Tensor:
+        """The coordinates in which this pooling adds up a group: ``[N, P]``."""
 
     @abstractmethod
+    def from_coordinates(
+        self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
+    ) -> Factor:
+        """Atoms from the weighted sums of coordinates and of weights, ``[K, P]`` and ``[K, 1]``."""
+
+    def statistics(self, local: Factor) -> Tensor:
+        """What is added up over a group: ``[N, Q]``."""
+        return local.summands(self.coordinates(local))
+
     def from_statistics(
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
-        """Atoms from the weighted sums of statistics, ``[K, P]`` and ``[K]``."""
+        """Atoms from the weighted sums of statistics, ``[K, Q]`` and ``[K]``."""
+        sums, w, like = like.sums(total, weight, self.coordinates(like))
+        return self.from_coordinates(like.to(dtype=torch.float64), sums, w, base)
 
     @abstractmethod
     def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
@@ -171,19 +182,19 @@ class Inclusive(Pooling):
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         return pairwise_kl(local, atoms).mT
 
-    def statistics(self, local: Factor, base: Factor | None = None) -> Tensor:
+    def coordinates(self, local: Factor) -> Tensor:
         return local.mean
 
-    def from_statistics(
+    def from_coordinates(
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
-        return like.to(dtype=torch.float64).from_mean(total / weight.unsqueeze(1))
+        return like.from_mean(total / weight)
 
     def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
-        return local.first.offset
+        return local.dual
 
     def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
-        return weight * atoms.first.offset
+        return atoms.weighted_dual(weight)
 
 
 class Exclusive(Pooling):
@@ -200,19 +211,19 @@ class Exclusive(Pooling):
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         return pairwise_kl(atoms, local)
 
-    def statistics(self, local: Factor, base: Factor | None = None) -> Tensor:
+    def coordinates(self, local: Factor) -> Tensor:
         return local.natural
 
-    def from_statistics(
+    def from_coordinates(
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
-        return like.to(dtype=torch.float64).from_natural(total / weight.unsqueeze(1))
+        return like.from_natural(total / weight)
 
     def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
         return local.log_normalizer
 
     def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
-        return weight * atoms.log_normalizer
+        return atoms.weighted_log_normalizer(weight)
 
 
 class Product(Pooling):
@@ -240,21 +251,19 @@ class Product(Pooling):
     def opening(self, atoms: Factor, base: Factor | None = None) -> Tensor:
         return kl(atoms, _given(base)).double()
 
-    def statistics(self, local: Factor, base: Factor | None = None) -> Tensor:
+    def coordinates(self, local: Factor) -> Tensor:
         return local.natural
 
-    def from_statistics(
+    def from_coordinates(
         self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
     ) -> Factor:
-        return like.to(dtype=torch.float64).from_natural(
-            total + (1 - weight.unsqueeze(1)) * _given(base).natural
-        )
+        return like.from_natural(total + (1 - weight) * _given(base).natural)
 
     def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
-        return local.log_normalizer - _given(base).log_normalizer
+        return local.log_normalizer_over(_given(base))
 
     def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
-        return atoms.log_normalizer - _given(base).log_normalizer
+        return atoms.log_normalizer_over(_given(base))
 
 
 def _given(base: Factor | None) -> Factor:

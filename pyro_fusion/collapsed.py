@@ -67,7 +67,7 @@ class Sums:
         for site, f in problem.local.items():
             base = problem.base.get(site)
             base = None if base is None else base.shift(f.origin)
-            statistics = problem.pooling.statistics(f.centred, base)
+            statistics = problem.pooling.statistics(f.centred)
             potential = problem.pooling.potential(f.centred, base)
             zero = w.new_zeros(num_atoms)
             total = w.new_zeros(num_atoms, statistics.shape[1])

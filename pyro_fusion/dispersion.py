@@ -71,7 +71,7 @@ def estimate_dispersion(
     part, counts, divergence = _pairwise(local, sizes)
     own = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     is_own = own.unsqueeze(1) == torch.arange(len(counts))
-    dimensions = sum(f.shape[1:].numel() for f in part.values())
+    dimensions = sum(f.dimensions for f in part.values())
     # The nearest component in each party, [N, S]; in one's own, of the others.
     symmetric = (divergence + divergence.mT).fill_diagonal_(torch.inf)
     blocks = [block.min(1) for block in symmetric.split(counts, 1)]

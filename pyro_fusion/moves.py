@@ -24,7 +24,7 @@ __all__ = ["regroup", "rematch"]
 
 
 # Atoms that a component may go to, besides its own and new ones: the cheapest in the last E-step.
-_NEAREST = 4
+_NEAREST = 8
 
 
 def regroup(
@@ -129,21 +129,24 @@ def rematch(
         old = groups[members]
         sums.add(members, old, -1.0)
         popularity[old] -= 1
-        # The candidates of all components of the party, each with each.
-        standing = torch.cat([near[:, members].flatten(), old]).unique()
-        standing = standing[popularity[standing] > 0]
+        # The candidates of each component: near ones, and where it was.
+        candidates = torch.cat([near[:, members], old.unsqueeze(0)])
+        standing, place = candidates.unique(return_inverse=True)
+        is_near = torch.zeros(len(standing), len(members), dtype=torch.bool)
+        is_near[place, torch.arange(len(members)).expand_as(place)] = True
+        kept = popularity[standing] > 0
+        standing, is_near = standing[kept], is_near[kept]
         weights = prior.rank_weights(len(popularity) + len(members), max(problem.sizes))
         rank = torch.empty_like(popularity)
         rank[popularity.argsort(descending=True, stable=True)] = torch.arange(len(popularity))
         used = int((popularity > 0).sum())
         room = None if prior.num_atoms is None else prior.num_atoms - used
         try:
-            value = sums.increments(
-                members.repeat(len(standing)), standing.repeat_interleave(len(members))
-            )
+            k, n = is_near.nonzero().unbind(1)
+            value = torch.full(is_near.shape, torch.inf, dtype=torch.float64)
+            value[k, n] = sums.increments(members[n], standing[k])
             join = (step[popularity[standing]] * weights[rank[standing]]).unsqueeze(1)
-            value = value.reshape(len(standing), len(members)) + join
-            value = value.nan_to_num(nan=torch.inf, posinf=torch.inf)
+            value = (value + join).nan_to_num(nan=torch.inf, posinf=torch.inf)
             a = match(value, new * float(weights[used]), room)
             choice = torch.cat([standing, torch.tensor([NEW])])[a]  # NEW, -1, is the last place
         except (torch.linalg.LinAlgError, ValueError):

@@ -206,6 +206,11 @@ class Factor:
         offset = products.sum(-1) - self.log_normalizer
         return Side(self.mean, offset, products.abs_().sum(-1) + self.log_normalizer.abs())
 
+    @property
+    def dual(self) -> Tensor:
+        """``<η, μ> - A(η)``, the conjugate of the log-normaliser: ``[*batch_shape]``, float64."""
+        return self.first.offset
+
     @functools.cached_property
     def second(self) -> Side:
         """The factor as the second argument of KL divergences."""
@@ -215,6 +220,35 @@ class Factor:
         """``KL(self ‖ other)`` by the family's formula, ``[*batch_shape]``, float64. Both have one
         structure and one :attr:`base_shape`."""
         return self._sum(self.family.kl(self._double(), other._double()))
+
+    # -- sums over groups: in a PartialFactor some of the entries are missing -------------------
+
+    def summands(self, x: Tensor) -> Tensor:
+        """What is added up of coordinates ``[N, P]``, the natural or the mean parameters."""
+        return x
+
+    def sums(self, total: Tensor, weight: Tensor, default: Tensor) -> "tuple[Tensor, Tensor, Factor]":
+        """The weighted sums of coordinates and weights, ``[K, P]`` and ``[K, 1]`` or ``[K, P]``,
+        from those of :meth:`summands`, and what atoms of them are like. Where nothing was added up
+        they are those of one ``default``, ``[1, P]``."""
+        return total, weight.unsqueeze(1), self
+
+    def weighted_log_normalizer(self, weight: Tensor) -> Tensor:
+        """``w A(η)`` of atoms that were pooled from components of summed weight ``w``, ``[K]``."""
+        return weight * self.log_normalizer
+
+    def weighted_dual(self, weight: Tensor) -> Tensor:
+        """Likewise of :attr:`dual`."""
+        return weight * self.dual
+
+    def log_normalizer_over(self, base: "Factor") -> Tensor:
+        """``A(η) - A(η_base)``."""
+        return self.log_normalizer - base.log_normalizer
+
+    @property
+    def dimensions(self) -> float:
+        """How many numbers there are in a component, in the mean."""
+        return float(self.shape[self.batch_dim :].numel())
 
     def from_natural(self, eta: Tensor) -> "Factor":
         """A factor of this structure with natural parameters ``eta``: ``[*batch, P]``."""
