@@ -7,6 +7,7 @@ for one atom."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -90,13 +91,15 @@ def _base_factors(
     return dict(prior_from_model(base, sites=sites).decomposed)
 
 
-def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | None) -> Factor:
+def atom_base(
+    site: str, base: Mapping[str, Factor], like: Factor, axes: Sequence[int] = ()
+) -> Factor:
     """The prior of one atom at ``site``, as a factor of ``like``'s family with batch shape ``[1]``.
 
-    :param base: given priors: of one component, or with the labelled axis, all of whose
+    :param base: given priors: of one component, or with the labelled axes, all of whose
         components then have the same prior.
-    :param like: a local factor with ``axis`` (or nothing) as its only batch axis, first.
-    :param axis: the labelled axis in the original shape; None for a shared site.
+    :param like: local factors of components, or entries, along one batch axis.
+    :param axes: the labelled axes in the original shape; none for a shared site.
     :raises StructureError: if the site is missing, of another shape, or its components differ.
     """
     if site not in base:
@@ -106,10 +109,11 @@ def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | N
     g = base[site]
     shape = like.shape[1:]
     target = (1, *like.base_shape[1:])
-    if axis is not None and len(g.shape) == len(like.shape):
-        if axis >= g.separable_axes:
-            raise StructureError(f"site '{site}': axis {axis} of its prior is not separable")
-        g = g.with_batch(axis)
+    if axes and len(g.shape) == len(shape) + len(axes):
+        if axes[-1] >= g.separable_axes:
+            raise StructureError(f"site '{site}': axis {axes[-1]} of its prior is not separable")
+        g = g.with_batch(*axes).map(lambda v: v.flatten(0, len(axes) - 1))
+        g = replace(g, batch_dim=1)
         if any(bool((v != v[:1]).any()) for v in g.params.values()):
             raise StructureError(
                 f"site '{site}': the prior differs between components, so it cannot be the prior "
@@ -118,7 +122,7 @@ def atom_base(site: str, base: Mapping[str, Factor], like: Factor, axis: int | N
         g = g.index_select(0, torch.tensor([0]))
     else:
         g = g.with_batch().map(lambda v: v.unsqueeze(0))
-        g = Factor(g.family, g.params, g.transforms, 1)
+        g = replace(g, batch_dim=1)
     try:
         if g.shape[1:] != shape and len(g.shape) > 1:
             raise StructureError(

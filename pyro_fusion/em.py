@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -28,6 +29,11 @@ from pyro_fusion.result import Fusion, Matching
 from pyro_fusion.seeding import starts
 
 __all__ = ["FusionEM", "check_own", "check_run"]
+
+# A search for an assignment, from one that there is or from nothing: its result, and where each
+# start ended; and the same with the assignment in the order of the parties.
+_Search = Callable[[Labelled, Tensor | None], tuple[EMResult, list[float]]]
+_Found = tuple[Tensor, EMResult, list[float]]
 
 _SOLVERS: dict[str, Callable[..., Assignment]] = {
     "coordinate": coordinate,
@@ -121,13 +127,18 @@ class FusionEM:
         """One E- and M-step for each label; a move out of a local optimum where that changes
         nothing. Returns the loss, ``F``: minus the ELBO."""
         loss = self._shared_objective
-        for label, part in self.model.parts.items():
-            with locating(part.messages):
-                ascent = self._ascent(part)
-                ascent.step()
-            x = ascent.state
-            self.guide.set_atoms(label, part.as_given(x.groups), x.atoms)
-            loss += x.objective
+        for group in self.model.parties.roles.groups:
+            for label in group:
+                part = self.model.given(label, self.guide.assignment)
+                with locating(part.messages):
+                    ascent = self._ascent(part)
+                    ascent.step()
+                x = ascent.state
+                self.guide.set_atoms(label, part.as_given(x.groups), x.atoms)
+            if len(group) > 1:
+                loss += self.model.linked_objective(group, self.guide.assignment)
+            else:
+                loss += x.objective
         self.guide.set_shared()
         return loss
 
@@ -135,7 +146,11 @@ class FusionEM:
         """Where the last step ended, unless the guide has been moved since."""
         start = self._start(part)
         ascent = self._ascents.get(part.label)
-        if ascent is None or not torch.equal(ascent.state.groups, start):
+        if (
+            ascent is None
+            or ascent.problem is not part.ordered
+            or not torch.equal(ascent.state.groups, start)
+        ):
             ascent = Ascent(part.ordered, part.prior, start, solver=_SOLVERS[self.solver])
             self._ascents[part.label] = ascent
         return ascent
@@ -154,24 +169,69 @@ class FusionEM:
         :raises ParameterError: for arguments out of range, and where ``product`` is improper.
         """
         check_run(restarts, max_iterations, seed)
-        self.guide.set_shared()
-        matchings = {
-            label: self._match(part, restarts, max_iterations, seed, progress)
-            for label, part in self.model.parts.items()
-        }
-        return self._fusion(matchings)
 
-    def _match(
-        self, part: Labelled, restarts: int, max_iterations: int, seed: int, progress: bool
-    ) -> Matching:
-        with locating(part.messages):
-            best, ends = self._search(part, restarts, max_iterations, seed, progress)
-        groups, popularity = by_popularity(part.as_given(best.groups), best.num_atoms)
+        def search(part: Labelled, first: Tensor | None) -> tuple[EMResult, list[float]]:
+            with locating(part.messages):
+                return self._search(part, first, restarts, max_iterations, seed, progress)
+
+        traces: list[list[float]] = []
+        matchings: dict[str, Matching] = {}
+        for group in self.model.parties.roles.groups:
+            if len(group) == 1:
+                part = self.model.parts[group[0]]
+                best, ends = search(part, self._start(part))
+                traces.append(best.objective)
+                found = {part.label: (part.as_given(best.groups), best, ends)}
+            else:
+                found, trace = self._in_turn(group, search, max_iterations)
+                traces.append(trace)
+            matchings.update({label: self._matching(label, *x) for label, x in found.items()})
+        self.guide.set_shared()
+        return self._fusion(matchings, traces)
+
+    def _in_turn(
+        self, group: tuple[str, ...], search: _Search, max_iterations: int
+    ) -> tuple[dict[str, _Found], list[float]]:
+        """Labels that share sites: each is assigned in turn, given the others, until none changes;
+        also the objective after each round, which never rises."""
+        model, solver = self.model, _SOLVERS[self.solver]
+        objective = partial(model.linked_objective, group)
+        # To begin with, each given those before it, or where the guide is.
+        fresh: dict[str, Tensor] = {}
+        for label in group:
+            part = model.given(label, fresh)
+            best, _ = search(part, None)
+            fresh[label] = part.as_given(best.groups)
+        groups = min((fresh, {x: self.guide.assignment[x].cpu() for x in group}), key=objective)
+        trace = [objective(groups)]
+        found: dict[str, _Found] = {}
+        while len(trace) <= max_iterations:
+            for label in group:
+                part = model.given(label, groups)
+                start = groups[label][part.order]
+                with locating(part.messages):
+                    best = expectation_maximization(
+                        part.ordered, part.prior, start, max_iterations, solver=solver
+                    )
+                ends = found[label][2] if label in found else []
+                if not ends:  # in the light of all others for the first time
+                    other, ends = search(part, start)
+                    best = min(best, other, key=lambda x: x.objective[-1])
+                groups[label] = part.as_given(best.groups)
+                found[label] = groups[label], best, ends
+            trace.append(objective(groups))
+            if _same(trace[-1], trace[-2]):
+                break
+        return found, trace
+
+    def _matching(self, label: str, groups: Tensor, best: EMResult, ends: list[float]) -> Matching:
+        part = self.model.parts[label]
+        groups, popularity = by_popularity(groups, best.num_atoms)
         with locating(part.messages):
             atoms = part.problem.barycenter(groups, best.num_atoms)
-        self.guide.set_atoms(part.label, groups, atoms)
+        self.guide.set_atoms(label, groups, atoms)
         return Matching(
-            part.label,
+            label,
             list(groups.split(part.problem.sizes)),
             best.num_atoms,
             popularity,
@@ -184,14 +244,20 @@ class FusionEM:
         )
 
     def _search(
-        self, part: Labelled, restarts: int, max_iterations: int, seed: int, progress: bool
+        self,
+        part: Labelled,
+        first: Tensor | None,
+        restarts: int,
+        max_iterations: int,
+        seed: int,
+        progress: bool,
     ) -> tuple[EMResult, list[float]]:
         """Coordinate ascent from every start, the best few then on the collapsed objective, which
         takes longer; the best result and where each start ended."""
         from tqdm import tqdm
 
         problem, prior, solver = part.ordered, part.prior, _SOLVERS[self.solver]
-        begin = starts(problem, prior, restarts, seed, self._start(part))
+        begin = starts(problem, prior, restarts, seed, first)
         bar = tqdm(begin, total=restarts + 1, desc="fusing", disable=not progress)
         results: list[EMResult] = []
         ends: list[float] = []
@@ -220,18 +286,23 @@ class FusionEM:
         assert best is not None
         return best, ends
 
-    def _fusion(self, matchings: dict[str, Matching]) -> Fusion:
-        parties = self.model.parties
+    def _fusion(self, matchings: dict[str, Matching], traces: list[list[float]]) -> Fusion:
+        parties, first = self.model.parties, self.model.parties.posteriors[0]
         factors: dict[str, Factor] = {site: atom for site, (atom, _) in self._shared.items()}
-        for label, m in matchings.items():
-            groups = torch.cat(m.assignment)
-            factors.update(parties.pool(self.model.parts[label], groups, m.num_atoms))
+        groups = {label: torch.cat(m.assignment) for label, m in matchings.items()}
+        counts = {label: m.num_atoms for label, m in matchings.items()}
+        for label, part in self.model.parts.items():
+            factors.update(parties.pool(part, groups[label], counts[label]))
+        for site, link in self.model.links.items():
+            with locating(link.messages):
+                factors[site] = link.pooled(first.decomposed[site], groups, counts)
         for site, label in parties.roles.carried.items():
-            m = matchings[label]
-            factors[site] = parties.carry(site, m.assignment, m.num_atoms)
-        first = parties.posteriors[0]
+            factors[site] = parties.carry(site, matchings[label].assignment, counts[label])
         ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
         posterior = Posterior(ordered, first.axes, plates=first.plates)
         names = tuple(str(s) for s in range(len(parties.posteriors)))
-        pooling = self.model.pooling.name
-        return Fusion(posterior, pooling, matchings, self._shared_objective, names)
+        shared = self._shared_objective
+        trace = [shared]
+        for own in traces:
+            trace = [f + own[0] for f in trace] + [trace[-1] + f for f in own[1:]]
+        return Fusion(posterior, self.model.pooling.name, matchings, trace, shared, names)

@@ -107,4 +107,5 @@ def _alone(parties: Parties, prior: AssignmentPrior) -> Fusion:
         matchings[label] = Matching(
             label, [every], size, popularity, [objective], 1.0, own, True, [objective]
         )
-    return Fusion(posterior, parties.pooling.name, matchings, 0.0, ("0",))
+    total = sum(m.objective[0] for m in matchings.values())
+    return Fusion(posterior, parties.pooling.name, matchings, [total], 0.0, ("0",))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pyro
 import torch
+from pyro import poutine
 from pyro.distributions import Delta
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
@@ -22,6 +23,7 @@ from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
 from pyro_fusion.guide import fit_length, unique_name
 from pyro_fusion.model import FusionModel, atoms_at, atoms_of, pairs
+from pyro_fusion.parties import locating
 from pyro_fusion.problem import compact
 from pyro_fusion.structure import check_assignment
 
@@ -110,11 +112,15 @@ class FusionGuide(PyroModule):
         """
         self._tell()
         result = {}
+        assignments: dict[str, Tensor] = {}
         for label, part in self.model.parts.items():
             value = self.soft(label) if self.relaxed else self.assignment[label]
-            assignment = pyro.sample(f"{label}_assignment", Delta(value, event_dim=value.dim()))
-            result[f"{label}_assignment"] = assignment
+            with poutine.scale(scale=part.price):
+                assignment = pyro.sample(f"{label}_assignment", Delta(value, event_dim=value.dim()))
+            result[f"{label}_assignment"] = assignments[label] = assignment
             result.update(self._pool(label, list(part.problem.local), assignment))
+        for site in self.model.links:
+            result.update(self._pool(site, [site], self.model.places(site, assignments)))
         if self.model.shared:
             result.update(self._pool(None, list(self.model.shared), self.model.everyone))
         return result
@@ -125,8 +131,9 @@ class FusionGuide(PyroModule):
         model.relaxed = self.relaxed
         for label, part in model.parts.items():
             number = self.num_atoms[label]
-            if isinstance(model.pooling, Inclusive):
-                there = model.atoms.length(next(iter(part.problem.local)))
+            sites = list(part.problem.local)
+            if isinstance(model.pooling, Inclusive) and sites:
+                there = model.atoms.length(sites[0])
                 if there != number:
                     raise StructureError(
                         f"label '{label}': the guide has {number} atoms, but its model {there}, of "
@@ -163,6 +170,11 @@ class FusionGuide(PyroModule):
 
     def _set_relaxed(self, relaxed: bool) -> None:
         """Make logits, or drop them."""
+        if relaxed and self.model.links:
+            raise StructureError(
+                f"sites {sorted(self.model.links)} have several labels: their assignments cannot be "
+                "relaxed"
+            )
         self.relaxed = relaxed
         for label, assignment in self.assignment.items():
             name = self._name(label)
@@ -199,17 +211,22 @@ class FusionGuide(PyroModule):
         super()._load_from_state_dict(state, prefix, *rest)
 
     def set_shared(self) -> None:
-        """Move the sites without a label to their barycentres."""
+        """Move the sites without a label to their barycentres, and those of several labels."""
         for problem in self.model.shared.values():
             for site, f in problem.barycenter(self.model.everyone, 1).items():
                 self._owner.atoms.set_factor(site, f)
+        for site, link in self.model.links.items():
+            with locating(link.messages):
+                f = link.atoms(link.problem, self.assignment, self.num_atoms)
+            self._owner.atoms.set_factor(site, f)
 
     def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
         """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""
         self.assignment[label] = assignment.to(self.assignment[label].device, non_blocking=True)
         for site, f in atoms.items():
             (self.num_atoms[label],) = (self._used[label],) = f.batch_shape
-            self._owner.atoms.set_factor(site, f)
+            if site not in self.model.links:
+                self._owner.atoms.set_factor(site, f)
         self._tell()
 
     @property

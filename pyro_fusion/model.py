@@ -21,6 +21,7 @@ objective of :func:`~pyro_fusion.fuse`.
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -33,12 +34,14 @@ from pyro.nn.module import PyroModule
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_fusion.assignment import AssignmentProblem
 from pyro_fusion.barycenter import Inclusive, Pooling, pooling_named
 from pyro_fusion.base import Base
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
 from pyro_fusion.guide import AtomParams, unique_name
+from pyro_fusion.links import Link
 from pyro_fusion.matchings import JointMatching
 from pyro_fusion.parties import Labelled, Parties, locating
 from pyro_fusion.posterior import Axes, Posterior
@@ -99,10 +102,12 @@ class FusionModel(PyroModule):
         posteriors.check_num_atoms(prior)
         warn_identical(posteriors.posteriors)
         self.parties, self.pooling = posteriors, how
-        self.parts: dict[str, Labelled] = {
-            label: posteriors.labelled(label, prior, dispersion)
-            for label in posteriors.roles.matched
-        }
+        self.parts: dict[str, Labelled] = {}
+        self.links: dict[str, Link] = {}
+        for group in posteriors.roles.groups:
+            parts, links = _parts(posteriors, group, prior, dispersion)
+            self.parts.update(parts)
+            self.links.update(links)
         self.shared = {site: posteriors.shared(site) for site in posteriors.roles.shared}
         # Until a guide says how many there are, whenever it is called: room for all.
         self.num_atoms: dict[str, int] = {
@@ -126,10 +131,11 @@ class FusionModel(PyroModule):
 
     def scale(self, label: str | None) -> Tensor:
         """By which the log densities of each component's sites are multiplied, ``w / T``: ``[N]``;
-        of sites without a label, those of each party: ``[S]``."""
+        of sites without a label, those of each party: ``[S]``; under the name of a site with
+        several labels, those of its entries: ``[E]``."""
         if label is None:
             return next(iter(self.shared.values())).weights
-        problem = self.parts[label].problem
+        problem = (self.links if label in self.links else self.parts)[label].problem
         return problem.weights / problem.dispersion
 
     # -- the program -------------------------------------------------------------------------------
@@ -142,14 +148,18 @@ class FusionModel(PyroModule):
         roles, sites = self.parties.roles, self.parties.posteriors[0].axes
         check_names(roles, sites, self.pooling.needs_base)
         result = {}
+        assignments: dict[str, Tensor] = {}
         for label, part in self.parts.items():
             prior, problem = self.assignment_prior(label), part.problem
             room, device = self._room(label), problem.weights.device
             distribution = JointMatching(prior, problem.sizes, room, self.relaxed, device)
-            assignment = pyro.sample(f"{label}_assignment", distribution)
+            with poutine.scale(scale=part.price):
+                assignment = pyro.sample(f"{label}_assignment", distribution)
             _check_value(label, assignment, room)
-            result[f"{label}_assignment"] = assignment
+            result[f"{label}_assignment"] = assignments[label] = assignment
             result.update(self._pool(label, list(problem.local), assignment))
+        for site in self.links:
+            result.update(self._pool(site, [site], self.places(site, assignments)))
         if self.shared:
             result.update(self._pool(None, list(self.shared), self.everyone))
         return result
@@ -191,16 +201,26 @@ class FusionModel(PyroModule):
         return result
 
     def atom_plate(self, label: str | None) -> pyro.plate:
-        """The plate of the atoms; of one for a site without a label."""
+        """The plate of the atoms; of one for a site without a label, and of all tuples of atoms for
+        a site with several."""
         if label is None:
             return pyro.plate("shared", 1)
-        return pyro.plate(label, self._room(label))
+        name = f"{label}_atoms" if label in self.links else label
+        return pyro.plate(name, self._room(label))
 
     def _room(self, label: str) -> int:
-        """How many atoms there may be."""
-        if isinstance(self.pooling, Inclusive):
-            return self.atoms.length(next(iter(self.parts[label].problem.local)))
+        """How many atoms there may be, or tuples of them for a site with several labels."""
+        if label in self.links:
+            return self.links[label].size({x: self._room(x) for x in self.links[label].labels})
+        sites = self.parts[label].problem.local
+        if isinstance(self.pooling, Inclusive) and sites:
+            return self.atoms.length(next(iter(sites)))
         return self.num_atoms[label]
+
+    def places(self, site: str, assignments: Mapping[str, Tensor]) -> Tensor:
+        """The assignment of the entries of a site with several labels to tuples of atoms."""
+        link = self.links[site]
+        return link.places(link.labels, assignments, {x: self._room(x) for x in link.labels})
 
     def party(self, label: str) -> Tensor:
         """The party of each component along a label: LongTensor ``[N]``."""
@@ -215,19 +235,46 @@ class FusionModel(PyroModule):
     def _problem(self, site: str) -> MatchingProblem:
         if site in self.shared:
             return self.shared[site]
+        if site in self.links:
+            return self.links[site].problem
         return next(p.problem for p in self.parts.values() if site in p.problem.local)
 
     def set_prior(self, label: str, prior: AssignmentPrior) -> None:
         """Put the prior of an assignment in the place of the present one."""
         self.parts[label] = replace(self.parts[label], prior=prior)
 
+    def given(self, label: str, assignment: Mapping[str, Tensor]) -> Labelled:
+        """The components along a label, in the light of what is given of the assignments ``[N]``
+        along those that it shares sites with."""
+        part = self.parts[label]
+        if not any(label in link.labels for link in self.links.values()):
+            return part
+        return self.parties.labelled(label, part.prior, part.dispersion, assignment)
+
+    def linked_objective(self, group: Sequence[str], assignment: Mapping[str, Tensor]) -> float:
+        """The part of F of labels that are linked, at the best atoms for their assignments ``[N]``:
+        sites in units of one dispersion, and the prior of each label in proportion to its own."""
+        groups, counts = {}, {}
+        for label in group:
+            groups[label], counts[label] = compact(assignment[label].cpu())
+        total = 0.0
+        for label in group:
+            part, num_parties = self.parts[label], self.parts[label].problem.num_parties
+            prior = part.prior.update(counts[label], num_parties)
+            none = torch.zeros(counts[label], len(groups[label]), dtype=torch.float64)
+            value = AssignmentProblem.of(part.problem.split(none), prior).objective(groups[label])
+            total += part.price * (prior.constant(num_parties) + value)
+            total += part.problem.divergence(groups[label], counts[label])
+        for link in self.links.values():
+            if link.labels[0] in group:
+                total += link.divergence(groups, counts)
+        return total
+
     def start(self, seed: int = 0) -> dict[str, Tensor]:
         """An assignment to begin with, for each label: the parties join one after the other."""
-        result = {}
-        for label, part in self.parts.items():
-            with locating(part.messages):
-                first = next(starts(part.ordered, part.prior, 0, seed))
-            result[label] = part.as_given(first)
+        result: dict[str, Tensor] = {}
+        for label in self.parts:
+            result[label] = _start(self.given(label, result), seed)
         return result
 
 
@@ -301,16 +348,42 @@ def _gather(value: Tensor, k: Tensor, event_dim: int) -> Tensor:
     return value.gather(len(batch), index)
 
 
+def _start(part: Labelled, seed: int) -> Tensor:
+    with locating(part.messages):
+        return part.as_given(next(starts(part.ordered, part.prior, 0, seed)))
+
+
+def _parts(
+    parties: Parties, group: tuple[str, ...], prior: AssignmentPrior, dispersion: float | None
+) -> tuple[dict[str, Labelled], dict[str, Link]]:
+    """The components along labels that are linked, and the sites that link them."""
+    if len(group) == 1:
+        return {group[0]: parties.labelled(group[0], prior, dispersion)}, {}
+    # How far apart components are depends on the assignments of the others, and so does T.
+    found: dict[str, Tensor] = {}
+    for label in group:
+        found[label] = _start(parties.labelled(label, prior, dispersion, found), seed=0)
+    parts = {x: parties.labelled(x, prior, dispersion, found) for x in group}
+    if parties.pooling.needs_base and dispersion is None:
+        # The entries that labels have in common are tempered once.
+        scale = statistics.geometric_mean(part.dispersion for part in parts.values())
+        parts = {x: parties.labelled(x, prior, scale, found) for x in group}
+    return parties.in_one_unit(parts)
+
+
 def atoms_of(
     model: FusionModel, assignment: Mapping[str, Tensor]
 ) -> tuple[AtomParams, dict[str, int]]:
     """The best atoms for an assignment, and the shared sites, as parameters; and how many atoms
     each label has."""
-    factors, numbers = {}, {}
+    factors, groups, numbers = {}, {}, {}
     for label, part in model.parts.items():
-        groups, numbers[label] = compact(assignment[label])
+        groups[label], numbers[label] = compact(assignment[label])
         with locating(part.messages):
-            factors.update(part.problem.barycenter(groups, numbers[label]))
+            factors.update(part.problem.barycenter(groups[label], numbers[label]))
+    for site, link in model.links.items():
+        with locating(link.messages):
+            factors[site] = link.atoms(link.problem, groups, numbers)
     for problem in model.shared.values():
         with locating(problem):
             factors.update(problem.barycenter(model.everyone, 1))

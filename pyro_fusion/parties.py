@@ -6,9 +6,11 @@ for the sites that need no assignment of their own."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -19,9 +21,10 @@ from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
 from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread, temper
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
+from pyro_fusion.links import Link, entries
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior
-from pyro_fusion.problem import MatchingProblem, canonical_order
+from pyro_fusion.problem import MatchingProblem, canonical_order, compact
 from pyro_fusion.structure import (
     Roles,
     check_parties,
@@ -43,6 +46,8 @@ class Labelled:
     :ivar messages: the components as they were handed over.
     :ivar prior: of the assignment, with what it takes from the posteriors.
     :ivar dispersion: T.
+    :ivar price: by what the prior is multiplied in the objective: T over that of its group of
+        labels, one if it is linked to no other.
     :ivar ordered: the problem in an order that depends on the contents of the parties only, so that
         what is found there is the same for any order of the parties.
     :ivar order: which component each of ``ordered`` is, LongTensor ``[N]``.
@@ -55,6 +60,7 @@ class Labelled:
     dispersion: float
     ordered: MatchingProblem
     order: Tensor
+    price: float = 1.0
 
     def as_given(self, groups: Tensor) -> Tensor:
         """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
@@ -122,20 +128,36 @@ class Parties:
         }
         return local, tuple(p.components(label) for p in self.posteriors)
 
-    def labelled(self, label: str, prior: AssignmentPrior, dispersion: float | None) -> Labelled:
+    def labelled(
+        self,
+        label: str,
+        prior: AssignmentPrior,
+        dispersion: float | None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Labelled:
         """The components along ``label``, in the order of the parties.
 
         :param dispersion: T, or None to estimate it.
+        :param given: assignments ``[N]`` along other labels, in whose light they are seen: sites
+            with several labels take part if those of all others are given.
         """
         sites = self.roles.matched[label]
         local, sizes = self.components(label)
-        device = next(iter(local.values())).device
+        device = self.posteriors[0].device
         weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(device)
         base = {
-            site: atom_base(site, self.base, local[site], axis).to(dtype=torch.float64)
+            site: atom_base(site, self.base, local[site], (axis,)).to(dtype=torch.float64)
             for site, axis in sites.items()
             if self.pooling.needs_base
         }
+        known = {x: compact(groups) for x, groups in (given or {}).items()}
+        for link in self.links:
+            if {label} <= set(link.labels) <= {label, *known}:
+                groups = {x: known[x][0] for x in link.labels if x != label}
+                counts = {x: known[x][1] for x in groups}
+                local[link.site], one = link.columns(label, len(weights), groups, counts)
+                if one is not None:
+                    base[link.site] = one
         messages = MatchingProblem(local, sizes, weights, self.pooling, base)
         order, ordered_sizes = canonical_order(local, sizes, self.weights)
         voting = _voting(messages.in_order(order, ordered_sizes))
@@ -148,6 +170,40 @@ class Parties:
         calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
         ordered = problem.in_order(order, ordered_sizes)
         return Labelled(label, problem, messages, calibrated, scale, ordered, order)
+
+    def in_one_unit(
+        self, parts: Mapping[str, Labelled]
+    ) -> tuple[dict[str, Labelled], dict[str, Link]]:
+        """Labels that are linked, each given the others, and the sites that link them, apart from
+        each other, and in units of one dispersion: the geometric mean of theirs."""
+        scale = statistics.geometric_mean(part.dispersion for part in parts.values())
+
+        def scored(messages: MatchingProblem) -> MatchingProblem:
+            messages = replace(messages, dispersion=scale)
+            return tempered(messages) if self.pooling.needs_base else messages
+
+        labelled = {}
+        for label, part in parts.items():
+            messages = part.messages.restricted(self.roles.matched[label])
+            labelled[label] = replace(
+                part, messages=messages, problem=scored(messages), price=part.dispersion / scale
+            )
+        links = {x.site: x for x in self.links if set(x.labels) <= set(parts)}
+        return labelled, {k: replace(x, problem=scored(x.messages)) for k, x in links.items()}
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """The sites with several labels."""
+        result = []
+        for site, labels in self.roles.linked.items():
+            local, sizes, index, axes = entries(self.posteriors, site)
+            weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(local.device)
+            base = {}
+            if self.pooling.needs_base:
+                base[site] = atom_base(site, self.base, local, axes).to(dtype=torch.float64)
+            messages = MatchingProblem({site: local}, sizes, weights, self.pooling, base)
+            result.append(Link(site, labels, axes, index, messages, messages))
+        return result
 
     def pool(self, part: Labelled, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
         """The atoms of an assignment ``[N]``, from the messages as they were handed over: site ->
@@ -202,7 +258,7 @@ class Parties:
         )
         base = {}
         if self.pooling.needs_base:
-            base[site] = atom_base(site, self.base, local, None).to(dtype=torch.float64)
+            base[site] = atom_base(site, self.base, local).to(dtype=torch.float64)
         weights = self.weights.to(local.device)
         sizes = (1,) * len(self.posteriors)
         return MatchingProblem({site: local}, sizes, weights, self.pooling, base)
@@ -212,9 +268,8 @@ class Parties:
         problem = self.shared(site)
         groups = torch.zeros(len(self.posteriors), dtype=torch.long)
         with locating(problem):
-            atoms = problem.barycenter(groups, 1)
-        divergence = float(problem.cost(atoms).sum() + problem.opening(atoms).sum())
-        atom = _squeeze(atoms[site])
+            atom = _squeeze(problem.barycenter(groups, 1)[site])
+            divergence = problem.divergence(groups, 1)
         return atom.like(self.posteriors[0].decomposed[site].batch_dim, ()), divergence
 
     def _pool(

@@ -6,7 +6,7 @@ and re-matching all work on."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -66,6 +66,11 @@ class MatchingProblem:
             weights=self.weights[index],
         )
 
+    def restricted(self, sites: Container[str]) -> MatchingProblem:
+        """The same with these sites alone."""
+        local = {k: f for k, f in self.local.items() if k in sites}
+        return replace(self, local=local, base={k: f for k, f in self.base.items() if k in sites})
+
     def in_order(self, order: Tensor, sizes: tuple[int, ...]) -> MatchingProblem:
         """The same with components and parties in another order."""
         return replace(self.take(order), sizes=sizes)
@@ -81,7 +86,7 @@ class MatchingProblem:
 
     def opening(self, atoms: Factors) -> Tensor:
         """The cost of an atom by itself over T, summed over sites: ``[K]``."""
-        terms = [self.pooling.opening(a, self.base.get(site)) for site, a in atoms.items()]
+        terms = [self.pooling.opening(atoms[x], self.base.get(x)) for x in self.local]
         return torch.stack(terms).sum(0) / self.dispersion
 
     def e_step(self, atoms: Factors, prior: AssignmentPrior) -> AssignmentProblem:
@@ -99,6 +104,16 @@ class MatchingProblem:
             for site, f in self.local.items()
         }
 
+    def divergence(self, groups: Tensor, num_atoms: int) -> float:
+        """What the groups ``[N]`` with their best atoms add to the objective, pair by pair."""
+        groups = groups.to(self.weights.device, non_blocking=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
+        for site, atoms in self.barycenter(groups, num_atoms).items():
+            opening = self.pooling.opening(atoms, self.base.get(site))
+            pairs = self.pooling.divergence(atoms.index_select(0, groups), self.local[site])
+            total += opening.sum() + self.weights @ (pairs.double() - opening[groups])
+        return float(total) / self.dispersion
+
 
 def compact(groups: Tensor) -> tuple[Tensor, int]:
     """Number the groups in use ``0, ..., K-1``; each :data:`~.assignment.NEW` is one of its own."""
@@ -113,9 +128,7 @@ def canonical_order(
 ) -> tuple[Tensor, tuple[int, ...]]:
     """An order of parties and components that depends only on their contents, so that permuting
     the input changes nothing but labels."""
-    count = sum(sizes)
-    columns = [v.reshape(count, -1) for f in local.values() for v in f.params.values()]
-    features = torch.cat(columns, 1)
+    features = torch.cat([f.features for f in local.values()], 1)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
     key = (features * direction.to(features.device)).sum(1).cpu()

@@ -33,7 +33,8 @@ class Matching:
     :ivar assignment: per party a LongTensor ``[L_s]``: the atom of each component.
     :ivar num_atoms: K. Atoms are numbered by falling popularity.
     :ivar popularity: how many parties have each atom, LongTensor ``[K]``.
-    :ivar objective: F after the start and after each iteration; never rises.
+    :ivar objective: F after the start and after each iteration; never rises. Of a label that shares
+        sites with others: its part, given their assignments, in the last round.
     :ivar dispersion: T.
     :ivar prior: the prior of the assignment, with its parameters as estimated.
     :ivar converged: whether coordinate ascent stopped by itself.
@@ -65,6 +66,8 @@ class Fusion:
     :ivar posterior: the fused posterior.
     :ivar pooling: name of the pooling.
     :ivar matchings: label -> :class:`Matching`; empty if no site has a label.
+    :ivar objective: F after the start and after each iteration; never rises. Labels are done in
+        turn: those that share sites are one, and their iterations rounds.
     :ivar shared_objective: the divergence of the sites without a label, a constant.
     :ivar party_names: names of the parties, for tables and plots.
     """
@@ -72,6 +75,7 @@ class Fusion:
     posterior: Posterior
     pooling: str
     matchings: Mapping[str, Matching]
+    objective: list[float]
     shared_objective: float
     party_names: tuple[str, ...]
 
@@ -116,17 +120,6 @@ class Fusion:
     def converged(self) -> bool:
         """Whether every label's assignment converged."""
         return all(m.converged for m in self.matchings.values())
-
-    @property
-    def objective(self) -> list[float]:
-        """F after the start and after each iteration; never rises. Labels are done in turn."""
-        traces = [m.objective for m in self.matchings.values()]
-        total = sum(t[0] for t in traces) + self.shared_objective
-        result = [total]
-        for trace in traces:
-            result.extend(total - trace[0] + f for f in trace[1:])
-            total += trace[-1] - trace[0]
-        return result
 
     def summary(self) -> str:
         """A table to print: one block per label, one row per atom."""

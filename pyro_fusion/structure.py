@@ -9,6 +9,7 @@ import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -86,46 +87,88 @@ class Roles:
     :ivar matched: label -> site -> the axis whose components are assigned by their own divergence.
     :ivar carried: site -> its label: an axis of that label is no batch of independent components
         (mixture weights), or two axes have it (transition matrices); follows the assignment.
+    :ivar linked: sites with several labels -> these; each is assigned in turn, given the others.
     :ivar shared: sites without a label, pooled directly.
+    :ivar groups: labels that are linked by sites, directly or through others, in the order in which
+        they are first assigned; one that is linked to none is a group of its own.
     """
 
     matched: dict[str, dict[str, int]]
     carried: dict[str, str]
+    linked: dict[str, tuple[str, ...]]
     shared: list[str]
+    groups: list[tuple[str, ...]]
 
 
 def site_roles(posterior: Posterior) -> Roles:
     """Sort the sites by role.
 
-    :raises StructureError: for a site with two different labels (not supported yet), or a label
-        none of whose sites can be matched.
+    :raises StructureError: for a site that has several labels, one of them twice or on an axis of
+        no independent components, or for a label none of whose sites can be matched.
     """
-    roles = Roles({label: {} for label in posterior.labels}, {}, [])
+    roles = Roles({label: {} for label in posterior.labels}, {}, {}, [], [])
     for site, axes in posterior.axes.items():
-        labels = sorted({a for a in axes if a is not None})
+        labels = tuple(dict.fromkeys(a for a in axes if a is not None))
+        places = [i for i, a in enumerate(axes) if a is not None]
+        separable = places and places[-1] < posterior.decomposed[site].separable_axes
         if not labels:
             roles.shared.append(site)
-            continue
-        if len(labels) > 1:
-            raise StructureError(
-                f"site '{site}' has the labels {labels}: sites with more than one label are not "
-                f"supported yet. Label it once: axes={{'{site}': "
-                f"{tuple(a if a == labels[0] else None for a in axes)}}}, say"
-            )
-        label = labels[0]
-        places = [i for i, a in enumerate(axes) if a == label]
-        if len(places) == 1 and places[0] < posterior.decomposed[site].separable_axes:
-            roles.matched[label][site] = places[0]
+        elif separable and len(places) == 1:
+            roles.matched[labels[0]][site] = places[0]
+        elif len(labels) == 1:
+            roles.carried[site] = labels[0]
+        elif separable and len(places) == len(labels):
+            roles.linked[site] = labels
         else:
-            roles.carried[site] = label
-    for label, sites in roles.matched.items():
-        if not sites:
-            carried = [site for site, other in roles.carried.items() if other == label]
             raise StructureError(
-                f"label '{label}' is only on sites that follow an assignment ({carried}): at least "
-                "one site needs it on an axis of independent components, to tell them apart by"
+                f"site '{site}' has the labels {axes}: a site with several labels must have each "
+                "once, on axes of independent components. Label it once: "
+                f"axes={{'{site}': {tuple(a if a == labels[0] else None for a in axes)}}}, say"
             )
+    roles.groups.extend(_groups(posterior, roles))
     return roles
+
+
+def _groups(posterior: Posterior, roles: Roles) -> list[tuple[str, ...]]:
+    """:attr:`Roles.groups`. First comes the label whose components have the most numbers to tell
+    them apart by, then the one that has the most given those before."""
+    rest, groups = list(roles.matched), []
+    while rest:
+        group: tuple[str, ...] = ()
+        while near := [x for x in rest if not group or _are_linked(roles, x, group)]:
+            label = max(near, key=partial(_numbers, posterior, roles, group))
+            if not _numbers(posterior, roles, group, label):
+                _refuse(roles, label)
+            rest.remove(label)
+            group += (label,)
+        groups.append(group)
+    return groups
+
+
+def _are_linked(roles: Roles, label: str, group: tuple[str, ...]) -> bool:
+    return any(label in x and set(x) & set(group) for x in roles.linked.values())
+
+
+def _numbers(posterior: Posterior, roles: Roles, given: tuple[str, ...], label: str) -> int:
+    """How many numbers a component along ``label`` has, given the assignments of others."""
+    sites = list(roles.matched[label])
+    sites += [x for x, linked in roles.linked.items() if {label} <= set(linked) <= {label, *given}]
+    size = posterior.components(label)
+    return sum(posterior.decomposed[site].shape.numel() // size for site in sites)
+
+
+def _refuse(roles: Roles, label: str) -> None:
+    linked = [site for site, labels in roles.linked.items() if label in labels]
+    if linked:
+        raise StructureError(
+            f"label '{label}' is only on sites that have other labels too ({linked}), and so are "
+            "these: at least one of them needs a site of its own, to begin with"
+        )
+    carried = [site for site, other in roles.carried.items() if other == label]
+    raise StructureError(
+        f"label '{label}' is only on sites that follow an assignment ({carried}): at least "
+        "one site needs it on an axis of independent components, to tell them apart by"
+    )
 
 
 def check_names(roles: Roles, sites: Iterable[str], product: bool) -> None:
@@ -142,6 +185,9 @@ def check_names(roles: Roles, sites: Iterable[str], product: bool) -> None:
                 "without a label: give it another"
             )
         plates |= set(labels)
+    taken |= {f"local_{site}" for site in roles.linked}
+    if product:
+        plates |= {f"{site}_atoms" for site in roles.linked}
     if clash := sorted(sites & (taken | plates)):
         raise StructureError(
             f"site '{clash[0]}' has a name that the program of a fusion uses itself; those are "

@@ -227,7 +227,9 @@ class Factor:
         """What is added up of coordinates ``[N, P]``, the natural or the mean parameters."""
         return x
 
-    def sums(self, total: Tensor, weight: Tensor, default: Tensor) -> "tuple[Tensor, Tensor, Factor]":
+    def sums(
+        self, total: Tensor, weight: Tensor, default: Tensor
+    ) -> "tuple[Tensor, Tensor, Factor]":
         """The weighted sums of coordinates and weights, ``[K, P]`` and ``[K, 1]`` or ``[K, P]``,
         from those of :meth:`summands`, and what atoms of them are like. Where nothing was added up
         they are those of one ``default``, ``[1, P]``."""
@@ -244,6 +246,11 @@ class Factor:
     def log_normalizer_over(self, base: "Factor") -> Tensor:
         """``A(η) - A(η_base)``."""
         return self.log_normalizer - base.log_normalizer
+
+    @property
+    def features(self) -> Tensor:
+        """Numbers that tell components apart, ``[N, C]``."""
+        return torch.cat([v.reshape(len(v), -1) for v in self._double().values()], 1)
 
     @property
     def dimensions(self) -> float:

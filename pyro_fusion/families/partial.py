@@ -114,15 +114,21 @@ class PartialFactor(Factor):
         return (there * self._entries(self.family.kl(self._double(), other._double()))).sum(-1)
 
     @property
+    def features(self) -> Tensor:
+        # The same in any order of the entries.
+        there = self.natural * self._spread(self.present, self.natural)
+        return there.unflatten(-1, (self.mass.shape[-1], -1)).sum(-2)
+
+    @property
     def dimensions(self) -> float:
         return super().dimensions * float(self.present.mean())
 
     # -- axes --------------------------------------------------------------------------------------
 
     def index_select(self, axis: int, index: Tensor) -> "PartialFactor":
-        chosen = super().index_select(axis, index)
-        return replace(chosen, mass=self.mass.index_select(axis, index.to(self.device)))
+        mass = self.mass.index_select(axis, index.to(self.device))
+        return replace(self, params=super().index_select(axis, index).params, mass=mass)
 
     def expand_batch(self, batch_shape: Sequence[int]) -> "PartialFactor":
-        expanded = super().expand_batch(batch_shape)
-        return replace(expanded, mass=self.mass.expand(*batch_shape, -1))
+        mass = self.mass.expand(*batch_shape, -1)
+        return replace(self, params=super().expand_batch(batch_shape).params, mass=mass)

@@ -1,0 +1,153 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Sites with several labels, as the weights between two layers of hidden units: each party has a
+block of entries, one for each pair of its components. For the assignment along one label, given
+those along the others, they are columns of its components; for a barycentre, entries by
+themselves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.barycenter import Inclusive
+from pyro_fusion.families import Factor
+from pyro_fusion.families.partial import PartialFactor
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.problem import MatchingProblem
+
+__all__ = ["Link", "entries"]
+
+
+@dataclass(frozen=True)
+class Link:
+    """A site with several labels.
+
+    :ivar labels: of its labelled axes, in their order.
+    :ivar axes: these axes.
+    :ivar index: label -> the component of each entry, among those of all parties in turn:
+        LongTensor ``[E]``.
+    :ivar messages: the entries of all parties in turn, ``[E]``, as they were handed over.
+    :ivar problem: the same as they are scored: for ``product`` tempered by weight and dispersion.
+    """
+
+    site: str
+    labels: tuple[str, ...]
+    axes: tuple[int, ...]
+    index: Mapping[str, Tensor]
+    messages: MatchingProblem
+    problem: MatchingProblem
+
+    def places(
+        self, labels: Sequence[str], groups: Mapping[str, Tensor], counts: Mapping[str, int]
+    ) -> Tensor:
+        """Which tuple of atoms along ``labels`` each entry belongs to, numbered as the places of an
+        array: ``[..., E]``.
+
+        :param groups: label -> the atom of each component, LongTensor ``[..., N]``.
+        :param counts: label -> how many atoms there are.
+        """
+        place = torch.zeros((), dtype=torch.long, device=self.messages.weights.device)
+        for label in labels:
+            atoms = groups[label].to(place.device, non_blocking=True)
+            place = place * counts[label] + atoms[..., self.index[label]]
+        return place
+
+    def size(self, counts: Mapping[str, int]) -> int:
+        """How many tuples of atoms there are."""
+        return math.prod(counts[label] for label in self.labels)
+
+    # -- for the assignment along one label ------------------------------------------------------
+
+    def columns(
+        self, label: str, length: int, groups: Mapping[str, Tensor], counts: Mapping[str, int]
+    ) -> tuple[PartialFactor, Factor | None]:
+        """The components along ``label``, ``length`` of them, each with an entry for each tuple of
+        atoms along the other labels, and the prior of one atom, if there is one."""
+        others = [x for x in self.labels if x != label]
+        width = math.prod(counts[x] for x in others)
+        place = self.index[label] * width + self.places(others, groups, counts)
+        local = self.messages.local[self.site]
+
+        def columns(v: Tensor) -> Tensor:
+            some = v[:1].expand(length * width, *v.shape[1:])
+            return some.index_copy(0, place, v).unflatten(0, (length, width))
+
+        params = {name: columns(v) for name, v in local.params.items()}
+        mass = torch.zeros(length * width, dtype=torch.float64, device=local.device)
+        mass = mass.index_fill(0, place, 1.0).unflatten(0, (length, width))
+        part = PartialFactor(local.family, params, local.transforms, 1, mass=mass)
+        base = self.messages.base.get(self.site)
+        if base is not None:
+            base = base.map(lambda v: v.unsqueeze(1).expand(1, width, *v.shape[1:]))
+        return part, base
+
+    # -- for barycentres -------------------------------------------------------------------------
+
+    @cached_property
+    def _everything(self) -> Factor:
+        """What an entry is like that nobody has: the prior if it is known, else all entries taken
+        together. Batch shape ``[1]``."""
+        base = self.messages.base.get(self.site)
+        if base is not None:
+            return base
+        local, weights = self.messages.local[self.site], self.messages.weights
+        groups = torch.zeros_like(weights, dtype=torch.long)
+        return Inclusive().barycenter(local, groups, 1, weights)
+
+    def atoms(
+        self, problem: MatchingProblem, groups: Mapping[str, Tensor], counts: Mapping[str, int]
+    ) -> Factor:
+        """The barycentres of :attr:`messages` or :attr:`problem`, one for each tuple of atoms:
+        batch shape ``[size]``."""
+        there, place = self.places(self.labels, groups, counts).unique(return_inverse=True)
+        found = problem.barycenter(place, len(there))[self.site]
+        rest = self._everything.expand_batch((self.size(counts),))
+        params = {k: v.index_copy(0, there, found.params[k]) for k, v in rest.params.items()}
+        return replace(found, params=params)
+
+    def divergence(self, groups: Mapping[str, Tensor], counts: Mapping[str, int]) -> float:
+        """What they add to the objective."""
+        there, place = self.places(self.labels, groups, counts).unique(return_inverse=True)
+        return self.problem.divergence(place, len(there))
+
+    def pooled(
+        self, like: Factor, groups: Mapping[str, Tensor], counts: Mapping[str, int]
+    ) -> Factor:
+        """The barycentres with the axes of the site, of which ``like`` is a factor."""
+        atoms = self.atoms(self.messages, groups, counts)
+        shape = [counts[label] for label in self.labels]
+        grid = replace(atoms.map(lambda v: v.unflatten(0, shape)), batch_dim=len(shape))
+        return grid.like(like.batch_dim, self.axes)
+
+
+def entries(
+    posteriors: Sequence[Posterior], site: str
+) -> tuple[Factor, tuple[int, ...], dict[str, Tensor], tuple[int, ...]]:
+    """The entries of all parties, ``[E]``, how many each party has, the component along each label
+    of each entry, and the labelled axes."""
+    axes = posteriors[0].axes[site]
+    places = tuple(i for i, label in enumerate(axes) if label is not None)
+    labels = [label for label in axes if label is not None]
+    parts = []
+    index: dict[str, list[Tensor]] = {label: [] for label in labels}
+    offset = dict.fromkeys(labels, 0)
+    for p in posteriors:
+        f = p.decomposed[site].with_batch(*places)
+        shape = f.batch_shape
+        n = len(shape)
+        flat = f.map(partial(torch.flatten, start_dim=0, end_dim=n - 1))
+        parts.append(replace(flat, batch_dim=1))
+        where = torch.cartesian_prod(*[torch.arange(k, device=f.device) for k in shape])
+        for label, column in zip(labels, where.unbind(1), strict=True):
+            index[label].append(column + offset[label])
+            offset[label] += p.components(label)
+    sizes = tuple(len(x) for x in index[labels[0]])
+    local = Factor.cat(parts).to(dtype=torch.float64)
+    return local, sizes, {label: torch.cat(x) for label, x in index.items()}, places
