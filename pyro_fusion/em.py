@@ -295,11 +295,11 @@ class FusionEM:
             factors.update(parties.pool(part, groups[label], counts[label]))
         for site, link in self.model.links.items():
             with locating(link.messages):
-                factors[site] = link.pooled(first.decomposed[site], groups, counts)
+                factors[site] = link.pooled(first, groups, counts)
         for site, label in parties.roles.carried.items():
             factors[site] = parties.carry(site, matchings[label].assignment, counts[label])
         ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
-        posterior = Posterior(ordered, first.axes, plates=first.plates)
+        posterior = Posterior(ordered, first.axes, plates=first.plates, outgoing=first.outgoing)
         names = tuple(str(s) for s in range(len(parties.posteriors)))
         shared = self._shared_objective
         trace = [shared]

@@ -22,7 +22,7 @@ from pyro_fusion.families.partial import PartialFactor
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.problem import MatchingProblem
 
-__all__ = ["Link", "entries"]
+__all__ = ["Link", "averaged", "entries"]
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,44 @@ class Link:
         return self.problem.divergence(place, len(there))
 
     def pooled(
-        self, like: Factor, groups: Mapping[str, Tensor], counts: Mapping[str, int]
+        self, first: Posterior, groups: Mapping[str, Tensor], counts: Mapping[str, int]
     ) -> Factor:
-        """The barycentres with the axes of the site, of which ``like`` is a factor."""
-        atoms = self.atoms(self.messages, groups, counts)
+        """The barycentres with the axes of the site, which those of ``first`` are."""
+        atoms, like = self.atoms(self.messages, groups, counts), first.decomposed[self.site]
+        if self.site in first.outgoing and self.messages.pooling.normalised:
+            atoms = self._averaged(atoms, first.outgoing[self.site], groups, counts)
         shape = [counts[label] for label in self.labels]
         grid = replace(atoms.map(lambda v: v.unflatten(0, shape)), batch_dim=len(shape))
         return grid.like(like.batch_dim, self.axes)
+
+    def _averaged(
+        self,
+        atoms: Factor,
+        outgoing: str,
+        groups: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+    ) -> Factor:
+        """Atoms whose effects are averages over the parties that have what they act on."""
+        weights, num_parties = self.messages.weights, self.messages.num_parties
+        there = self.places(self.labels, groups, counts)
+        have = weights.new_zeros(self.size(counts)).index_add(0, there, weights)
+        others = [x for x in self.labels if x != outgoing]
+        acted_on = self.places(others, groups, counts) * num_parties
+        acted_on = acted_on + self.messages.party.to(there.device)
+        every = weights.new_zeros(math.prod(counts[x] for x in others) * num_parties)
+        every = every.index_copy(0, acted_on, weights).reshape(-1, num_parties).sum(1)
+        every = every.reshape([counts[x] for x in others]).unsqueeze(self.labels.index(outgoing))
+        share = have.reshape([counts[x] for x in self.labels]) / every.clamp(min=1e-300)
+        return averaged(atoms, share.flatten(), num_parties)
+
+
+def averaged(atoms: Factor, share: Tensor, num_parties: int) -> Factor:
+    """The mean effect of atoms that a share of the parties have, while the others have nothing
+    there. What nobody has is zero, as unsure as what one party has.
+
+    :param share: ``[K]``.
+    """
+    return atoms.times(share, torch.where(share > 0, share, 1 / num_parties))
 
 
 def entries(

@@ -21,7 +21,7 @@ from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
 from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread, temper
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
-from pyro_fusion.links import Link, entries
+from pyro_fusion.links import Link, averaged, entries
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem, canonical_order, compact
@@ -211,6 +211,12 @@ class Parties:
         sites, first = self.roles.matched[part.label], self.posteriors[0]
         with locating(part.messages):
             atoms = part.messages.barycenter(groups, num_atoms)
+        if self.pooling.normalised:
+            weights, num_parties = part.messages.weights, len(self.posteriors)
+            have = weights.new_zeros(num_atoms).index_add(0, groups.to(weights.device), weights)
+            for site in sites:
+                if first.outgoing.get(site) == part.label:
+                    atoms[site] = averaged(atoms[site], have / num_parties, num_parties)
         return {
             site: f.like(first.decomposed[site].batch_dim, (sites[site],))
             for site, f in atoms.items()

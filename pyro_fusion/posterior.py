@@ -46,6 +46,11 @@ class Posterior:
         have no order; sites without a label are shared.
     :param plates: site name -> the names of the plates of its batch axes, for the guide that
         :meth:`to_guide` makes. By default a batch axis' plate is called like its label.
+    :param outgoing: site name -> that of its labels whose components act on the rest of the model
+        through this site, by adding up, as hidden units do through their outgoing weights: one
+        whose values here are zero has no effect. Then fusion knows what it means that a party
+        lacks a component, and averages effects; see :func:`~pyro_fusion.fuse`. Such a site must be
+        Normal or MultivariateNormal.
     :raises StructureError: for a label of a site that is not there, too many labels, one label
         with two sizes, or an axis whose components cannot be told apart.
     :raises ParameterError: for NaN, infinite or out-of-range parameters.
@@ -69,13 +74,14 @@ class Posterior:
         axes: Axes | None = None,
         *,
         plates: Mapping[str, Sequence[str | None]] | None = None,
+        outgoing: Mapping[str, str] | None = None,
     ) -> None:
         for site in factors:
             if not isinstance(site, str) or not site:
                 raise StructureError(f"a site needs a name, got {site!r}")
         if not factors:
             raise StructureError("a posterior needs at least one factor, got none")
-        for what, mapping in (("axes", axes), ("plates", plates)):
+        for what, mapping in (("axes", axes), ("plates", plates), ("outgoing", outgoing)):
             unknown = set(mapping or {}) - set(factors)
             if unknown:
                 raise StructureError(
@@ -97,6 +103,14 @@ class Posterior:
             self._plates[site] = names
         self._sizes = self._check_sizes("label", self._axes)
         self._check_sizes("plate", self._plates)
+        self._outgoing = dict(outgoing or {})
+        for site, label in self._outgoing.items():
+            if self._axes[site].count(label) != 1 or not self._factors[site].scales:
+                raise StructureError(
+                    f"site '{site}': expected a Normal or MultivariateNormal with the label "
+                    f"{label!r} on one axis to be outgoing, got {_describe(self._factors[site])} "
+                    f"with {_describe_axes(self._axes[site])}"
+                )
 
     def _check_sizes(
         self, what: str, names: Mapping[str, tuple[str | None, ...]]
@@ -147,6 +161,11 @@ class Posterior:
         return MappingProxyType(self._plates)
 
     @property
+    def outgoing(self) -> Mapping[str, str]:
+        """Site name -> the label whose components act through it by adding up."""
+        return MappingProxyType(self._outgoing)
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """All labels, in order of first appearance."""
         return tuple(self._sizes)
@@ -175,7 +194,7 @@ class Posterior:
     # -- transforming --------------------------------------------------------------------------
 
     def _replace(self, factors: Mapping[str, Factor]) -> Posterior:
-        return Posterior(factors, self._axes, plates=self._plates)
+        return Posterior(factors, self._axes, plates=self._plates, outgoing=self._outgoing)
 
     def select(self, label: str, index: Sequence[int] | Tensor) -> Posterior:
         """Keep the components ``index`` along ``label``, in that order.
@@ -256,7 +275,7 @@ class Posterior:
         at all."""
         from pyro_fusion.serialization import write
 
-        write(path, self._factors, self._axes, self._plates)
+        write(path, self._factors, self._axes, self._plates, self._outgoing)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Posterior:
@@ -268,9 +287,9 @@ class Posterior:
         from pyro_fusion.errors import FileFormatError
         from pyro_fusion.serialization import read
 
-        factors, axes, plates = read(path)
+        factors, axes, plates, outgoing = read(path)
         try:
-            return cls(factors, axes, plates=plates)
+            return cls(factors, axes, plates=plates, outgoing=outgoing)
         except FusionError as e:
             raise FileFormatError(f"{os.fspath(path)}: {e}") from e
 

@@ -7,7 +7,8 @@ Files come from strangers. Nothing is unpickled or executed; names, shapes, dtyp
 checked before a distribution is built from them.
 
 Tensors are called ``<site>/<parameter>``. The metadata has ``format``, ``version`` and ``sites``:
-a JSON list of ``{name, family, transforms, batch_dim, axes, plates}``.
+a JSON list of ``{name, family, transforms, batch_dim, axes, plates}``, and ``outgoing`` where a
+site has it.
 """
 
 import contextlib
@@ -46,6 +47,7 @@ def write(
     factors: Mapping[str, Factor],
     axes: Mapping[str, tuple[str | None, ...]],
     plates: Mapping[str, tuple[str | None, ...]],
+    outgoing: Mapping[str, str],
 ) -> None:
     """Write to a temporary file beside ``path``, then rename it over ``path``."""
     tensors: dict[str, Tensor] = {}
@@ -53,16 +55,15 @@ def write(
     for site, f in factors.items():
         for name, value in f.params.items():
             tensors[f"{site}/{name}"] = value.cpu().contiguous().clone()
-        sites.append(
-            {
-                "name": site,
-                "family": f.family.name,
-                "transforms": [describe(t) for t in f.transforms],
-                "batch_dim": f.batch_dim,
-                "axes": axes[site],
-                "plates": plates[site],
-            }
-        )
+        entry = {
+            "name": site,
+            "family": f.family.name,
+            "transforms": [describe(t) for t in f.transforms],
+            "batch_dim": f.batch_dim,
+            "axes": axes[site],
+            "plates": plates[site],
+        }
+        sites.append(entry | ({"outgoing": outgoing[site]} if site in outgoing else {}))
     metadata = {"format": FORMAT, "version": str(VERSION), "sites": json.dumps(sites)}
     path = os.fspath(path)
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -101,9 +102,9 @@ def _refusing(what: str) -> Iterator[None]:
         raise FileFormatError(f"{what}: {text[:300]}") from e
 
 
-def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes]:
-    """Read factors, axes and plates, checking everything but the parameters' values, which
-    :class:`~pyro_fusion.Posterior` checks.
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes, dict[str, str]]:
+    """Read factors, axes, plates and what is outgoing, checking everything but the parameters'
+    values, which :class:`~pyro_fusion.Posterior` checks.
 
     :raises FileFormatError: naming the file, the site, what was expected and what came.
     :raises FileNotFoundError: if there is no such file.
@@ -122,6 +123,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes]
     factors: dict[str, Factor] = {}
     axes: _Axes = {}
     plates: _Axes = {}
+    outgoing: dict[str, str] = {}
     for site in sites:
         name = site.get("name") if isinstance(site, dict) else None
         if not isinstance(name, str) or not name or name in factors:
@@ -129,10 +131,16 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes]
         with _refusing(f"{path}: site {ascii(name)[:100]}"):
             factors[name] = _read_factor(name, site, tensors)
             axes[name], plates[name] = _labels(site, "axes"), _labels(site, "plates")
+            if "outgoing" in site:
+                if not isinstance(site["outgoing"], str):
+                    raise ValueError(
+                        f"outgoing must be a name, got {ascii(site['outgoing'])[:100]}"
+                    )
+                outgoing[name] = site["outgoing"]
     if tensors:
         names = ascii(sorted(tensors)[:5])[:200]
         raise FileFormatError(f"{path}: tensors that belong to no site: {names}")
-    return factors, axes, plates
+    return factors, axes, plates, outgoing
 
 
 def _read_header(metadata: Mapping[str, str]) -> list[Any]:

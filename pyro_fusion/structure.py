@@ -52,6 +52,7 @@ def check_parties(posteriors: Sequence[Posterior]) -> None:
             for what, mine, theirs in (
                 ("family and transforms", f.structure(), g.structure()),
                 ("labels", first.axes[site], other.axes[site]),
+                ("outgoing label", first.outgoing.get(site), other.outgoing.get(site)),
                 ("batch axes", f.batch_dim, g.batch_dim),
                 ("shape", _fixed(first, site), _fixed(other, site)),
                 ("dtype", f.dtype, g.dtype),

@@ -646,7 +646,7 @@ class TestBadInput:
 
     def test_two_labels_on_one_site(self):
         p = Posterior({"w": dist.Normal(torch.zeros(2, 3), 1.0)}, {"w": ("row", "column")})
-        with pytest.raises(StructureError, match="more than one label"):
+        with pytest.raises(StructureError, match="'row' is only on sites that have other labels"):
             fuse([p, p])
 
     def test_nothing_is_lost(self):

@@ -48,6 +48,9 @@ class Family(ABC):
     location: ClassVar[str | None] = None
     """The parameter that moves with the value, ``x + c ~ p(loc + c)``, if there is one. KL is
     unchanged by a common shift, so it is centred away before statistics are computed."""
+    scale: ClassVar[str | None] = None
+    """The parameter that, with the location, is multiplied with the value,
+    ``c x ~ p(c loc, c scale)``, if there is one."""
 
     @property
     def name(self) -> str:

@@ -314,6 +314,21 @@ class Factor:
             object.__setattr__(result, "_before", (origin, self))
         return result
 
+    @property
+    def scales(self) -> bool:
+        """Whether the family has the multiples of its members."""
+        return self.family.scale is not None and not self.transforms
+
+    def times(self, location: Tensor, scale: Tensor) -> "Factor":
+        """With the location and the scale multiplied, each by a number for each of
+        :attr:`batch_shape`; those of the scale are positive."""
+        params = dict(self.params)
+        for name, by in ((self.family.location, location), (self.family.scale, scale)):
+            assert name is not None
+            v = params[name]
+            params[name] = v * by.to(v).reshape(by.shape + (1,) * (v.dim() - by.dim()))
+        return replace(self, params=params)
+
     # -- axes ----------------------------------------------------------------------------------
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> "Factor":

@@ -24,6 +24,7 @@ class NormalFamily(Family):
     event_dim = 0
     parameters = {"loc": 0, "scale": 0}
     location = "loc"
+    scale = "scale"
 
     def event_shape(self, params: Params) -> torch.Size:
         return torch.Size()
@@ -64,6 +65,7 @@ class MultivariateNormalFamily(Family):
     event_dim = 1
     parameters = {"loc": 1, "scale_tril": 2}
     location = "loc"
+    scale = "scale_tril"
 
     def event_shape(self, params: Params) -> torch.Size:
         return params["loc"].shape[-1:]

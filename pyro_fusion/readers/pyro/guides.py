@@ -60,6 +60,7 @@ def from_guide(
     guide: Callable[..., Any],
     *args: Any,
     axes: Axes | None = None,
+    outgoing: Mapping[str, str] | None = None,
     spread: float | Tensor | Mapping[str, float | Tensor] | None = None,
     num_samples: int = 1000,
     seed: int = 0,
@@ -77,6 +78,8 @@ def from_guide(
     :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``. By
         default each plate labels its axis with its name; an entry here replaces the labels of its
         site, and labels event axes.
+    :param outgoing: site name -> the label whose components act through it by adding up; see
+        :class:`~pyro_fusion.Posterior`.
     :param spread: the standard deviation, in unconstrained space, of sites that are point masses
         (AutoDelta, ``map_estimate``, ``Delta``): one number, or a mapping from site name to a
         number or a tensor that broadcasts to the unconstrained shape.
@@ -120,7 +123,7 @@ def from_guide(
             )
         sites = resolve(found, program, num_samples)
     given.check_used(set(sites))
-    return _posterior(sites, labels)
+    return _posterior(sites, labels, outgoing)
 
 
 def prior_from_guide(
@@ -252,13 +255,16 @@ def _check_num_samples(num_samples: int) -> None:
         raise ParameterError(f"num_samples must be at least 2, got {num_samples}")
 
 
-def _posterior(sites: Mapping[str, Read], labels: Labels) -> Posterior:
+def _posterior(
+    sites: Mapping[str, Read], labels: Labels, outgoing: Mapping[str, str] | None = None
+) -> Posterior:
     plates = {name: s.plates for name, s in sites.items()}
     return Posterior(
         {name: s.factor for name, s in sites.items()},
         # Names that are no sites stay in, so that they are reported.
         {**plates, **labels},
         plates=plates,
+        outgoing=outgoing,
     )
 
 
