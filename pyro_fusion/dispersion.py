@@ -30,7 +30,7 @@ _MAX_PAIRS = 6000
 _MAX_EVIDENCE = 200
 _BISECTIONS = 12
 
-_TAIL = 6.0
+_BULK, _TAIL = 1.45, 5.5
 # `GroupNorm` asks one T of two lone components that share an atom, and up to 1.7 of one that joins
 # a popular atom. Prices in other units are translated at the middle of that.
 _MIDDLE = (2 - 2**0.5) ** -0.5
@@ -48,9 +48,9 @@ def estimate_dispersion(
     wrong one: with the nearest other component of the same party, which is known to be a different
     atom; the upper quartile over components, since a fit that gave one atom two components has a
     low price there. And that of a right one: with the nearest component of any other party; the
-    median, since some components have no counterpart. The limit is ``1 + 6 √(2 / D)`` times their
-    geometric mean: prices are sums over ``D`` dimensions, and the fewer these are, the longer the
-    tail of what is still the same.
+    median, since some components have no counterpart. The limit is ``1.45 + 5.5 √(2 / D)`` times
+    their geometric mean: prices are sums over ``D`` dimensions, and the fewer these are, the longer
+    the tail of what is still the same.
 
     - ``exclusive``: T is the limit.
     - ``inclusive``: what a merge at the limit costs there, ``min_q KL(i ‖ q) + KL(j ‖ q)``, which
@@ -61,8 +61,9 @@ def estimate_dispersion(
     Where no party has two components, so that nothing is known to be different, the limit is two
     nats per dimension.
 
-    The factor and the quantiles were chosen on the mixtures of ``benchmarks/simulation.py``, with
-    other seeds, and are the same for all separations, sizes and poolings.
+    The factors and the quantiles were chosen on the mixtures of ``benchmarks/simulation.py``, with
+    other seeds, and where there are many dimensions on one seed of ``benchmarks/networks.py``. They
+    are the same for all separations, sizes and poolings.
 
     :param local: site -> factor of batch shape ``[N]``, the components of the parties in turn.
     :param sizes: ``L_s`` of each party; at least two parties.
@@ -88,7 +89,7 @@ def estimate_dispersion(
         nearest = nearest.scatter_reduce(0, first[other], price[other], "amin")
         right = float(nearest[nearest.isfinite()].median())
         wrong = float(different.quantile(0.75))
-        tail = 1 + _TAIL * (2 / dimensions) ** 0.5
+        tail = _BULK + _TAIL * (2 / dimensions) ** 0.5
         limit = tail * (max(right, 1e-6 * wrong) * wrong) ** 0.5
     if not math.isfinite(limit):
         raise ParameterError(

@@ -172,7 +172,7 @@ class FusionGuide(PyroModule):
         """Make logits, or drop them."""
         if relaxed and self.model.links:
             raise StructureError(
-                f"sites {sorted(self.model.links)} have several labels: their assignments are never "
+                f"sites {sorted(self.model.links)} have several labels, whose assignments cannot be "
                 "relaxed"
             )
         self.relaxed = relaxed

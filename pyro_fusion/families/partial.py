@@ -68,8 +68,8 @@ class PartialFactor(Factor):
     @functools.cached_property
     def _duals(self) -> Tensor:
         """The negative entropy of each entry but for the carrier measure, ``[N, J]``."""
-        products = (self.natural * self.mean).reshape(*self.mass.shape, -1).sum(-1)
-        return products - self._normalizers
+        products = (self.natural * self.mean).unflatten(-1, (self.mass.shape[-1], -1))
+        return products.sum(-1) - self._normalizers
 
     @functools.cached_property
     def log_normalizer(self) -> Tensor:
