@@ -98,8 +98,8 @@ def simulated(num_frames: int = 150, seed: int = 0) -> Data:
     return Data(frames, actions, names, [f"state {k}" for k in range(len(MEANS))])
 
 
-def prior_of(dim: int, spread: float = 0.1) -> Prior:
-    """The prior of all fits: a state's covariance is about ``spread`` of that of all frames."""
+def prior_of(dim: int, spread: float = 1.0) -> Prior:
+    """The prior of all fits: a state's variances are about ``spread``, those of all frames 1."""
     zero, eye = torch.zeros(dim, dtype=torch.float64), torch.eye(dim, dtype=torch.float64)
     return Prior(NormalWishart(zero, 0.1, dim + 2.0, precision_matrix=spread * eye))
 
@@ -205,7 +205,8 @@ class Fitter:
     def __call__(self, data: Data, which: Sequence[int]) -> tuple[HMM, float]:
         """An HMM on these sequences, and the seconds that it took."""
         settings = (self.max_states, self.restarts, self.seed)
-        name = "-".join(map(str, [*settings, *(data.names[i] for i in which)]))
+        spread = float(self.prior.emission.precision_matrix[0, 0])
+        name = "-".join(map(str, [spread, *settings, *(data.names[i] for i in which)]))
         path = None if self.cache is None else self.cache / f"{name}.npz"
         if path is None or not path.exists():
             start = time.perf_counter()
@@ -335,11 +336,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         data, max_states, restarts = motion_capture(args.data), args.states, args.restarts
         seeds = range(args.seeds)
-    prior = prior_of(data.frames[0].shape[1])
+    prior = prior_of(data.frames[0].shape[1], args.spread)
     print(f"pyro_fusion {pyro_fusion.__version__}, Python {platform.python_version()}", end="")
     for package in ("torch", "pyro-ppl", "scipy", "numpy"):
         print(f", {package} {version(package)}", end="")
-    print(f"; seeds 0 to {seeds[-1]}, {restarts} starts of {max_states} states each\n")
+    print(f"; seeds 0 to {seeds[-1]}, {restarts} starts of {max_states} states each", end="")
+    print(f", spread {args.spread}\n")
     rows: Rows = {name: Row() for name in (SEPARATE, BEST, *FUSIONS, JOINT)}
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -366,6 +368,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--restarts", type=int, default=5, help="starts of each fit")
     parser.add_argument("--states", type=int, default=20, help="at each start")
+    parser.add_argument(
+        "--spread", type=float, default=1.0, help="a state's variance to expect, in that of all"
+    )
     return parser
 
 
