@@ -11,7 +11,6 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
@@ -64,10 +63,8 @@ def _same_prior(f: Factor, g: Factor) -> bool:
         return False
     for name, v in f.params.items():
         w = g.params[name]
-        if v.shape != w.shape:
-            v, w = v[:1], w[:1]
-        if v.shape != w.shape:
-            return False
+        for axis, (n, m) in enumerate(zip(v.shape, w.shape, strict=True)):
+            v, w = v.narrow(axis, 0, min(n, m)), w.narrow(axis, 0, min(n, m))
         if not torch.allclose(v.double(), w.double(), rtol=1e-5, atol=1e-8):
             return False
     return True
@@ -144,11 +141,14 @@ def _prior_factor(site: str, d: Distribution | Factor) -> Factor:
         raise type(e)(f"site '{site}' of `base`: {e}") from e
 
 
-def base_fill(site: str, base: Mapping[str, Factor], like: Factor) -> Tensor | None:
-    """The one value that the prior of a carried site, a factor as ``like``, has for every
-    component; None if there is no prior.
+def base_fill(
+    site: str, base: Mapping[str, Factor], like: Factor, places: Sequence[int]
+) -> tuple[float, float] | None:
+    """What the prior of a carried site, a factor as ``like`` with its label at the axes
+    ``places``, has for every component: of two such axes off their diagonal and on it (a sticky
+    transition matrix), else the same value twice; None if there is no prior.
 
-    :raises StructureError: if it has several, or is of another family.
+    :raises StructureError: if it depends on the order of the components, or is of another family.
     """
     if site not in base:
         return None
@@ -157,13 +157,25 @@ def base_fill(site: str, base: Mapping[str, Factor], like: Factor) -> Tensor | N
             f"site '{site}': the prior is {show_structure(base[site].structure())}, expected "
             f"{show_structure(like.structure())} as the posteriors"
         )
-    values = torch.cat([v.flatten() for v in base[site].params.values()])
-    if bool((values != values[0]).any()):
+    values = list(base[site].params.values())
+    if len(places) == 2 and [v.dim() for v in values] == [len(like.shape)]:
+        diagonal = torch.zeros_like(values[0], dtype=torch.bool)
+        diagonal.diagonal(dim1=places[0], dim2=places[1]).fill_(True)
+        groups = [values[0][~diagonal], values[0][diagonal]]
+    else:
+        groups = [torch.cat([v.flatten() for v in values])] * 2
+    if any(v.numel() == 0 for v in groups):
         raise StructureError(
-            f"site '{site}': the prior is not symmetric, so it has no value for components "
-            "that some parties lack"
+            f"site '{site}': the prior is of one component, which does not tell what it is between "
+            "two; give that of two or more"
         )
-    return values[0]
+    if any(bool((v != v[0]).any()) for v in groups):
+        where = " on its diagonal, or off it" if len(places) == 2 else ""
+        raise StructureError(
+            f"site '{site}': the prior is not symmetric: it has several values{where}, so none for "
+            "components that some parties lack"
+        )
+    return float(groups[0][0]), float(groups[1][0])
 
 
 def located(

@@ -233,7 +233,8 @@ class Parties:
                 f"site '{site}': label '{label}' on {len(rows)} batch axes is not "
                 "supported; one of them must be the event axis of a Dirichlet"
             )
-        fill = base_fill(site, self.base, first)
+        prior = base_fill(site, self.base, first, places)
+        fill = None if prior is None else torch.tensor(prior[0], dtype=torch.float64)
         local = []
         for p, a in zip(self.posteriors, assignment, strict=True):
             f = p.decomposed[site].to(dtype=torch.float64)
@@ -241,18 +242,23 @@ class Parties:
                 if i not in rows:
                     f = f.pad(i, a, num_atoms, fill)
             f = f.with_batch(*rows)
+            if len(places) == 2:
+                f = _rolled(f, a)  # its own place first: the prior of all rows is the same then
             local.append(f if rows else _unsqueeze(f))
         stacked = Factor.cat(local)
         base = None
         if self.pooling.needs_base:
-            if fill is None:
+            if prior is None:
                 raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
-            one = stacked.index_select(0, torch.zeros(1, dtype=torch.long, device=stacked.device))
-            base = one.map(lambda v: torch.full_like(v, float(fill)))
+            first_place = torch.zeros(1, dtype=torch.long, device=stacked.device)
+            one = stacked.index_select(0, first_place).map(lambda v: torch.full_like(v, prior[0]))
+            base = one.map(lambda v: v.index_fill(-1, first_place, prior[1]))
         if not rows:
             every = [torch.tensor([0])] * len(self.posteriors)
             return _squeeze(self._pool(site, stacked, every, 1, base)).like(first.batch_dim, ())
         pooled = self._pool(site, stacked, assignment, num_atoms, base)
+        if len(places) == 2:
+            pooled = _rolled(pooled, -torch.arange(num_atoms))
         return pooled.like(first.batch_dim, rows)
 
     # -- sites without a label ---------------------------------------------------------------------
@@ -337,6 +343,17 @@ def _unsqueeze(f: Factor) -> Factor:
 def _squeeze(f: Factor) -> Factor:
     """Without the one batch axis, of size one."""
     return replace(f.map(lambda v: v.squeeze(0)), batch_dim=0)
+
+
+def _rolled(f: Factor, places: Tensor) -> Factor:
+    """The last axis of each component turned, so that entry ``places[n]`` is first."""
+
+    def turn(v: Tensor) -> Tensor:
+        index = (torch.arange(v.shape[-1]) + places.cpu().unsqueeze(1)) % v.shape[-1]
+        shape = (len(v), *[1] * (v.dim() - 2), v.shape[-1])
+        return v.gather(-1, index.view(shape).expand_as(v).to(v.device))
+
+    return f.map(turn)
 
 
 def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...]]:
