@@ -1,0 +1,210 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""``axes="auto"``: the labels of a posterior, found with the model it belongs to.
+
+Plates and the hidden layers of modules propose labels. The log-density of the model confirms them:
+at draws from the posterior, and data drawn from the model given those, components are permuted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import pyro.poutine as poutine
+import torch
+from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.poutine.trace_struct import Trace
+from pyro.poutine.util import site_is_subsample
+from torch import Tensor
+
+from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.families import Factor
+from pyro_fusion.posterior import Posterior
+from pyro_fusion.readers.modules import evaluating, hidden_layers, random_input
+from pyro_fusion.readers.pyro.program import Program, isolated, modules_of
+from pyro_fusion.readers.pyro.sites import Read
+from pyro_fusion.readers.symmetries import Finder, FoundAxes, Probe, Proposal, Values
+
+__all__ = ["find_axes"]
+
+_PROBES = 2
+# Draws are at least this wide (in unconstrained space; of a site on the line, relative to its
+# values), so that components differ in all that they have.
+_LEAST_SCALE = {True: 0.5, False: 0.1}
+
+
+def find_axes(
+    sites: Mapping[str, Read],
+    model: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seed: int,
+) -> FoundAxes:
+    """The labels of a posterior over latent variables of ``model``.
+
+    :param sites: the posterior, with elementwise factors.
+    :param args: of the model; if there are none and it needs some, a module gets random inputs.
+    :raises GuideError: if the model cannot be run with these arguments, or has no data then.
+    :raises StructureError: if the hidden units of consecutive layers are not exchangeable.
+    """
+    with isolated(model, seed), evaluating(modules_of(model)):
+        args = _arguments(model, args, kwargs)
+        program = Program(model, args, kwargs, "model")
+        draws = [
+            {name: _wide(s.factor).distribution().sample() for name, s in sites.items()}
+            for _ in range(_PROBES)
+        ]
+        probes = [_probe(program, values, seed) for values in draws]
+        shapes = {name: tuple(v.shape) for name, v in draws[0].items()}
+        proposals = _plates(sites)
+        taken = {*sites, *(p.label for p in proposals)}
+        proposals += hidden_layers(modules_of(model), shapes, taken)
+
+        def admits(site: str, labels: tuple[str | None, ...]) -> bool:
+            return _admits(sites[site].factor, labels)
+
+        scalable = [name for name, s in sites.items() if s.factor.scales]
+        found = Finder(shapes, probes, admits, scalable, seed).run(proposals)
+    if not proposals:
+        warn_user(
+            'axes="auto" found nothing to label: no site is in a plate, and no two linear layers '
+            "follow one another. All sites are shared; if that is wrong, give axes by hand"
+        )
+    return found
+
+
+def _plates(sites: Mapping[str, Read]) -> list[Proposal]:
+    names = dict.fromkeys(name for s in sites.values() for name in s.plates if name is not None)
+    return [
+        Proposal(
+            name,
+            f"plate '{name}'",
+            tuple((k, i) for k, s in sites.items() for i, x in enumerate(s.plates) if x == name),
+        )
+        for name in names
+    ]
+
+
+def _wide(f: Factor) -> Factor:
+    scale = f.params.get("scale")
+    if f.family.name != "Normal" or scale is None:
+        return f
+    unit = 1.0 if f.transforms else float(f.params["loc"].square().mean().sqrt())
+    least = _LEAST_SCALE[bool(f.transforms)] * unit
+    return replace(f, params={**f.params, "scale": scale.clamp(min=least)})
+
+
+def _admits(f: Factor, labels: tuple[str | None, ...]) -> bool:
+    """Whether fusion can handle these labels of a site: one label on two axes, or on an axis of no
+    independent components, is for the rows and columns of Dirichlets."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            f = Posterior({"site": f}, {"site": labels}).decomposed["site"]
+    except FusionError:
+        return False
+    names = [a for a in labels if a is not None]
+    rows = [a for a in labels[: f.separable_axes] if a is not None]
+    return len(rows) == len(set(rows)) and (len(rows) == len(names) or len(set(names)) == 1)
+
+
+# -- running the model -----------------------------------------------------------------------------
+
+
+def _arguments(
+    model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    """Arguments that the model runs with."""
+    try:
+        Program(model, args, kwargs, "model").trace()
+        return args
+    except GuideError as e:
+        x = None if args or kwargs else random_input(modules_of(model))
+        if x is not None:
+            try:
+                Program(model, (x,), kwargs, "model").trace()
+                return (x,)
+            except GuideError:
+                pass
+        raise GuideError(
+            f'axes="auto" runs the model, to see which components are exchangeable, but {e}, '
+            'as in Posterior.from_guide(guide, *args, axes="auto"); or give axes by hand'
+        ) from e
+
+
+def _probe(program: Program, values: Values, seed: int) -> Probe:
+    """The model at these values, and at data and local variables drawn given those."""
+    observing = program.fn
+    for simulated in (True, False):  # not all that can be scored can be drawn
+        fn = poutine.uncondition(observing) if simulated else observing
+        try:
+            trace = _run(program, poutine.condition(fn, values), seed)
+            break
+        except GuideError:
+            if not simulated:
+                raise
+    wrong = [k for k in values if k not in trace or trace.nodes[k]["value"] is not values[k]]
+    if wrong:
+        raise GuideError(f"the model has no sites {wrong}; the guide is of another")
+    recorded: dict[str, Tensor] = {}
+    summed = False
+    for name, site in _others(trace, values):
+        if site["is_observed"] or site["infer"].get("was_observed") or not _enumerable(site):
+            recorded[name] = site["value"]
+        else:
+            summed = True
+    if not recorded:
+        raise GuideError(
+            'axes="auto" needs the observed sites of the model, to see which components are '
+            "exchangeable, and it has none when it is run with these arguments: pass those it was "
+            'fitted with, Posterior.from_guide(guide, *args, axes="auto")'
+        )
+
+    def respond(values: Values) -> Mapping[str, Tensor]:
+        conditioned = poutine.condition(fn, {**recorded, **values})
+        trace = _run(program, conditioned, seed)
+        trace.compute_log_prob()
+        nodes: Mapping[str, Any] = trace.nodes
+        if not summed:
+            return {name: nodes[name]["log_prob"] for name in (*values, *recorded)}
+        terms = {name: nodes[name]["log_prob"] for name in values}
+        total = -TraceEnum_ELBO().loss(
+            config_enumerate(conditioned), lambda *_, **__: None, *program.args, **program.kwargs
+        )
+        rest = total - sum(float(v.sum()) for v in terms.values())
+        return {**terms, " and ".join(recorded): torch.tensor(rest)}
+
+    probe = Probe(values, respond)
+    if infinite := [k for k, v in probe.before.items() if not bool(torch.isfinite(v).all())]:
+        raise GuideError(
+            f"the log-density of {infinite} is not finite at a draw from the guide, so it cannot be "
+            'compared as axes="auto" does: give axes by hand'
+        )
+    return probe
+
+
+def _run(program: Program, fn: Callable[..., Any], seed: int) -> Trace:
+    pyro.set_rng_seed(seed)
+    return replace(program, fn=fn).trace()
+
+
+def _others(trace: Trace, values: Values) -> list[tuple[str, Any]]:
+    """The random sites that the posterior is not about."""
+    nodes: Mapping[str, Any] = trace.nodes
+    return [
+        (name, site)
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and name not in values
+        and not site_is_subsample(site)
+        and not site["infer"].get("_deterministic")
+    ]
+
+
+def _enumerable(site: Mapping[str, Any]) -> bool:
+    return bool(getattr(site["fn"], "has_enumerate_support", False))
