@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -59,26 +59,35 @@ class Proposal:
     certain: bool = False
 
 
-@dataclass
 class Probe:
     """A program at some values of all sites.
 
     :param values: site -> value.
     :param respond: values -> named numbers. Those called like a site whose value was permuted
         count by their sum, others one by one.
+    :param unit: differences are seen relative to numbers of at least this size.
     """
 
-    values: Values
-    respond: Callable[[Values], Mapping[str, Tensor]]
-    before: Mapping[str, Tensor] = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.before = self.respond(self.values)
-        # Half of the digits: what rounding leaves of them after a few hundred operations.
-        self.tolerance = max(
-            torch.finfo(v.dtype).eps for v in self.values.values() if v.is_floating_point()
-        )
-        self.tolerance **= 0.5
+    def __init__(
+        self, values: Values, respond: Callable[[Values], Mapping[str, Tensor]], unit: float = 0.0
+    ) -> None:
+        self.values, self.respond, self._unit = values, respond, unit
+        self.before = respond(values)
+        precision = max(torch.finfo(v.dtype).eps for v in values.values() if v.is_floating_point())
+        # Half of the digits; less where the last digit of a value makes more of a difference.
+        self._tolerance = precision**0.5
+        rng = torch.Generator().manual_seed(0)
+        self._noise = dict.fromkeys(self.before, 0.0)
+        for _ in range(2):
+            near = {k: v + v * precision * _signs(v, rng) for k, v in values.items()}
+            try:
+                after = respond(near)
+            except (ValueError, RuntimeError):  # over the edge of a support
+                continue
+            for name, was in self.before.items():
+                if was.numel() and was.shape == after[name].shape:
+                    difference = float((was.double() - after[name].double()).abs().max())
+                    self._noise[name] = max(self._noise[name], 8 * difference)
 
     def changed(
         self,
@@ -97,19 +106,23 @@ class Probe:
         return [
             name
             for name in before
-            if name not in ignored and self._differ(before[name], after[name], name in summed)
+            if name not in ignored and self._differ(name, before[name], after[name], name in summed)
         ]
 
-    def _differ(self, a: Tensor, b: Tensor, summed: bool) -> bool:
+    def _differ(self, name: str, a: Tensor, b: Tensor, summed: bool) -> bool:
         if a.shape != b.shape:
             return True
         if not a.numel():
             return False
         a, b = a.double(), b.double()
-        difference = (a - b).sum() if summed else (a - b).abs().max()
+        difference = (a - b).sum().abs() if summed else (a - b).abs().max()
         scale = a.abs().sum() if summed else a.abs().max()
-        # False for NaN.
-        return not bool(difference.abs() <= self.tolerance * scale)
+        allowed = self._tolerance * scale.clamp(min=self._unit) + self._noise[name]
+        return not bool(difference <= allowed)  # NaN differs
+
+
+def _signs(v: Tensor, rng: torch.Generator) -> Tensor:
+    return torch.randint(2, v.shape, generator=rng).to(v) * 2 - 1
 
 
 def _permuted(values: Values, axes: Iterable[Axis], order: Tensor) -> dict[str, Tensor]:

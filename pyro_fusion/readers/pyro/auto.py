@@ -32,10 +32,9 @@ from pyro_fusion.readers.symmetries import Finder, FoundAxes, Probe, Proposal, V
 
 __all__ = ["find_axes"]
 
-_PROBES = 2
-# Draws are at least this wide (in unconstrained space; of a site on the line, relative to its
-# values), so that components differ in all that they have.
-_LEAST_SCALE = {True: 0.5, False: 0.1}
+# In unconstrained space: draws of constrained sites are at least this wide, so that components
+# differ in all that they have.
+_LEAST_SCALE = 0.5
 
 
 def find_axes(
@@ -57,8 +56,10 @@ def find_axes(
         program = Program(model, args, kwargs, "model")
         draws = [
             {name: _wide(s.factor).distribution().sample() for name, s in sites.items()}
-            for _ in range(_PROBES)
+            for _ in range(2)
         ]
+        # Where a fit is poor, its components are hardly told apart; those of the prior are.
+        draws[1] = _from_prior(program, sites, draws[1], seed)
         probes = [_probe(program, values, seed) for values in draws]
         shapes = {name: tuple(v.shape) for name, v in draws[0].items()}
         proposals = _plates(sites)
@@ -91,12 +92,26 @@ def _plates(sites: Mapping[str, Read]) -> list[Proposal]:
 
 
 def _wide(f: Factor) -> Factor:
-    scale = f.params.get("scale")
-    if f.family.name != "Normal" or scale is None:
+    if f.family.name != "Normal" or not f.transforms:
         return f
-    unit = 1.0 if f.transforms else float(f.params["loc"].square().mean().sqrt())
-    least = _LEAST_SCALE[bool(f.transforms)] * unit
-    return replace(f, params={**f.params, "scale": scale.clamp(min=least)})
+    return replace(f, params={**f.params, "scale": f.params["scale"].clamp(min=_LEAST_SCALE)})
+
+
+def _from_prior(
+    program: Program, sites: Mapping[str, Read], values: dict[str, Tensor], seed: int
+) -> dict[str, Tensor]:
+    """Sites on the line drawn from their priors, given the other values."""
+    given = {k: v for k, v in values.items() if not _on_the_line(sites[k].factor)}
+    try:
+        trace = _run(program, poutine.condition(program.fn, given), seed)
+    except GuideError:  # a prior of which no draws are to be had
+        return values
+    drawn: dict[str, Any] = {k: trace.nodes[k]["value"] for k in values if k in trace}
+    return {k: x if (x := drawn.get(k, v)).shape == v.shape else v for k, v in values.items()}
+
+
+def _on_the_line(f: Factor) -> bool:
+    return f.family.name in ("Normal", "MultivariateNormal") and not f.transforms
 
 
 def _admits(f: Factor, labels: tuple[str | None, ...]) -> bool:
@@ -137,7 +152,7 @@ def _arguments(
         ) from e
 
 
-def _probe(program: Program, values: Values, seed: int) -> Probe:
+def _probe(program: Program, values: dict[str, Tensor], seed: int) -> Probe:
     """The model at these values, and at data and local variables drawn given those."""
     observing = program.fn
     for simulated in (True, False):  # not all that can be scored can be drawn
@@ -179,7 +194,7 @@ def _probe(program: Program, values: Values, seed: int) -> Probe:
         rest = total - sum(float(v.sum()) for v in terms.values())
         return {**terms, " and ".join(recorded): torch.tensor(rest)}
 
-    probe = Probe(values, respond)
+    probe = Probe(values, respond, unit=1.0)
     if infinite := [k for k, v in probe.before.items() if not bool(torch.isfinite(v).all())]:
         raise GuideError(
             f"the log-density of {infinite} is not finite at a draw from the guide, so it cannot be "

@@ -37,7 +37,9 @@ from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.guide import GuideMessenger
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError, warn_user
@@ -167,7 +169,7 @@ def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> Fo
         # With a label on each axis no Gaussian is joint over one.
         apart = {name: ("",) * len(s.factor.shape) for name, s in whole.items()}
         sites = _sites(program, spread, apart, num_samples, seed)
-    model = _without_initialisation(inner.model)
+    model = _without(inner.model, InitMessenger, BlockMessenger)
     return find_axes(sites, model, program.args, program.kwargs, seed)
 
 
@@ -205,7 +207,7 @@ def prior_from_guide(
         wanted = {k: site for k, site in (wanted or visible).items() if k in visible}
     failure = "saving the guide lost its model"
     if inner._model is not None:
-        model = _without_initialisation(inner.model)
+        model = _without(inner.model, InitMessenger)
         try:
             return _prior(model, args, kwargs, wanted, labels, num_samples, seed)
         except GuideError as e:
@@ -371,11 +373,12 @@ def _prior(
         return _posterior(resolve(found, program, num_samples), labels)
 
 
-def _without_initialisation(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model without the handlers with which a guide chose its initial values."""
+def _without(model: Callable[..., Any], *kinds: type[Messenger]) -> Callable[..., Any]:
+    """The model without handlers of these kinds, as those with which a guide chose its initial
+    values."""
     handlers, inner = peel(model)
     for h in reversed(handlers):
-        if not isinstance(h, InitMessenger):
+        if not isinstance(h, kinds):
             inner = h(inner)
     return inner
 
