@@ -150,7 +150,7 @@ def test_a_residual_connection_is_refused() -> None:
     with pytest.raises(StructureError, match=r"layer 'fc1'.*residual.*by hand"):
         module_axes(Residual())
     guide = guide_of(Regression(Residual()), X, torch.zeros(20, 2))
-    with pytest.raises(StructureError, match="layer 'net.fc1'"):
+    with pytest.raises(StructureError, match=r"layer 'net\.fc1'"):
         Posterior.from_guide(guide, axes="auto")
 
 
@@ -201,6 +201,19 @@ def test_joint_guides_are_split_along_the_labels_that_are_found(kind: Any) -> No
     assert posterior.axes == {f"net.{k}": v for k, v in MLP_AXES.items()}
     assert posterior.decomposed["net.0.weight"].family.name == "MultivariateNormal"
     assert posterior.outgoing == {f"net.{k}": v for k, v in MLP_OUTGOING.items()}
+
+
+def test_labels_of_a_classifier_are_data_without_data() -> None:
+    net = Regression(mlp()).net
+
+    def model(x: Tensor, y: Tensor | None = None) -> None:
+        logits = net(x)
+        with pyro.plate("data", len(x)):
+            pyro.sample("y", dist.Categorical(logits=logits), obs=y)
+
+    guide = guide_of(model, X, torch.zeros(20, dtype=torch.long))
+    posterior = Posterior.from_guide(guide, axes="auto")
+    assert list(posterior.axes.values()) == list(MLP_AXES.values())
 
 
 def test_fusing_networks_recovers_the_permutation() -> None:
@@ -367,10 +380,10 @@ def test_errors_say_what_to_do() -> None:
     guide = guide_of(needs, one, one)
     with pytest.raises(GuideError, match=r"argument: 'x'.*from_guide\(guide, \*args"):
         Posterior.from_guide(guide, axes="auto")
-    with pytest.raises(GuideError, match="observed sites.*pass those it was fitted with"):
+    with pytest.raises(GuideError, match=r"observed sites.*pass those it was fitted with"):
         Posterior.from_guide(guide, one, axes="auto")
     assert Posterior.from_guide(guide, one, one, axes="auto").axes == {"w": ("component",)}
-    with pytest.raises(GuideError, match="party 0: .*argument: 'x'"):
+    with pytest.raises(GuideError, match=r"party 0: .*argument: 'x'"):
         fuse([guide], axes="auto")
     with pytest.raises(ParameterError, match="got 'component'"):
         Posterior.from_guide(guide, axes="component")

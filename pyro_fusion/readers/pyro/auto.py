@@ -18,6 +18,8 @@ import pyro
 import pyro.poutine as poutine
 import torch
 from pyro.infer import TraceEnum_ELBO, config_enumerate
+from pyro.infer.inspect import TrackProvenance
+from pyro.ops.provenance import detach_provenance, get_provenance
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
@@ -166,13 +168,9 @@ def _probe(program: Program, values: dict[str, Tensor], seed: int) -> Probe:
     wrong = [k for k in values if k not in trace or trace.nodes[k]["value"] is not values[k]]
     if wrong:
         raise GuideError(f"the model has no sites {wrong}; the guide is of another")
-    recorded: dict[str, Tensor] = {}
-    summed = False
-    for name, site in _others(trace, values):
-        if site["is_observed"] or site["infer"].get("was_observed") or not _enumerable(site):
-            recorded[name] = site["value"]
-        else:
-            summed = True
+    others = _others(trace, values)
+    summed = _hidden(program, poutine.condition(fn, values), others)
+    recorded: dict[str, Tensor] = {k: v["value"] for k, v in others.items() if k not in summed}
     if not recorded:
         raise GuideError(
             'axes="auto" needs the observed sites of the model, to see which components are '
@@ -197,8 +195,8 @@ def _probe(program: Program, values: dict[str, Tensor], seed: int) -> Probe:
     probe = Probe(values, respond, unit=1.0)
     if infinite := [k for k, v in probe.before.items() if not bool(torch.isfinite(v).all())]:
         raise GuideError(
-            f"the log-density of {infinite} is not finite at a draw from the guide, so it cannot be "
-            'compared as axes="auto" does: give axes by hand'
+            f"the log-density of {infinite} is not finite at a draw from the guide, so it cannot "
+            'be compared as axes="auto" does: give axes by hand'
         )
     return probe
 
@@ -208,18 +206,38 @@ def _run(program: Program, fn: Callable[..., Any], seed: int) -> Trace:
     return replace(program, fn=fn).trace()
 
 
-def _others(trace: Trace, values: Values) -> list[tuple[str, Any]]:
+def _others(trace: Trace, values: Values) -> dict[str, Any]:
     """The random sites that the posterior is not about."""
     nodes: Mapping[str, Any] = trace.nodes
-    return [
-        (name, site)
+    return {
+        name: site
         for name, site in nodes.items()
         if site["type"] == "sample"
         and name not in values
         and not site_is_subsample(site)
         and not site["infer"].get("_deterministic")
-    ]
+    }
 
 
-def _enumerable(site: Mapping[str, Any]) -> bool:
-    return bool(getattr(site["fn"], "has_enumerate_support", False))
+def _hidden(program: Program, fn: Callable[..., Any], others: Mapping[str, Any]) -> set[str]:
+    """Discrete sites to sum out. Without data, observed sites look like them; but what is observed
+    is the end of what depends on what."""
+    discrete = {
+        name
+        for name, site in others.items()
+        if getattr(site["fn"], "has_enumerate_support", False)
+        and not (site["is_observed"] or site["infer"].get("was_observed"))
+    }
+    if not discrete:
+        return discrete
+    try:
+        with pyro.validation_enabled(False), TrackProvenance():
+            trace = poutine.trace(fn).get_trace(*program.args, **program.kwargs)
+            upstream: set[str] = set()
+            for name in others:
+                site: Any = trace.nodes[name]
+                density = site["fn"].log_prob(detach_provenance(site["value"]))
+                upstream |= get_provenance(density) - {name}
+    except Exception:  # an operation without provenance
+        return discrete
+    return discrete & upstream

@@ -39,7 +39,6 @@ from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.guide import GuideMessenger
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError, warn_user
@@ -47,7 +46,7 @@ from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.joint import Labels
-from pyro_fusion.readers.pyro.program import Program, isolated, peel
+from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
 from pyro_fusion.readers.pyro.sites import (
     Read,
     Sites,
@@ -169,7 +168,7 @@ def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> Fo
         # With a label on each axis no Gaussian is joint over one.
         apart = {name: ("",) * len(s.factor.shape) for name, s in whole.items()}
         sites = _sites(program, spread, apart, num_samples, seed)
-    model = _without(inner.model, InitMessenger, BlockMessenger)
+    model = without(inner.model, InitMessenger, BlockMessenger)
     return find_axes(sites, model, program.args, program.kwargs, seed)
 
 
@@ -207,7 +206,7 @@ def prior_from_guide(
         wanted = {k: site for k, site in (wanted or visible).items() if k in visible}
     failure = "saving the guide lost its model"
     if inner._model is not None:
-        model = _without(inner.model, InitMessenger)
+        model = without(inner.model, InitMessenger)
         try:
             return _prior(model, args, kwargs, wanted, labels, num_samples, seed)
         except GuideError as e:
@@ -371,16 +370,6 @@ def _prior(
         if not found:
             raise GuideError("the model has no latent site to read")
         return _posterior(resolve(found, program, num_samples), labels)
-
-
-def _without(model: Callable[..., Any], *kinds: type[Messenger]) -> Callable[..., Any]:
-    """The model without handlers of these kinds, as those with which a guide chose its initial
-    values."""
-    handlers, inner = peel(model)
-    for h in reversed(handlers):
-        if not isinstance(h, kinds):
-            inner = h(inner)
-    return inner
 
 
 def _prototypes(guide: Any) -> dict[str, dict[str, Any]]:
