@@ -354,6 +354,17 @@ def test_local_variables_have_no_label() -> None:
     assert posterior.axes == {"z": (None,)}
 
 
+def test_other_data_or_a_subsample_is_an_error() -> None:
+    def model(data: Tensor) -> None:
+        with pyro.plate("data", len(data), subsample_size=2) as i:
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=data[i])
+
+    data = torch.randn(5)
+    with pytest.raises(GuideError, match=r"site 'z' has shape \(5,\) in the guide and \(2,\)"):
+        Posterior.from_guide(guide_of(model, data), data, axes="auto")
+
+
 def test_one_component_cannot_be_permuted() -> None:
     def model(y: Tensor | None = None) -> None:
         shift = pyro.sample("shift", dist.Normal(torch.zeros(1), 1.0).to_event(1))

@@ -60,6 +60,7 @@ def find_axes(
             {name: _wide(s.factor).distribution().sample() for name, s in sites.items()}
             for _ in range(2)
         ]
+        _check_shapes(_run(program, model, seed), draws[0])
         # Where a fit is poor, its components are hardly told apart; those of the prior are.
         draws[1] = _from_prior(program, sites, draws[1], seed)
         probes = [_probe(program, values, seed) for values in draws]
@@ -154,6 +155,20 @@ def _arguments(
         ) from e
 
 
+def _check_shapes(trace: Trace, values: Values) -> None:
+    nodes: Mapping[str, Any] = trace.nodes
+    for name, v in values.items():
+        if name not in nodes:
+            raise GuideError(f"the model has no site '{name}', which the guide has")
+        if nodes[name]["value"].shape != v.shape:
+            raise GuideError(
+                f"site '{name}' has shape {tuple(v.shape)} in the guide and "
+                f"{tuple(nodes[name]['value'].shape)} in the model, as with other data or a "
+                "subsampled plate. Pass the arguments that the guide was fitted with; hide local "
+                f"variables, poutine.block(guide, hide=['{name}']); or give axes by hand"
+            )
+
+
 def _probe(program: Program, values: dict[str, Tensor], seed: int) -> Probe:
     """The model at these values, and at data and local variables drawn given those."""
     observing = program.fn
@@ -165,9 +180,6 @@ def _probe(program: Program, values: dict[str, Tensor], seed: int) -> Probe:
         except GuideError:
             if not simulated:
                 raise
-    wrong = [k for k in values if k not in trace or trace.nodes[k]["value"] is not values[k]]
-    if wrong:
-        raise GuideError(f"the model has no sites {wrong}; the guide is of another")
     others = _others(trace, values)
     summed = _hidden(program, poutine.condition(fn, values), others)
     recorded: dict[str, Tensor] = {k: v["value"] for k, v in others.items() if k not in summed}
