@@ -22,6 +22,7 @@ from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.model import FusionModel
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.priors import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.readers.modules import module_axes
 from pyro_fusion.result import Fusion, Matching
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "UnsupportedFamilyError",
     "__version__",
     "fuse",
+    "module_axes",
     "pairwise_kl",
     "register_family",
 ]

@@ -32,7 +32,7 @@ def fuse(
     *,
     weights: Sequence[float] | Tensor | None = None,
     base: Base | None = None,
-    axes: Axes | None = None,
+    axes: Axes | Literal["auto"] | None = None,
     dispersion: float | None = None,
     seed: int = 0,
     restarts: int = 9,
@@ -63,7 +63,7 @@ def fuse(
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
         that needs no arguments. By default that of the first guide's own model.
     :param axes: labels for guides, in place of those of their plates, as in
-        ``Posterior.from_guide``; posteriors have their own.
+        ``Posterior.from_guide``, or ``"auto"`` to find them; posteriors have their own.
     :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
         the assignment with messages tempered by 1/T and then pools the messages as they are.
     :param seed: of the random starts; the same seed gives the same result.

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -91,7 +91,7 @@ class Parties:
         pooling: Pooling,
         weights: Sequence[float] | Tensor | None,
         base: Base | None,
-        axes: Axes | None,
+        axes: Axes | Literal["auto"] | None,
     ) -> Parties:
         """Read and check what was given; arguments as for :func:`~pyro_fusion.fuse`."""
         posteriors, guides = _read(inputs, axes)
@@ -310,7 +310,9 @@ def locating(problem: MatchingProblem) -> Iterator[None]:
         raise located(e, problem.local, problem.base, problem.sizes) from e
 
 
-def _read(inputs: Sequence[Any], axes: Axes | None) -> tuple[list[Posterior], list[Any]]:
+def _read(
+    inputs: Sequence[Any], axes: Axes | Literal["auto"] | None
+) -> tuple[list[Posterior], list[Any]]:
     if isinstance(inputs, Posterior) or callable(inputs):
         raise StructureError("expected a list of posteriors or guides, got a single one")
     inputs = list(inputs)

@@ -28,22 +28,25 @@ parameter store by name, so that fitting the second moves the first; see :func:`
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pyro
 from pyro.contrib.easyguide import EasyGuide
 from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuide, AutoGuideList
 from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError, warn_user
 from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.joint import Labels
-from pyro_fusion.readers.pyro.program import Program, isolated, peel
+from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
 from pyro_fusion.readers.pyro.sites import (
     Read,
     Sites,
@@ -52,14 +55,17 @@ from pyro_fusion.readers.pyro.sites import (
     plates_of,
 )
 from pyro_fusion.readers.pyro.trace import read_trace, resolve
+from pyro_fusion.readers.symmetries import FoundAxes
 
 __all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
+
+_KNOWS_MODEL = (AutoGuide, EasyGuide, GuideMessenger)
 
 
 def from_guide(
     guide: Callable[..., Any],
     *args: Any,
-    axes: Axes | None = None,
+    axes: Axes | Literal["auto"] | None = None,
     outgoing: Mapping[str, str] | None = None,
     spread: float | Tensor | Mapping[str, float | Tensor] | None = None,
     num_samples: int = 1000,
@@ -77,7 +83,7 @@ def from_guide(
     :param args: arguments of the guide, for guides that have to be run (all but Pyro's own).
     :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``. By
         default each plate labels its axis with its name; an entry here replaces the labels of its
-        site, and labels event axes.
+        site, and labels event axes. ``"auto"`` finds the labels; see below.
     :param outgoing: site name -> the label whose components act through it by adding up; see
         :class:`~pyro_fusion.Posterior`.
     :param spread: the standard deviation, in unconstrained space, of sites that are point masses
@@ -106,15 +112,33 @@ def from_guide(
     They belong to the party alone: hide them, ``poutine.block(guide, hide=["z"])``, or give them
     other labels in ``axes``, as ``{"z": (None,)}``.
 
+    ``axes="auto"`` takes plates, and the linear layers of a module that follow one another (their
+    units become ``hidden1``, ``hidden2``, ...), for proposals, and looks for the other axes that
+    belong to them: mixture weights, both axes of a transition matrix, outgoing weights. What
+    decides is the model. It is run, with ``args`` (a module without any: with random inputs), at
+    draws from the guide: its log-density must stay the same when components are permuted along all
+    axes of a label at once. Of several sets of axes that do, the smallest is taken. In the same way
+    it finds ``outgoing``. Components of a plate that are not exchangeable keep no label, and a
+    warning says so; hidden units that are not are a StructureError.
+
     Example::
 
         posterior = Posterior.from_guide(guide, axes={"loc": ("component", None)})
     """
-    labels = _labels(axes)
     _check_num_samples(num_samples)
-    given = Spread(spread)
     program = Program(guide, args, kwargs)
-    with isolated(guide, seed):
+    if axes == "auto":
+        found = _find_axes(program, spread, num_samples, seed)
+        axes, outgoing = found.axes, {**found.outgoing, **(outgoing or {})}
+    labels = _labels(axes)
+    return _posterior(_sites(program, spread, labels, num_samples, seed), labels, outgoing)
+
+
+def _sites(
+    program: Program, spread: Any, labels: Labels, num_samples: int, seed: int
+) -> dict[str, Read]:
+    given = Spread(spread)
+    with isolated(program.fn, seed):
         found = read(program, given, labels)
         if not found:
             raise GuideError(
@@ -123,7 +147,29 @@ def from_guide(
             )
         sites = resolve(found, program, num_samples)
     given.check_used(set(sites))
-    return _posterior(sites, labels, outgoing)
+    return sites
+
+
+def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> FoundAxes:
+    """The labels of a guide's sites, by its model.
+
+    :raises GuideError: if it knows none.
+    """
+    inner = peel(program.fn)[1]
+    if not isinstance(inner, _KNOWS_MODEL) or inner._model is None:
+        lost = "has lost its model" if isinstance(inner, _KNOWS_MODEL) else "knows no model"
+        raise GuideError(
+            f'axes="auto" finds labels with the model, but this {type(inner).__name__} {lost}: '
+            "give axes as a mapping, {'site': ('label', None)}"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # they come again when the guide is read with its labels
+        whole = _sites(program, spread, {}, num_samples, seed)
+        # With a label on each axis no Gaussian is joint over one.
+        apart = {name: ("",) * len(s.factor.shape) for name, s in whole.items()}
+        sites = _sites(program, spread, apart, num_samples, seed)
+    model = without(inner.model, InitMessenger, BlockMessenger)
+    return find_axes(sites, model, program.args, program.kwargs, seed)
 
 
 def prior_from_guide(
@@ -145,7 +191,7 @@ def prior_from_guide(
     The other parameters and errors are those of :func:`from_guide` and :func:`prior_from_model`.
     """
     handlers, inner = peel(guide)
-    if not isinstance(inner, AutoGuide | EasyGuide | GuideMessenger):
+    if not isinstance(inner, _KNOWS_MODEL):
         raise GuideError(
             f"a {type(inner).__name__} does not know its model; use prior_from_model(model, *args)"
         )
@@ -160,7 +206,7 @@ def prior_from_guide(
         wanted = {k: site for k, site in (wanted or visible).items() if k in visible}
     failure = "saving the guide lost its model"
     if inner._model is not None:
-        model = _without_initialisation(inner.model)
+        model = without(inner.model, InitMessenger)
         try:
             return _prior(model, args, kwargs, wanted, labels, num_samples, seed)
         except GuideError as e:
@@ -247,6 +293,10 @@ def check_not_shared(
 
 
 def _labels(axes: Axes | None) -> Labels:
+    if axes is not None and not isinstance(axes, Mapping):
+        raise ParameterError(
+            f'axes must be a mapping from site to labels, or for guides "auto", got {axes!r}'
+        )
     return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in (axes or {}).items()}
 
 
@@ -320,15 +370,6 @@ def _prior(
         if not found:
             raise GuideError("the model has no latent site to read")
         return _posterior(resolve(found, program, num_samples), labels)
-
-
-def _without_initialisation(model: Callable[..., Any]) -> Callable[..., Any]:
-    """The model without the handlers with which a guide chose its initial values."""
-    handlers, inner = peel(model)
-    for h in reversed(handlers):
-        if not isinstance(h, InitMessenger):
-            inner = h(inner)
-    return inner
 
 
 def _prototypes(guide: Any) -> dict[str, dict[str, Any]]:

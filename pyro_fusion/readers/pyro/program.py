@@ -26,7 +26,7 @@ from torch import nn
 
 from pyro_fusion.errors import FusionError, GuideError
 
-__all__ = ["Program", "isolated", "modules_of", "peel"]
+__all__ = ["Program", "isolated", "modules_of", "peel", "without"]
 
 
 def peel(fn: Callable[..., Any]) -> tuple[list[Messenger], Callable[..., Any]]:
@@ -41,6 +41,16 @@ def peel(fn: Callable[..., Any]) -> tuple[list[Messenger], Callable[..., Any]]:
         else:
             break
     return handlers, fn
+
+
+def without(model: Callable[..., Any], *kinds: type[Messenger]) -> Callable[..., Any]:
+    """The model without handlers of these kinds, as those with which a guide chose its initial
+    values."""
+    handlers, inner = peel(model)
+    for h in reversed(handlers):
+        if not isinstance(h, kinds):
+            inner = h(inner)
+    return inner
 
 
 def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
