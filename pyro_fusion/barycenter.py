@@ -50,6 +50,10 @@ class Pooling(ABC):
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
         """``D(k; n)``, what component ``n`` adds to the objective in atom ``k``: ``[K, N]``."""
 
+    def pair_cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
+        """The same of components in one atom each: ``[N]``."""
+        return self.divergence(atoms, local)
+
     def opening(self, atoms: Factor, base: Factor | None = None) -> Tensor:
         """What an atom adds to the objective by itself: ``[K]``."""
         return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
@@ -246,7 +250,13 @@ class Product(Pooling):
         return kl(atoms, local)
 
     def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
-        return pairwise_kl(atoms, local) - self.opening(atoms, base).unsqueeze(1)
+        one = _given(base).expand_batch(atoms.batch_shape)
+        origin = atoms.location()  # nothing large cancels there
+        from_base = atoms.shift(origin).divergences(one.shift(origin))
+        return pairwise_kl(atoms, local) - local.over_entries(from_base)
+
+    def pair_cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
+        return kl(atoms, local) - kl(atoms.within(local), _given(base))
 
     def opening(self, atoms: Factor, base: Factor | None = None) -> Tensor:
         return kl(atoms, _given(base)).double()

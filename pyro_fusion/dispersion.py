@@ -30,7 +30,7 @@ _MAX_PAIRS = 6000
 _MAX_EVIDENCE = 200
 _BISECTIONS = 12
 
-_BULK, _TAIL = 1.45, 5.5
+_BULK, _TAIL = 1.36, 5.5
 # `GroupNorm` asks one T of two lone components that share an atom, and up to 1.7 of one that joins
 # a popular atom. Prices in other units are translated at the middle of that.
 _MIDDLE = (2 - 2**0.5) ** -0.5
@@ -48,7 +48,7 @@ def estimate_dispersion(
     wrong one: with the nearest other component of the same party, which is known to be a different
     atom; the upper quartile over components, since a fit that gave one atom two components has a
     low price there. And that of a right one: with the nearest component of any other party; the
-    median, since some components have no counterpart. The limit is ``1.45 + 5.5 √(2 / D)`` times
+    median, since some components have no counterpart. The limit is ``1.36 + 5.5 √(2 / D)`` times
     their geometric mean: prices are sums over ``D`` dimensions, and the fewer these are, the longer
     the tail of what is still the same.
 

@@ -172,8 +172,8 @@ class FusionGuide(PyroModule):
         """Make logits, or drop them."""
         if relaxed and self.model.links:
             raise StructureError(
-                f"sites {sorted(self.model.links)} have several labels, whose assignments cannot be "
-                "relaxed"
+                f"sites {sorted(self.model.links)} have several labels: assignments along these "
+                "cannot be relaxed"
             )
         self.relaxed = relaxed
         for label, assignment in self.assignment.items():

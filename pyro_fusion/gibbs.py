@@ -344,6 +344,11 @@ def _check_model(model: FusionModel) -> None:
             f"FusionGibbs needs pooling 'product', got {model.pooling.name!r}: a divergence from "
             "the local posteriors is no evidence that components are the same"
         )
+    if model.links:
+        raise ParameterError(
+            f"sites {sorted(model.links)} have several labels: FusionGibbs has no kernel for "
+            "assignments along these"
+        )
     for x in model.parts.values():
         weights = x.prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
         if bool((weights != 1).any()):

@@ -109,9 +109,9 @@ class MatchingProblem:
         groups = groups.to(self.weights.device, non_blocking=True)
         total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
         for site, atoms in self.barycenter(groups, num_atoms).items():
-            opening = self.pooling.opening(atoms, self.base.get(site))
-            pairs = self.pooling.divergence(atoms.index_select(0, groups), self.local[site])
-            total += opening.sum() + self.weights @ (pairs.double() - opening[groups])
+            local, base = self.local[site], self.base.get(site)
+            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, base)
+            total += self.pooling.opening(atoms, base).sum() + self.weights @ pairs.double()
         return float(total) / self.dispersion
 
 

@@ -216,6 +216,10 @@ class Factor:
         """The factor as the second argument of KL divergences."""
         return Side(self.natural, self.log_normalizer, self.log_normalizer.abs())
 
+    def divergences(self, other: "Factor") -> Tensor:
+        """:meth:`divergence`; of a PartialFactor entry by entry, ``[*batch_shape, J]``."""
+        return self.divergence(other)
+
     def divergence(self, other: "Factor") -> Tensor:
         """``KL(self ‖ other)`` by the family's formula, ``[*batch_shape]``, float64. Both have one
         structure and one :attr:`base_shape`."""
@@ -246,6 +250,16 @@ class Factor:
     def log_normalizer_over(self, base: "Factor") -> Tensor:
         """``A(η) - A(η_base)``."""
         return self.log_normalizer - base.log_normalizer
+
+    def within(self, other: "Factor") -> "Factor":
+        """The entries that the other has too, of factors one by one."""
+        return self
+
+    def over_entries(self, divergence: Tensor) -> Tensor:
+        """Divergences of atoms from something else, over the entries that each of these components
+        has: ``[K]``, or ``[K, J]`` entry by entry, -> ``[K, N]``, or ``[K, 1]`` where all have
+        all."""
+        return divergence.unsqueeze(1)
 
     @property
     def features(self) -> Tensor:

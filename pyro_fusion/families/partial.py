@@ -107,11 +107,21 @@ class PartialFactor(Factor):
         size = own.abs().sum(-1)
         return Side(values, torch.zeros_like(size), size)
 
-    def divergence(self, other: Factor) -> Tensor:
+    def divergences(self, other: Factor) -> Tensor:
         there = self.present
         if isinstance(other, PartialFactor):
             there = there * other.present
-        return (there * self._entries(self.family.kl(self._double(), other._double()))).sum(-1)
+        return there * self._entries(self.family.kl(self._double(), other._double()))
+
+    def divergence(self, other: Factor) -> Tensor:
+        return self.divergences(other).sum(-1)
+
+    def within(self, other: Factor) -> "PartialFactor":
+        assert isinstance(other, PartialFactor)
+        return replace(self, mass=self.mass * other.present)
+
+    def over_entries(self, divergence: Tensor) -> Tensor:
+        return divergence @ self.present.mT
 
     @property
     def features(self) -> Tensor:
