@@ -26,9 +26,9 @@ There scikit-learn divides the counts that make the precision, by the components
 the dimensions, as if the prior were so many times surer. Here each number counts once against the
 prior as it was given, which thus is the same for parties of different numbers of components.
 
-A Dirichlet process' sticks, ``Beta(a_k, b_k)``, the last of which takes all that is left, become the
-Dirichlet with the same ``E[log weights]``. Sticks have an order and components have none, so of the
-prior it is the mean over all orders.
+A Dirichlet process' sticks, ``Beta(a_k, b_k)``, the last of which takes all that is left, become
+the Dirichlet with the same ``E[log weights]``. Sticks have an order and components have none, so of
+the prior it is the mean over all orders.
 
 Source: Bishop, *Pattern Recognition and Machine Learning* (2006), sec. 10.2; Blei & Jordan,
 *Variational Inference for Dirichlet Process Mixtures* (2006); Hoffman, Blei & Bach, *Online
@@ -123,7 +123,7 @@ def _tensor(model: Any, *names: str) -> list[Tensor]:
 
     :raises ParameterError: if one is not finite.
     """
-    result = []
+    result: list[Tensor] = []
     for name in names:
         value = torch.tensor(np.asarray(getattr(model, name)))
         if not bool(value.isfinite().all()):
