@@ -9,8 +9,7 @@ its topics. Held-out documents are completed: half of a document's words tell it
 other half is scored, alike for all rows.
 
 Run ``python benchmarks/topics.py --data FOLDER``, where ``20news_bow.npz`` is, or ``--small`` for a
-simulated corpus whose topics are known. Most of the time goes into the local fits, which ``--cache``
-keeps, and into fusing.
+simulated corpus whose topics are known. ``--cache`` keeps the local fits.
 
 Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020); Campbell & How,
 *Approximate Decentralized Bayesian Inference* (UAI 2014).
@@ -46,6 +45,7 @@ Array = NDArray[np.float64]
 Index = NDArray[np.intp]
 
 SPLITS = ("random", "groups")
+POOLINGS = ("exclusive", "inclusive", "product")
 TITLES = {
     "random": "(a) documents at random",
     "groups": "(b) by newsgroup: {own} of {all} for each party, each newsgroup at two",
@@ -57,7 +57,6 @@ FUSIONS: dict[str, tuple[str, AssignmentPrior | None]] = {
     "inclusive, IndianBuffet": ("inclusive", IndianBuffet()),
     "product": ("product", None),
 }
-SHOWN = "exclusive"  # whose table of topics is printed, and drawn
 
 
 # -- documents -------------------------------------------------------------------------------------
@@ -192,7 +191,8 @@ class Fitting:
         with np.load(path, allow_pickle=False) as file:
             if not np.array_equal(file["documents"], documents):
                 raise ValueError("the cached fits are of other documents: empty the cache")
-            model = LatentDirichletAllocation(size, max_iter=0).fit(counts[:1])
+            with np.errstate(over="ignore"):  # of how bad it is, not fitted at all
+                model = LatentDirichletAllocation(size, max_iter=0).fit(counts[:1])
             model.components_ = file["components"]
             return model
 
@@ -306,7 +306,11 @@ def merged(parties: Sequence[Array], prior: float) -> Array:
 
 
 def rows(
-    models: Sequence[LatentDirichletAllocation], pooled: Array, split: Split, restarts: int
+    models: Sequence[LatentDirichletAllocation],
+    pooled: Array,
+    split: Split,
+    restarts: int,
+    poolings: Sequence[str] = POOLINGS,
 ) -> dict[str, Topics]:
     """Nothing but the choice of the best party, and the last row, sees a document."""
     local = [m.components_ for m in models]
@@ -323,7 +327,9 @@ def rows(
         result["product, AMPS"] = Topics(total, order, time.perf_counter() - start)
     posteriors = [Posterior.from_sklearn(m) for m in models]
     base = prior_from_sklearn(models[0])
-    for name, (pooling, assignment_prior) in FUSIONS.items():
+    chosen = [name for name, (pooling, _) in FUSIONS.items() if pooling in poolings]
+    for name in tqdm(chosen, desc="fusions", unit="fusion", leave=False):
+        pooling, assignment_prior = FUSIONS[name]
         start = time.perf_counter()
         fusion = fuse(
             posteriors,
@@ -430,7 +436,12 @@ def draw(row: Topics, corpus: Corpus, split: Split, path: Path, most: int = 60) 
 
 
 def solve(
-    corpus: Corpus, split: Split, fitting: Fitting, seed: int, restarts: int
+    corpus: Corpus,
+    split: Split,
+    fitting: Fitting,
+    seed: int,
+    restarts: int,
+    poolings: Sequence[str] = POOLINGS,
 ) -> dict[str, Topics]:
     """Fit, and fuse."""
     numbers = range(len(split.parties))
@@ -440,7 +451,7 @@ def solve(
     ]
     everything = np.sort(np.concatenate(split.parties))
     pooled = fitting(corpus, everything, 1000 * (seed + 1) - 10).components_
-    return rows(models, pooled, split, restarts)
+    return rows(models, pooled, split, restarts, poolings)
 
 
 def measure(row: Topics, corpus: Corpus, split: Split) -> tuple[float, ...]:
@@ -470,17 +481,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 if args.small:
                     corpus = simulated_corpus(seed)
                 split = split_corpus(corpus, kind, parties, seed)
-                found = solve(corpus, split, fitting, seed, args.restarts)
+                found = solve(corpus, split, fitting, seed, args.restarts, args.poolings)
                 results.append({k: measure(row, corpus, split) for k, row in found.items()})
                 if seed == 0:
-                    lines = table_of_topics(found[f"KL fusion: {SHOWN}"], corpus, split)
+                    shown = f"KL fusion: {args.shown}"
+                    lines = table_of_topics(found[shown], corpus, split)
                     if args.out is not None:
                         (args.out / f"topics-{kind}.txt").write_text("\n".join(lines) + "\n")
                         picture = args.out / f"topics-{kind}.png"
-                        draw(found[f"KL fusion: {SHOWN}"], corpus, split, picture)
+                        draw(found[shown], corpus, split, picture)
             own = 2 * len(corpus.names) // parties
             print_table(TITLES[kind].format(own=own, all=len(corpus.names)), results)
-            print(f"\nTopics of {SHOWN}, seed 0\n" + "\n".join(lines))
+            print(f"\nTopics of {args.shown}, seed 0\n" + "\n".join(lines))
     print(LEGEND)
 
 
@@ -496,7 +508,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--topics", type=int, default=50, help="of each local fit")
     parser.add_argument("--words", type=int, default=2000, help="the commonest; 0 for all")
     parser.add_argument("--iterations", type=int, default=30, help="of each local fit")
-    parser.add_argument("--restarts", type=int, default=1, help="of each fusion")
+    parser.add_argument("--restarts", type=int, default=0, help="of each fusion")
+    parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS)
+    parser.add_argument("--shown", choices=FUSIONS, default="product", help="whose topics to print")
     return parser
 
 
