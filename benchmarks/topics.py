@@ -375,7 +375,7 @@ def print_table(title: str, results: Sequence[dict[str, tuple[float, ...]]]) -> 
         cells = [f"{mean[0]:10.1f}", f"{mean[1]:10.1f}", f"{mean[2]:10.1f}", f"{mean[3]:10.3f}"]
         cells = [c if "nan" not in c else f"{'':10}" for c in (*cells, f"{mean[4]:10.2f}")]
         deviation = f"  perplexity ± {values[:, 0].std(ddof=1):.1f}" if len(results) > 1 else ""
-        print(f"{name:36}" + "".join(cells) + deviation)
+        print((f"{name:36}" + "".join(cells) + deviation).rstrip())
 
 
 def top_words(topics: Array, vocabulary: NDArray[np.str_], count: int = 8) -> list[str]:
@@ -510,7 +510,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--iterations", type=int, default=30, help="of each local fit")
     parser.add_argument("--restarts", type=int, default=0, help="of each fusion")
     parser.add_argument("--poolings", nargs="+", choices=POOLINGS, default=POOLINGS)
-    parser.add_argument("--shown", choices=FUSIONS, default="product", help="whose topics to print")
+    parser.add_argument("--shown", choices=FUSIONS, default="product")
     return parser
 
 
