@@ -91,6 +91,12 @@ class Sums:
 
     def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
         """The objective over T of groups, or of their unions with others: on the CPU."""
+        parts = groups.split(self._at_a_time)
+        others = [None] * len(parts) if other is None else other.split(self._at_a_time)
+        values = [self._values(k, j) for k, j in zip(parts, others, strict=True)]
+        return torch.cat(values).cpu() / self.dispersion
+
+    def _values(self, groups: Tensor, other: Tensor | None) -> Tensor:
         k = groups.to(self.weight.device, non_blocking=True)
         j = None if other is None else other.to(k.device, non_blocking=True)
 
@@ -98,7 +104,11 @@ class Sums:
             return x[k] if j is None else x[k] + x[j]
 
         terms = [s.value(both(s.total), both(s.potentials), both(self.weight)) for s in self.sites]
-        return torch.stack(terms).sum(0).cpu() / self.dispersion
+        return torch.stack(terms).sum(0)
+
+    @property
+    def _at_a_time(self) -> int:
+        return max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
 
     def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
         """Put components into groups; with ``sign=-1.0`` take them out."""
@@ -122,7 +132,7 @@ class Sums:
     def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
         """By how much the objective of each group, over T, would grow with the component (or
         without it): on the CPU, for each pair; NaN where a group would be left empty."""
-        part = max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
+        part = self._at_a_time
         pairs = zip(members.split(part), groups.split(part), strict=True)
         return torch.cat([self._increments(n, k, sign) for n, k in pairs]).cpu() / self.dispersion
 

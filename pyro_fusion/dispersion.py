@@ -22,9 +22,11 @@ from pyro_fusion.families import Factor, pairwise_kl
 
 __all__ = ["estimate_dispersion", "pairwise_spread", "temper"]
 
-# Quantiles need no more than this; all pairs would be quadratic in the number of parties.
+# Quantiles need no more than this; all pairs would be quadratic in the number of parties. Of large
+# components (topics of many words) there are fewer: so many numbers in the atoms of all pairs.
 _MAX_PARTIES = 64
 _MAX_PAIRS = 6000
+_MAX_NUMBERS = 1 << 24
 
 # Pairs that tell what evidence there is for a merge.
 _MAX_EVIDENCE = 200
@@ -77,7 +79,7 @@ def estimate_dispersion(
     symmetric = (divergence + divergence.mT).fill_diagonal_(torch.inf)
     blocks = [block.min(1) for block in symmetric.split(counts, 1)]
     offsets = torch.tensor([0, *counts[:-1]]).cumsum(0)
-    first, party = _selection(torch.stack([b.values for b in blocks], 1).isfinite())
+    first, party = _selection(torch.stack([b.values for b in blocks], 1).isfinite(), dimensions)
     second = (torch.stack([b.indices for b in blocks], 1) + offsets)[first, party]
     price = _merge_costs(part, first, second, Exclusive())
     different = price[is_own[first, party]]
@@ -178,10 +180,10 @@ def _pairwise(
     return part, [sizes[s] for s in chosen], divergence
 
 
-def _selection(mask: Tensor) -> tuple[Tensor, Tensor]:
+def _selection(mask: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
     """The places that are set, of a random selection of rows if there are many."""
     count, num_columns = mask.shape
-    keep = max(1, _MAX_PAIRS // num_columns)
+    keep = max(1, min(_MAX_PAIRS, _MAX_NUMBERS // dimensions) // num_columns)
     if count > keep:
         generator = torch.Generator().manual_seed(0)
         selected = torch.zeros(count, dtype=torch.bool)

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """``Posterior``: what one party hands over, and what fusion returns. Named mean-field factors
-with labelled axes. Files are in ``serialization.py``, guides in ``readers/pyro`` (in) and
-``guide.py`` (out)."""
+with labelled axes. Files are in ``serialization.py``, what is read in ``readers``, guides as
+results in ``guide.py``."""
 
 from __future__ import annotations
 
@@ -137,6 +137,14 @@ class Posterior:
         from pyro_fusion.readers.pyro import from_guide
 
         return from_guide(guide, *args, **kwargs)
+
+    @classmethod
+    def from_sklearn(cls, model: Any, *, label: str | None = None) -> Posterior:
+        """Read a fitted scikit-learn ``BayesianGaussianMixture`` or ``LatentDirichletAllocation``;
+        see :func:`pyro_fusion.readers.sklearn.from_sklearn`."""
+        from pyro_fusion.readers.sklearn import from_sklearn
+
+        return from_sklearn(model, label=label)
 
     @property
     def factors(self) -> Mapping[str, dist.TorchDistribution]:

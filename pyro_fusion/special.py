@@ -14,7 +14,6 @@ import math
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
@@ -190,11 +189,12 @@ def _log_ratio(t: Tensor, a: Tensor) -> Tensor:
 
 def log_share(alpha: Tensor, total: Tensor) -> Tensor:
     """``log(α_k / Σα)``, relatively exact even where one part is nearly all of it."""
-    # The sum of the other parts, without a subtraction.
-    before = F.pad(alpha.cumsum(-1)[..., :-1], (1, 0))
-    after = F.pad(alpha.flip(-1).cumsum(-1).flip(-1)[..., 1:], (0, 1))
-    left = (before + after) / total
-    return torch.where(left < 0.5, (-left).log1p(), (alpha / total).log())
+    share = (alpha / total).log()
+    # Of the largest alone: the sum of the other parts, without a subtraction.
+    top = alpha.detach().argmax(-1, keepdim=True)
+    left = alpha.scatter(-1, top, 0.0).sum(-1, keepdim=True) / total
+    largest = torch.where(left < 0.5, (-left).log1p(), share.gather(-1, top))
+    return share.scatter(-1, top, largest)
 
 
 def dirichlet_concentration(t: Tensor) -> Tensor:
