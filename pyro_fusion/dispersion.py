@@ -180,10 +180,10 @@ def _pairwise(
     return part, [sizes[s] for s in chosen], divergence
 
 
-def _selection(mask: Tensor, dimensions: int) -> tuple[Tensor, Tensor]:
+def _selection(mask: Tensor, dimensions: float) -> tuple[Tensor, Tensor]:
     """The places that are set, of a random selection of rows if there are many."""
     count, num_columns = mask.shape
-    keep = max(1, min(_MAX_PAIRS, _MAX_NUMBERS // dimensions) // num_columns)
+    keep = max(1, min(_MAX_PAIRS, int(_MAX_NUMBERS / dimensions)) // num_columns)
     if count > keep:
         generator = torch.Generator().manual_seed(0)
         selected = torch.zeros(count, dtype=torch.bool)
