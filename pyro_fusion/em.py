@@ -27,6 +27,7 @@ from pyro_fusion.priors import GroupNorm, Parametric
 from pyro_fusion.problem import by_popularity
 from pyro_fusion.result import Fusion, Matching
 from pyro_fusion.seeding import starts
+from pyro_fusion.structure import turns
 
 __all__ = ["FusionEM", "check_own", "check_run"]
 
@@ -196,13 +197,18 @@ class FusionEM:
         also the objective after each round, which never rises."""
         model, solver = self.model, _SOLVERS[self.solver]
         objective = partial(model.linked_objective, group)
-        # To begin with, each given those before it, or where the guide is.
-        fresh: dict[str, Tensor] = {}
-        for label in group:
-            part = model.given(label, fresh)
-            best, _ = search(part, None)
-            fresh[label] = part.as_given(best.groups)
-        groups = min((fresh, {x: self.guide.assignment[x].cpu() for x in group}), key=objective)
+        parties = model.parties
+        begin = [{x: self.guide.assignment[x].cpu() for x in group}]
+        # Or from nothing, each given those before it. What is wrong at first misleads the others,
+        # which then leave it wrong: any may be the first.
+        for first in group:
+            if parties.roles.matched[first]:
+                fresh: dict[str, Tensor] = {}
+                for label in turns(parties.posteriors[0], parties.roles, first):
+                    part = model.given(label, fresh)
+                    fresh[label] = part.as_given(search(part, None)[0].groups)
+                begin.append(fresh)
+        groups = min(begin, key=objective)
         trace = [objective(groups)]
         found: dict[str, _Found] = {}
         while len(trace) <= max_iterations:

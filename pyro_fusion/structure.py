@@ -30,6 +30,7 @@ __all__ = [
     "check_weights",
     "show_structure",
     "site_roles",
+    "turns",
     "warn_identical",
     "warn_unlabelled_simplex",
 ]
@@ -131,19 +132,29 @@ def site_roles(posterior: Posterior) -> Roles:
 
 
 def _groups(posterior: Posterior, roles: Roles) -> list[tuple[str, ...]]:
-    """:attr:`Roles.groups`. First comes the label whose components have the most numbers to tell
-    them apart by, then the one that has the most given those before."""
+    """:attr:`Roles.groups`: first comes the label whose components have the most numbers."""
     rest, groups = list(roles.matched), []
     while rest:
-        group: tuple[str, ...] = ()
-        while near := [x for x in rest if not group or _are_linked(roles, x, group)]:
-            label = max(near, key=partial(_numbers, posterior, roles, group))
-            if not _numbers(posterior, roles, group, label):
-                _refuse(roles, label)
-            rest.remove(label)
-            group += (label,)
-        groups.append(group)
+        label = max(rest, key=partial(_numbers, posterior, roles, ()))
+        if not _numbers(posterior, roles, (), label):
+            _refuse(roles, label)
+        groups.append(turns(posterior, roles, label))
+        rest = [x for x in rest if x not in groups[-1]]
     return groups
+
+
+def turns(posterior: Posterior, roles: Roles, first: str) -> tuple[str, ...]:
+    """An order to assign labels that are linked in: after the first, the one that has the most
+    numbers to tell its components apart by, given those before."""
+    group: tuple[str, ...] = (first,)
+    while True:
+        rest = [x for x in roles.matched if x not in group and _are_linked(roles, x, group)]
+        if not rest:
+            return group
+        label = max(rest, key=partial(_numbers, posterior, roles, group))
+        if not _numbers(posterior, roles, group, label):
+            _refuse(roles, label)
+        group += (label,)
 
 
 def _are_linked(roles: Roles, label: str, group: tuple[str, ...]) -> bool:
