@@ -84,6 +84,11 @@ class Setting:
         return result
 
     @property
+    def hidden(self) -> list[str]:
+        """The labels of the hidden layers."""
+        return list(self.outgoing.values())
+
+    @property
     def axes(self) -> dict[str, tuple[str | None, ...]]:
         """The labels: a hidden layer's units."""
         last = len(self.sizes) - 1
@@ -114,13 +119,15 @@ def network(setting: Setting, num_images: int, x: Tensor, y: Tensor | None = Non
         pyro.sample("y", Categorical(logits=logits(weights, x)), obs=y)
 
 
-def fit(setting: Setting, images: Images, seed: int) -> Posterior:
-    """A party: mean-field Gaussians by SVI."""
+def fit(
+    setting: Setting, images: Images, seed: int, start: dict[str, Tensor] | None = None
+) -> Posterior:
+    """A party: mean-field Gaussians by SVI, from random means, or from some that are given."""
     pyro.set_rng_seed(seed)
     pyro.clear_param_store()
     count = len(images.y)
     model = partial(network, setting, count)
-    start = {
+    start = start or {
         site: torch.randn(shape) / shape[-1] ** 0.5 if len(shape) > 1 else torch.zeros(shape)
         for site, shape in setting.shapes.items()
     }
@@ -425,7 +432,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = [Setting((784, 100, 10), 20, 256), Setting((784, 100, 100, 10), 20, 256)]
     seeds = range(args.first_seed, args.first_seed + args.seeds)
     if args.small:
-        settings = [Setting((64, 20, 10), 100, 32), Setting((64, 20, 20, 10), 100, 32)]
+        settings = [Setting((64, 20, 10), 60, 32), Setting((64, 20, 20, 10), 60, 32)]
         seeds = range(1)
     settings = [s for s in settings if len(s.sizes) - 2 in args.layers]
     for folder in (args.cache, args.out):
