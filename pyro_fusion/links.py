@@ -16,7 +16,7 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from pyro_fusion.barycenter import Inclusive
+from pyro_fusion.barycenter import Exclusive, Inclusive
 from pyro_fusion.families import Factor
 from pyro_fusion.families.partial import PartialFactor
 from pyro_fusion.posterior import Posterior
@@ -136,25 +136,40 @@ class Link:
         counts: Mapping[str, int],
     ) -> Factor:
         """Atoms whose effects are averages over the parties that have what they act on."""
-        weights, num_parties = self.messages.weights, self.messages.num_parties
-        there = self.places(self.labels, groups, counts)
-        have = weights.new_zeros(self.size(counts)).index_add(0, there, weights)
         others = [x for x in self.labels if x != outgoing]
-        acted_on = self.places(others, groups, counts) * num_parties
-        acted_on = acted_on + self.messages.party.to(there.device)
-        every = weights.new_zeros(math.prod(counts[x] for x in others) * num_parties)
-        every = every.index_copy(0, acted_on, weights).reshape(-1, num_parties).sum(1)
-        every = every.reshape([counts[x] for x in others]).unsqueeze(self.labels.index(outgoing))
-        share = have.reshape([counts[x] for x in self.labels]) / every.clamp(min=1e-300)
-        return averaged(atoms, share.flatten(), num_parties)
+        acts_on = self.places(others, groups, counts)
+        there = self.places(self.labels, groups, counts)
+        return averaged(self.messages, self.site, atoms, there, acts_on)
 
 
-def averaged(atoms: Factor, share: Tensor, num_parties: int) -> Factor:
-    """The mean effect of atoms that a share of the parties have, while the others have nothing
-    there. What nobody has is zero, as unsure as what one party has.
+def averaged(
+    problem: MatchingProblem, site: str, atoms: Factor, groups: Tensor, acts_on: Tensor
+) -> Factor:
+    """The mean effects of atoms over the parties, of which those that lack one have nothing there.
+    With ``exclusive`` the parties count by how sure they are, as in its barycentres: in the mean
+    over the components that they have. What nobody has is zero, as unsure as what one party has.
 
-    :param share: ``[K]``.
+    :param groups: LongTensor ``[N]``, the atom of each component.
+    :param acts_on: LongTensor ``[N]``: means are over the parties that have components that act on
+        the same.
     """
+    local, num_parties = problem.local[site], problem.num_parties
+    sure = local.precision
+    if not isinstance(problem.pooling, Exclusive):
+        sure = torch.ones_like(sure)
+    party = acts_on * num_parties + problem.party.to(acts_on.device)
+    size = num_parties * (int(acts_on.max()) + 1)
+
+    def sums(x: Tensor, index: Tensor, length: int) -> Tensor:
+        return x.new_zeros(length, *x.shape[1:]).index_add(0, index, x)
+
+    weights = problem.weights.reshape(-1, *(1,) * (sure.dim() - 1))
+    count = sums(torch.ones_like(weights), party, size).clamp(min=1)
+    say = sums(sure, party, size) / count * (sums(weights, party, size) / count)
+    have = sums(say[party], groups, atoms.batch_shape[0])
+    every = say.unflatten(0, (-1, num_parties)).sum(1)[acts_on]
+    total = torch.ones_like(have).index_copy(0, groups, every)
+    share = have / total.clamp(min=1e-300)
     return atoms.times(share, torch.where(share > 0, share, 1 / num_parties))
 
 

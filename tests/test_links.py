@@ -362,6 +362,47 @@ class TestOutgoing:
                 torch.testing.assert_close(output(fusion.posterior), expected)
         assert fusion.posterior.outgoing == {"v": "unit"}
 
+    def test_exclusive_counts_parties_by_how_sure_they_are(self):
+        g = torch.Generator().manual_seed(0)
+        w, v = torch.randn(5, 3, generator=g).double(), torch.randn(5, 2, generator=g).double()
+        holds = ([0, 1, 2], [3, 1], [4, 0, 1])
+        # Each party as sure of all its effects on an output, but more or less of either.
+        sd = torch.tensor([[0.1, 1.0], [0.2, 0.1], [0.5, 0.3]]).double()
+        posteriors = [
+            Posterior(
+                {
+                    "w": dist.Normal(w[own], torch.full((len(own), 3), 0.01).double()),
+                    "v": dist.Normal(v[own], sd[s].expand(len(own), 2)),
+                },
+                {"w": ("unit", None), "v": ("unit", None)},
+                outgoing={"v": "unit"},
+            )
+            for s, own in enumerate(holds)
+        ]
+        x = torch.randn(7, 3, generator=g).double()
+        weights = torch.tensor([1.0, 2.0, 0.5]).double()
+        output = [torch.tanh(x @ w[own].mT) @ v[own] for own in holds]
+        say = weights.unsqueeze(1) / sd**2
+        expected = sum(a * b for a, b in zip(say, output, strict=True)) / say.sum(0)
+        for multivariate in (False, True):
+            if multivariate:
+                posteriors = [
+                    Posterior(
+                        {
+                            "w": p.factors["w"],
+                            "v": dist.MultivariateNormal(
+                                p.factors["v"].mean, p.factors["v"].variance.diag_embed()
+                            ),
+                        },
+                        {"w": ("unit", None), "v": ("unit", None)},
+                        outgoing={"v": "unit"},
+                    )
+                    for p in posteriors
+                ]
+            fusion = fuse(posteriors, weights=weights)
+            f = {k: d.mean for k, d in fusion.posterior.factors.items()}
+            torch.testing.assert_close(torch.tanh(x @ f["w"].mT) @ f["v"], expected)
+
     def test_between_layers(self):
         """What acts on a unit is a mean over the parties that have this unit."""
         posteriors, _ = parties(0)

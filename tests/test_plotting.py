@@ -48,7 +48,8 @@ def fusion(assignment: list[list[int]], names: list[str] | None = None) -> Fusio
     )
     posterior = Posterior({"loc": dist.Normal(atoms, 1.0)}, {"loc": "component"})
     party_names = tuple(names or map(str, range(len(assignment))))
-    return Fusion(posterior, "inclusive", {"component": matching}, [0.0], 0.0, party_names)
+    trace = matching.objective
+    return Fusion(posterior, "inclusive", {"component": matching}, trace, 0.0, party_names)
 
 
 def many(num_parties: int, num_atoms: int, size: int) -> Fusion:

@@ -50,7 +50,8 @@ class Family(ABC):
     unchanged by a common shift, so it is centred away before statistics are computed."""
     scale: ClassVar[str | None] = None
     """The parameter that, with the location, is multiplied with the value,
-    ``c x ~ p(c loc, c scale)``, if there is one."""
+    ``c x ~ p(c loc, c scale)``, if there is one: standard deviations, or a factor of the covariance
+    matrix."""
 
     @property
     def name(self) -> str:

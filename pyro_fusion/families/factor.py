@@ -333,14 +333,25 @@ class Factor:
         """Whether the family has the multiples of its members."""
         return self.family.scale is not None and not self.transforms
 
+    @property
+    def precision(self) -> Tensor:
+        """One over the variance given the rest of the event, of each number: that of location."""
+        name = self.family.scale
+        assert name is not None
+        scale = self.params[name].double()
+        if self.family.parameters[name] < 2:
+            return scale**-2
+        return torch.cholesky_inverse(scale).diagonal(dim1=-2, dim2=-1)
+
     def times(self, location: Tensor, scale: Tensor) -> "Factor":
-        """With the location and the scale multiplied, each by a number for each of
-        :attr:`batch_shape`; those of the scale are positive."""
-        params = dict(self.params)
-        for name, by in ((self.family.location, location), (self.family.scale, scale)):
-            assert name is not None
-            v = params[name]
-            params[name] = v * by.to(v).reshape(by.shape + (1,) * (v.dim() - by.dim()))
+        """With each number of the location, and its width, multiplied; what widths are multiplied
+        with is positive."""
+        params, (loc, width) = dict(self.params), (self.family.location, self.family.scale)
+        assert loc is not None and width is not None
+        params[loc] = params[loc] * location.to(params[loc])
+        if self.family.parameters[width] > 1:
+            scale = scale.unsqueeze(-1)
+        params[width] = params[width] * scale.to(params[width])
         return replace(self, params=params)
 
     # -- axes ----------------------------------------------------------------------------------
