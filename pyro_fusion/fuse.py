@@ -48,7 +48,10 @@ def fuse(
     .. math:: F = \sum_s \sum_l w_s D(k_{sl}; s, l) / T + \sum_k \varphi(m_k)
 
     is as small as coordinate ascent from several starts can make it. Sites without a label are
-    pooled directly; mixture weights and transition matrices follow the assignment.
+    pooled directly; mixture weights and transition matrices follow the assignment. Labels that
+    share sites, as the weights between two layers, are assigned in turn, each given the others;
+    there F has the sites in units of one dispersion, and the prior of each label times its own over
+    that. Effects of components (``outgoing`` of a posterior) are averaged over the parties.
 
     :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
         no arguments (else ``Posterior.from_guide(guide, *args)``).

@@ -62,8 +62,10 @@ class FusionModel(PyroModule):
     Sites: for each label, ``"{label}_assignment"``, the atom of each component of all parties in
     turn, LongTensor ``[N]``; and each labelled site under its own name, in a plate
     ``"local_{label}"`` of the ``N`` components (``product``: in a plate ``"{label}"`` of the ``K``
-    atoms). Sites without a label are in a plate ``"party"`` (``product``: drawn once). Sites that
-    merely follow an assignment (mixture weights) have no part in it.
+    atoms). A site with several labels is in a plate ``"local_{site}"`` of the entries of all
+    parties (``product``: of all tuples of atoms, ``"{site}_atoms"``), and the priors of its labels
+    are scaled by their dispersion. Sites without a label are in a plate ``"party"`` (``product``:
+    drawn once). Sites that merely follow an assignment (mixture weights) have no part in it.
 
     To change the program, override :meth:`assignment_prior`, :meth:`local` or :meth:`scale`; each
     may contain Pyro statements. Whatever sites they draw the guide must draw too: for ``scale`` in

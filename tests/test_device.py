@@ -27,6 +27,9 @@ from pyro_fusion import (
 from pyro_fusion.assignment import relaxed, sinkhorn
 from pyro_fusion.distributions import Matching, RelaxedMatching
 from tests.device import DEVICE, elsewhere
+from tests.test_links import OUTGOING
+from tests.test_links import parties as networks
+from tests.test_links import settings_of as settings_of_networks
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 SIZES = (3, 2, 4, 3)
@@ -161,6 +164,18 @@ class TestFusion:
             for site, f in far.posterior.to(device="cpu").factors.items():
                 torch.testing.assert_close(f.mean, here.posterior.factors[site].mean)
             assert all(v.device == DEVICE for v in far.posterior.to_guide()().values())
+
+    def test_fuse_along_labels_that_share_sites(self, pooling):
+        local = [Posterior(p.factors, p.axes, outgoing=OUTGOING) for p in networks()[0]]
+        expected = fuse(local, restarts=0, **settings_of_networks(pooling))
+        with elsewhere():
+            fusion = fuse(there(local), restarts=0, **settings_of_networks(pooling))
+            assert fusion.posterior.device == DEVICE
+            assert fusion.objective == pytest.approx(expected.objective)
+            found = fusion.posterior.to(device="cpu")
+        for site, f in expected.posterior.decomposed.items():
+            for name, value in f.params.items():
+                torch.testing.assert_close(found.decomposed[site].params[name], value)
 
     @pytest.mark.parametrize("solver", ["coordinate", "relaxed", "sinkhorn"])
     def test_a_step_reads_no_more_of_a_larger_problem(self, pooling, solver, _no_validation):
