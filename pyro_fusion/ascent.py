@@ -79,7 +79,10 @@ class Ascent:
     def step(self) -> bool:
         """One E-step, or a move where it does not help, and the M-step after it; whether F fell."""
         for step in self._steps:
-            proposal = _maximise(self.problem, self.state.prior, step())
+            groups, _ = compact(step())
+            if torch.equal(groups, self.state.groups):
+                continue
+            proposal = _maximise(self.problem, self.state.prior, groups)
             # Equality up to rounding is convergence; what stands is kept: F never rises.
             now = self.state.objective
             if proposal.objective < now - 1e-12 * abs(now):

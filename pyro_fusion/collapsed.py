@@ -8,6 +8,7 @@ the components of a group share one atom, against that each has one of its own."
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -19,8 +20,15 @@ from pyro_fusion.problem import MatchingProblem
 
 __all__ = ["SiteSums", "Sums", "log_evidence", "log_evidence_of_joining"]
 
-# Numbers in the statistics of the candidate groups at a time: bounds the memory.
-_NUMBERS = 1 << 24
+# Numbers in the statistics of the candidate groups at a time: what stays in the processor's cache,
+# or on a GPU what bounds the memory.
+_NUMBERS = 1 << 17
+_NUMBERS_GPU = 1 << 24
+
+# Groups of components with so many numbers are remembered, so many at most: with fewer it would
+# take longer to look them up.
+_LARGE = 200
+_MAX_REMEMBERED = 1 << 18
 
 
 @dataclass
@@ -52,12 +60,18 @@ class Sums:
 
     :ivar weights: of the components, ``[N]``; ``weight``: of the groups, ``[K]``.
     :ivar dispersion: T.
+    :ivar codes: a random integer for each component, ``[N]``; ``code``: of each group the sum of
+        its members', by which the group is known, ``[K]``.
+    :ivar known: what groups cost, by code; None where it is not worth remembering.
     """
 
     sites: list[SiteSums]
     weights: Tensor
     weight: Tensor
     dispersion: float
+    codes: Tensor
+    code: Tensor
+    known: dict[int, float] | None
 
     @classmethod
     def of(cls, problem: MatchingProblem, groups: Tensor, num_atoms: int) -> Sums:
@@ -74,7 +88,14 @@ class Sums:
             sites.append(
                 SiteSums(problem.pooling, f.centred, base, statistics, potential, total, zero)
             )
-        sums = cls(sites, w, w.new_zeros(num_atoms), problem.dispersion)
+        known = None
+        if sum(s.total.shape[1] for s in sites) >= _LARGE:
+            known = problem.known
+            if len(known) > _MAX_REMEMBERED:
+                known.clear()
+        code = torch.zeros(num_atoms, dtype=torch.long)
+        weight = w.new_zeros(num_atoms)
+        sums = cls(sites, w, weight, problem.dispersion, problem.codes, code, known)
         sums.add(torch.arange(len(groups)), groups, 1.0)
         return sums
 
@@ -87,31 +108,47 @@ class Sums:
             )
             for s, o in zip(self.sites, other.sites, strict=True)
         ]
-        return replace(self, sites=sites, weight=self.weight - other.weight[:count])
+        weight, code = self.weight - other.weight[:count], self.code - other.code[:count]
+        return replace(self, sites=sites, weight=weight, code=code)
 
     def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
         """The objective over T of groups, or of their unions with others: on the CPU."""
-        parts = groups.split(self._at_a_time)
-        others = [None] * len(parts) if other is None else other.split(self._at_a_time)
-        values = [self._values(k, j) for k, j in zip(parts, others, strict=True)]
-        return torch.cat(values).cpu() / self.dispersion
+        code = self.code[groups] if other is None else self.code[groups] + self.code[other]
 
-    def _values(self, groups: Tensor, other: Tensor | None) -> Tensor:
-        k = groups.to(self.weight.device, non_blocking=True)
-        j = None if other is None else other.to(k.device, non_blocking=True)
+        def of(index: Tensor) -> Tensor:
+            k = groups[index].to(self.weight.device, non_blocking=True)
+            j = None if other is None else other[index].to(k.device, non_blocking=True)
 
-        def both(x: Tensor) -> Tensor:
-            return x[k] if j is None else x[k] + x[j]
+            def both(x: Tensor) -> Tensor:
+                return x[k] if j is None else x[k] + x[j]
 
-        terms = [s.value(both(s.total), both(s.potentials), both(self.weight)) for s in self.sites]
-        return torch.stack(terms).sum(0)
+            terms = [
+                s.value(both(s.total), both(s.potentials), both(self.weight)) for s in self.sites
+            ]
+            return torch.stack(terms).sum(0)
 
-    @property
-    def _at_a_time(self) -> int:
-        return max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
+        return self._known_or(code, of) / self.dispersion
+
+    def _known_or(self, code: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The objective of each group, remembered by its code, or else ``of`` its place: on the
+        CPU, ``[M]``."""
+        device = self.weights.device
+        limit = _NUMBERS if device.type == "cpu" else _NUMBERS_GPU
+        part = max(1, limit // max(s.total.shape[1] for s in self.sites))
+        every = torch.arange(len(code))
+        if self.known is None:
+            return torch.cat([of(index) for index in every.split(part)]).cpu()
+        codes = code.tolist()
+        first = {c: i for i, c in enumerate(codes) if c not in self.known}
+        for index in torch.tensor(list(first.values()), dtype=torch.long).split(part):
+            if len(index):
+                values = of(index).tolist()
+                self.known.update(zip((codes[i] for i in index.tolist()), values, strict=True))
+        return torch.tensor([self.known[c] for c in codes], dtype=torch.float64)
 
     def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
         """Put components into groups; with ``sign=-1.0`` take them out."""
+        self.code.index_add_(0, groups, int(sign) * self.codes[members])
         members = members.to(self.weights.device, non_blocking=True)
         w = sign * self.weights[members]
         groups = groups.to(w.device, non_blocking=True)
@@ -124,6 +161,7 @@ class Sums:
         """Room for so many groups more."""
         if count == 0:
             return
+        self.code = torch.cat([self.code, self.code.new_zeros(count)])
         self.weight = torch.cat([self.weight, self.weight.new_zeros(count)])
         for s in self.sites:
             s.total = torch.cat([s.total, s.total.new_zeros(count, s.total.shape[1])])
@@ -132,29 +170,27 @@ class Sums:
     def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
         """By how much the objective of each group, over T, would grow with the component (or
         without it): on the CPU, for each pair; NaN where a group would be left empty."""
-        part = self._at_a_time
-        pairs = zip(members.split(part), groups.split(part), strict=True)
-        return torch.cat([self._increments(n, k, sign) for n, k in pairs]).cpu() / self.dispersion
-
-    def _increments(self, members: Tensor, groups: Tensor, sign: float) -> Tensor:
-        members = members.to(self.weights.device, non_blocking=True)
-        w = sign * self.weights[members]
-        groups = groups.to(w.device, non_blocking=True)
-        weight = self.weight[groups] + w
         used, place = groups.unique(return_inverse=True)
-        result = torch.zeros_like(w)
-        # A group that the component leaves empty costs nothing any more.
-        keep = (weight > 1e-9 * self.weight[groups]).nonzero().squeeze(-1)
-        for s in self.sites:
-            result -= s.value(s.total[used], s.potentials[used], self.weight[used])[place]
-            n, k, v = members[keep], groups[keep], w[keep]
-            joined = s.value(
-                s.total[k] + s.statistics[n] * v.unsqueeze(1),
-                s.potentials[k] + s.potential[n] * v,
-                weight[keep],
-            )
-            result[keep] += joined
-        return result
+        alone = self.values(used)[place]
+
+        def of(index: Tensor) -> Tensor:
+            n = members[index].to(self.weights.device, non_blocking=True)
+            k = groups[index].to(n.device, non_blocking=True)
+            w = sign * self.weights[n]
+            result, weight = torch.zeros_like(w), self.weight[k] + w
+            # A group that the component leaves empty costs nothing any more.
+            keep = (weight > 1e-9 * self.weight[k]).nonzero().squeeze(-1)
+            n, k, w, weight = n[keep], k[keep], w[keep], weight[keep]
+            for s in self.sites:
+                result[keep] += s.value(
+                    s.total[k] + s.statistics[n] * w.unsqueeze(1),
+                    s.potentials[k] + s.potential[n] * w,
+                    weight,
+                )
+            return result
+
+        code = self.code[groups] + int(sign) * self.codes[members]
+        return self._known_or(code, of) / self.dispersion - alone
 
 
 def log_evidence(problem: MatchingProblem, groups: Tensor) -> float:

@@ -28,7 +28,9 @@ _MAX_PARTIES = 64
 _MAX_PAIRS = 6000
 _MAX_NUMBERS = 1 << 24
 
-# Pairs that tell what evidence there is for a merge.
+# The quantile of merges within a party that counts. Pairs, of the cheapest and of one party, that
+# tell what evidence there is for a merge.
+_WRONG = 0.75
 _MAX_EVIDENCE = 200
 _BISECTIONS = 12
 
@@ -58,7 +60,9 @@ def estimate_dispersion(
     - ``inclusive``: what a merge at the limit costs there, ``min_q KL(i ‖ q) + KL(j ‖ q)``, which
       grows with the logarithm of the distance only. Any other pooling likewise.
     - ``product``: T is such that a merge at the limit breaks even, what it costs over T against the
-      evidence for the simpler model; at least 1.
+      evidence for the simpler model; at least 1. It is no larger than where a wrong merge, at the
+      upper quartile, breaks even by its own evidence, which limits T where parties have little in
+      common: a right merge costs hardly less there than a wrong one.
 
     Where no party has two components, so that nothing is known to be different, the limit is two
     nats per dimension.
@@ -90,7 +94,7 @@ def estimate_dispersion(
         nearest = torch.full((len(own),), torch.inf, dtype=torch.float64)
         nearest = nearest.scatter_reduce(0, first[other], price[other], "amin")
         right = float(nearest[nearest.isfinite()].median())
-        wrong = float(different.quantile(0.75))
+        wrong = float(different.quantile(_WRONG))
         tail = _BULK + _TAIL * (2 / dimensions) ** 0.5
         limit = tail * (max(right, 1e-6 * wrong) * wrong) ** 0.5
     if not math.isfinite(limit):
@@ -101,7 +105,8 @@ def estimate_dispersion(
     if not limit > 0:
         limit = 1.0
     if pooling.needs_base:
-        return _break_even(limit, part, base or {}, first, second, price, len(sizes))
+        wrong_pairs = is_own[first, party].nonzero().squeeze(-1)
+        return _break_even(limit, part, base or {}, first, second, price, wrong_pairs, len(sizes))
     if isinstance(pooling, Exclusive):
         return limit
     return _translated(_MIDDLE * limit, price, _merge_costs(part, first, second, pooling)) / _MIDDLE
@@ -124,28 +129,36 @@ def _break_even(
     first: Tensor,
     second: Tensor,
     price: Tensor,
+    wrong: Tensor,
     num_parties: int,
 ) -> float:
-    """The T at which tempered messages at the limit are as well merged as not, by bisection."""
+    """The T at which tempered messages at the limit are as well merged as not, or, if it is less,
+    that at which those of the pairs ``wrong`` are, of one party, by bisection."""
     product = Product()
-    keep = price.argsort(stable=True)[:_MAX_EVIDENCE]
-    both = torch.cat([first[keep], second[keep]])
-    groups = torch.arange(len(keep)).repeat(2)
+    cheapest = price.argsort(stable=True)[:_MAX_EVIDENCE]
+    wrong = wrong[:: math.ceil(len(wrong) / _MAX_EVIDENCE) or 1]
+    pairs = torch.cat([cheapest, wrong])
+    both = torch.cat([first[pairs], second[pairs]])
+    groups = torch.arange(len(pairs)).repeat(2)
     # Halfway between two lone components (nothing) and one that joins half of all parties.
     new_atom = math.log(num_parties) / 2
 
     def excess(dispersion: float) -> float:
-        evidence = -price[keep] / dispersion
+        cost = torch.zeros(len(pairs), dtype=torch.float64)  # minus the log evidence of each merge
         for site, f in local.items():
             part = f.index_select(0, both)
             index, one = groups.to(part.device), base[site]
             weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
             part = temper(part, one, weights, dispersion)
-            atoms = product.barycenter(part, index, len(keep), weights, one)
+            atoms = product.barycenter(part, index, len(pairs), weights, one)
             value = product.divergence(atoms.index_select(0, index), part).reshape(2, -1).sum(0)
-            evidence += (value - product.opening(atoms, one)).double().cpu()
+            cost += (value - product.opening(atoms, one)).double().cpu()
+        beyond, own = cost.split([len(cheapest), len(wrong)])
         # For what the merge costs beyond its price, the sign is that of the evidence for it.
-        return limit / dispersion + float(evidence.median()) - new_atom
+        result = limit / dispersion + float((beyond - price[cheapest] / dispersion).median())
+        if len(wrong):
+            result = min(result, float(own.quantile(_WRONG)))
+        return result - new_atom
 
     low, high = 1.0, max(limit, 1.0)
     try:

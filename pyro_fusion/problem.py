@@ -6,6 +6,7 @@ and re-matching all work on."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Container, Mapping
 from dataclasses import dataclass, replace
 
@@ -52,6 +53,18 @@ class MatchingProblem:
     def party(self) -> Tensor:
         """The party of each component, LongTensor ``[N]`` on the CPU."""
         return party_of(self.sizes)
+
+    @functools.cached_property
+    def codes(self) -> Tensor:
+        """A random integer for each component, ``[N]`` on the CPU: sets of components are told
+        apart by the sums of theirs."""
+        limit, generator = 1 << 62, torch.Generator().manual_seed(0)
+        return torch.randint(-limit, limit, (sum(self.sizes),), generator=generator)
+
+    @functools.cached_property
+    def known(self) -> dict[int, float]:
+        """What groups cost, times T, by the sum of their codes: filled by ``collapsed.Sums``."""
+        return {}
 
     def split(self, x: Tensor) -> list[Tensor]:
         """``[..., N]`` -> one ``[..., L_s]`` per party."""

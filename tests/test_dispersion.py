@@ -34,6 +34,20 @@ def merge_price(distance, scale):
     return 2 * 0.5 * (distance / 2 / scale) ** 2
 
 
+def evidence(m1, m2, dispersion, prior_scale):
+    """The log evidence that messages N(m, 0.1²) over a prior N(0, v), to the power 1/T, share an
+    atom against that they do not, by integrating Gaussians."""
+    p0 = prior_scale**-2
+    a = (100 - p0) / dispersion
+
+    def log_normalizer(eta, precision):
+        return 0.5 * eta**2 / precision - 0.5 * math.log(precision)
+
+    e1, e2 = (100 * m / dispersion for m in (m1, m2))
+    shared = log_normalizer(e1 + e2, p0 + 2 * a) + log_normalizer(0.0, p0)
+    return shared - log_normalizer(e1, p0 + a) - log_normalizer(e2, p0 + a)
+
+
 def test_the_limit_by_hand():
     # Neighbours in a party are 3 apart, in different parties 0.2: prices 225 and 1.
     local = {"x": normal([0.0, 3.0, 6.0, 0.2, 3.2, 6.2])}
@@ -52,24 +66,18 @@ def test_at_the_limit_product_breaks_even():
     base = {"x": Factor.of(dist.Normal(torch.zeros(1, 1).double(), 10.0).to_event(1))}
     value = estimate_dispersion(local, (3, 3), pooling_named("product"), base)
     limit = estimate_dispersion(local, (3, 3), pooling_named("exclusive"))
-    # Messages N(m, s²) over a prior N(0, v), to the power 1/T: the log evidence that two share an
-    # atom against that they do not, by integrating Gaussians.
-    v, t = 100.0, 1 / 0.01 - 1 / 100.0
     distance = 0.2 * math.sqrt(limit)  # its merge price is the limit
-    a, p0 = t / value, 1 / v
-    moment = 0.01**-1 / value  # natural parameter per unit of the mean
-    m1, m2 = 3.0, 3.0 + distance
+    assert evidence(3.0, 3.0 + distance, value, 10.0) == pytest.approx(-math.log(2) / 2, abs=0.35)
 
-    def log_normalizer(eta, precision):
-        return 0.5 * eta**2 / precision - 0.5 * math.log(precision)
 
-    evidence = (
-        log_normalizer(moment * (m1 + m2), p0 + 2 * a)
-        + log_normalizer(0.0, p0)
-        - log_normalizer(moment * m1, p0 + a)
-        - log_normalizer(moment * m2, p0 + a)
-    )
-    assert evidence == pytest.approx(-math.log(2) / 2, abs=0.35)
+def test_where_parties_have_little_in_common_a_wrong_merge_breaks_even():
+    # Between two of one party lies one of the other: nobody has what another has. The limit would
+    # be dearer than a merge of neighbours in a party.
+    local = {"x": normal([0.0, 3.0, 6.0, 1.5, 4.5, 7.5])}
+    assert estimate_dispersion(local, (3, 3), pooling_named("exclusive")) > merge_price(3.0, 0.1)
+    base = {"x": Factor.of(dist.Normal(torch.zeros(1, 1).double(), 100.0).to_event(1))}
+    value = estimate_dispersion(local, (3, 3), pooling_named("product"), base)
+    assert evidence(0.0, 3.0, value, 100.0) == pytest.approx(-math.log(2) / 2, abs=0.05)
 
 
 def test_inclusive_is_the_same_limit_in_other_units():
@@ -80,7 +88,7 @@ def test_inclusive_is_the_same_limit_in_other_units():
     assert low < value < high
     # Half way between the lone and the popular, where GroupNorm asks 1 and 1.7 dispersions.
     middle = math.sqrt(GroupNorm().scale)
-    limit = (1 + 6 * math.sqrt(2)) * math.sqrt(merge_price(0.2, 0.1) * merge_price(3.0, 0.1))
+    limit = (1.36 + 5.5 * math.sqrt(2)) * math.sqrt(merge_price(0.2, 0.1) * merge_price(3.0, 0.1))
     exact = math.log1p(middle * limit) / middle  # exclusive price d² / 4s², inclusive its log1p
     assert value == pytest.approx(exact, rel=0.2)  # interpolated between the pairs that there are
 

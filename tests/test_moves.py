@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pyro_fusion import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.ascent import expectation_maximization
 from pyro_fusion.barycenter import pooling_named
+from pyro_fusion.collapsed import Sums
 from pyro_fusion.families import Factor
 from pyro_fusion.moves import regroup, rematch
 from pyro_fusion.priors import AssignmentPrior
@@ -182,6 +183,36 @@ class TestTheOnlyImprovement:
         groups = torch.tensor([0, 1, 0, 1, 0, 1])
         for how in (regroup, rematch):
             assert torch.equal(moved(how, problem, self.prior, groups), groups)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_groups_that_are_remembered_cost_what_they_did(pooling, monkeypatch):
+    how = pooling_named(pooling)
+    generator = torch.Generator().manual_seed(0)
+    alpha = 0.1 + 9 * torch.rand(9, 250, generator=generator, dtype=torch.float64)
+    base = {"x": Factor.of(dist.Dirichlet(torch.full((1, 250), 0.1, dtype=torch.float64)))}
+    local = {"x": Factor.of(dist.Dirichlet(alpha))}
+    weights = torch.ones(9, dtype=torch.float64)
+    problem = MatchingProblem(local, (3, 3, 3), weights, how, base if how.needs_base else {}, 5.0)
+
+    def prices():
+        """In groups that others had the numbers of before."""
+        sums = Sums.of(problem, torch.arange(3).repeat(3), 3)
+        every, ones = torch.arange(9), torch.ones(9, dtype=torch.long)
+        found = [sums.values(torch.arange(3)), sums.values(torch.tensor([0]), torch.tensor([2]))]
+        found += [sums.increments(every, ones), sums.increments(torch.tensor([4]), ones[:1], -1.0)]
+        sums.add(torch.tensor([4]), torch.tensor([1]), -1.0)
+        sums.grow(1)
+        sums.add(torch.tensor([4]), torch.tensor([3]), 1.0)
+        found += [sums.values(torch.arange(4)), sums.increments(every, ones)]
+        part = Sums.of(problem, torch.tensor([0, 5, 5, 5, 3, 5, 5, 5, 5]), 6)
+        return torch.cat([*found, sums.minus(part).values(torch.tensor([0, 1]))])
+
+    first, again = prices(), prices()
+    assert problem.known
+    monkeypatch.setattr("pyro_fusion.collapsed._LARGE", 1000)
+    torch.testing.assert_close(first, prices(), rtol=1e-9, atol=1e-9)
+    assert torch.equal(again, first)
 
 
 @pytest.mark.parametrize("weightless", [False, True])

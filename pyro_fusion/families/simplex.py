@@ -14,6 +14,7 @@ from pyro_fusion.families.base import Family, Params, register_family
 from pyro_fusion.special import (
     dirichlet_concentration,
     excess,
+    in_blocks,
     log_minus_digamma,
     log_share,
     stirling_kl,
@@ -21,12 +22,14 @@ from pyro_fusion.special import (
 )
 
 
+@in_blocks
 def _expected_log(alpha: Tensor) -> Tensor:
     """``ψ(α_k) - ψ(Σα)``."""
     total = alpha.sum(-1, keepdim=True)
     return log_share(alpha, total) - log_minus_digamma(alpha) + log_minus_digamma(total)
 
 
+@in_blocks
 def _log_beta(alpha: Tensor) -> Tensor:
     """``Σ log Γ(α_k) - log Γ(Σα)``, of which what grows with ``α log α`` cancels on paper."""
     total = alpha.sum(-1, keepdim=True)
@@ -36,6 +39,7 @@ def _log_beta(alpha: Tensor) -> Tensor:
     return parts.sum(-1) - whole.squeeze(-1) + constant
 
 
+@in_blocks
 def _kl(alpha: Tensor, beta: Tensor) -> Tensor:
     """``KL(Dirichlet(α) ‖ Dirichlet(β))``: what the means differ by, ``Σβ`` times a Categorical
     KL, and what the concentrations do. The terms in ``log Γ``, which cancel, never appear."""

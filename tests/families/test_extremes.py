@@ -454,6 +454,20 @@ class TestConversions:
             mean = Factor.of(dist.Dirichlet(solved)).mean
             torch.testing.assert_close(mean, t, rtol=1e-10, atol=1e-13)
 
+    def test_blocks_give_the_same(self, monkeypatch):
+        factor = Factor.of(dist.Dirichlet(exponents(-3, 3, 6, 10)))
+        other = Factor.of(dist.Dirichlet(exponents(-2, 3, 6, 10)))
+
+        def everything():
+            again = factor.from_mean(factor.mean).params["concentration"]
+            fresh = factor.from_natural(factor.natural)
+            return fresh.mean, fresh.log_normalizer, fresh.divergence(other), again
+
+        whole = everything()
+        monkeypatch.setattr(special, "_BLOCK", 20)
+        for one, parts in zip(whole, everything(), strict=True):
+            torch.testing.assert_close(parts, one, rtol=1e-14, atol=0)
+
     def test_dirichlet_means_of_mixtures(self):
         """Far from any one Dirichlet's: what inclusive pooling asks for."""
         t = Factor.of(dist.Dirichlet(exponents(-3, 3, 10, 10, 200))).mean.mean(0)
