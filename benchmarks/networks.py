@@ -365,6 +365,7 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import ScalarFormatter
 
     figure, panels = plt.subplots(
         1, len(tables), figsize=(4.2 * len(tables), 4.2), squeeze=False, layout="constrained"
@@ -399,6 +400,8 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
             ylabel="accuracy on test images, %",
             title=f"{kind}, {'-'.join(map(str, setting.sizes))}",
         )
+        ax.xaxis.set_major_formatter(ScalarFormatter())
+        ax.xaxis.set_minor_formatter(ScalarFormatter())
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
