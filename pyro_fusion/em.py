@@ -227,8 +227,11 @@ class FusionEM:
                 found[label] = groups[label], best, ends
             trace.append(objective(groups))
             if _same(trace[-1], trace[-2]):
-                break
-        return found, trace
+                return found, trace
+        unsettled = {
+            x: (k, replace(best, converged=False), ends) for x, (k, best, ends) in found.items()
+        }
+        return unsettled, trace
 
     def _matching(self, label: str, groups: Tensor, best: EMResult, ends: list[float]) -> Matching:
         part = self.model.parts[label]

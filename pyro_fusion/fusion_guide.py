@@ -222,9 +222,9 @@ class FusionGuide(PyroModule):
 
     def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
         """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""
+        self.num_atoms[label] = self._used[label] = int(assignment.max()) + 1
         self.assignment[label] = assignment.to(self.assignment[label].device, non_blocking=True)
         for site, f in atoms.items():
-            (self.num_atoms[label],) = (self._used[label],) = f.batch_shape
             if site not in self.model.links:
                 self._owner.atoms.set_factor(site, f)
         self._tell()

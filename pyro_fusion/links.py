@@ -11,18 +11,20 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from pyro_fusion.barycenter import Exclusive, Inclusive
+from pyro_fusion.barycenter import Exclusive, Inclusive, Pooling
 from pyro_fusion.families import Factor
 from pyro_fusion.families.partial import PartialFactor
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.problem import MatchingProblem
 
 __all__ = ["Link", "averaged", "entries"]
+
+_INCLUSIVE, _EXCLUSIVE = Inclusive(), Exclusive()
 
 
 @dataclass(frozen=True)
@@ -73,43 +75,47 @@ class Link:
         others = [x for x in self.labels if x != label]
         width = math.prod(counts[x] for x in others)
         place = self.index[label] * width + self.places(others, groups, counts)
-        local = self.messages.local[self.site]
-
-        def columns(v: Tensor) -> Tensor:
-            some = v[:1].expand(length * width, *v.shape[1:])
-            return some.index_copy(0, place, v).unflatten(0, (length, width))
-
-        params = {name: columns(v) for name, v in local.params.items()}
+        local, base = self.messages.local[self.site], self.messages.base.get(self.site)
+        # What is missing must be of the family, and to any power.
+        some = (base or local).map(lambda v: v[:1].expand(length * width, *v.shape[1:])).params
+        params = {
+            name: some[name].index_copy(0, place, v).unflatten(0, (length, width))
+            for name, v in local.params.items()
+        }
         mass = torch.zeros(length * width, dtype=torch.float64, device=local.device)
         mass = mass.index_fill(0, place, 1.0).unflatten(0, (length, width))
         part = PartialFactor(local.family, params, local.transforms, 1, mass=mass)
-        base = self.messages.base.get(self.site)
         if base is not None:
             base = base.map(lambda v: v.unsqueeze(1).expand(1, width, *v.shape[1:]))
         return part, base
 
     # -- for barycentres -------------------------------------------------------------------------
 
-    @cached_property
-    def _everything(self) -> Factor:
-        """What an entry is like that nobody has: the prior if it is known, else all entries taken
-        together. Batch shape ``[1]``."""
+    def _rest(self, like: Pooling) -> Factor:
+        """What an entry is that nobody has: the prior if it is known, else the barycentre of all
+        entries. Batch shape ``[1]``."""
         base = self.messages.base.get(self.site)
         if base is not None:
             return base
         local, weights = self.messages.local[self.site], self.messages.weights
-        groups = torch.zeros_like(weights, dtype=torch.long)
-        return Inclusive().barycenter(local, groups, 1, weights)
+        return like.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
 
     def atoms(
-        self, problem: MatchingProblem, groups: Mapping[str, Tensor], counts: Mapping[str, int]
+        self,
+        problem: MatchingProblem,
+        groups: Mapping[str, Tensor],
+        counts: Mapping[str, int],
+        rest: Pooling = _INCLUSIVE,
     ) -> Factor:
         """The barycentres of :attr:`messages` or :attr:`problem`, one for each tuple of atoms:
-        batch shape ``[size]``."""
+        batch shape ``[size]``.
+
+        :param rest: how entries are pooled to say what one is that nobody has.
+        """
         there, place = self.places(self.labels, groups, counts).unique(return_inverse=True)
         found = problem.barycenter(place, len(there))[self.site]
-        rest = self._everything.expand_batch((self.size(counts),))
-        params = {k: v.index_copy(0, there, found.params[k]) for k, v in rest.params.items()}
+        every = self._rest(rest).expand_batch((self.size(counts),))
+        params = {k: v.index_copy(0, there, found.params[k]) for k, v in every.params.items()}
         return replace(found, params=params)
 
     def divergence(self, groups: Mapping[str, Tensor], counts: Mapping[str, int]) -> float:
@@ -121,8 +127,11 @@ class Link:
         self, first: Posterior, groups: Mapping[str, Tensor], counts: Mapping[str, int]
     ) -> Factor:
         """The barycentres with the axes of the site, which those of ``first`` are."""
-        atoms, like = self.atoms(self.messages, groups, counts), first.decomposed[self.site]
+        like = first.decomposed[self.site]
+        atoms = self.atoms(self.messages, groups, counts)
         if self.site in first.outgoing and self.messages.pooling.normalised:
+            # Of what nobody has the width alone is kept: that of one entry, not of them all.
+            atoms = self.atoms(self.messages, groups, counts, _EXCLUSIVE)
             atoms = self._averaged(atoms, first.outgoing[self.site], groups, counts)
         shape = [counts[label] for label in self.labels]
         grid = replace(atoms.map(lambda v: v.unflatten(0, shape)), batch_dim=len(shape))

@@ -34,6 +34,7 @@ from pyro.nn.module import PyroModule
 from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
+from pyro_fusion.ascent import expectation_maximization
 from pyro_fusion.assignment import AssignmentProblem
 from pyro_fusion.barycenter import Inclusive, Pooling, pooling_named
 from pyro_fusion.base import Base
@@ -70,8 +71,8 @@ class FusionModel(PyroModule):
     To change the program, override :meth:`assignment_prior`, :meth:`local` or :meth:`scale`; each
     may contain Pyro statements. Whatever sites they draw the guide must draw too: for ``scale`` in
     its own, which ``product`` does not call, else before ``super().forward()``. ``scale`` and
-    ``assignment_prior`` are called once for each label, ``scale`` once more if there are sites
-    without one.
+    ``assignment_prior`` are called once for each label, ``scale`` also for each site with several
+    labels, under its name, and once more if there are sites without one.
 
     :param posteriors: one per party: posteriors or Pyro guides, as for :func:`~pyro_fusion.fuse`.
     :param prior: of the assignment; :class:`~pyro_fusion.GroupNorm` by default, for ``product``
@@ -364,7 +365,11 @@ def _parts(
     # How far apart components are depends on the assignments of the others, and so does T.
     found: dict[str, Tensor] = {}
     for label in group:
-        found[label] = _start(parties.labelled(label, prior, dispersion, found), seed=0)
+        part = parties.labelled(label, prior, dispersion, found)
+        start = _start(part, seed=0)[part.order]
+        with locating(part.messages):
+            end = expectation_maximization(part.ordered, part.prior, start, collapsed=False)
+        found[label] = part.as_given(end.groups)
     parts = {x: parties.labelled(x, prior, dispersion, found) for x in group}
     if parties.pooling.needs_base and dispersion is None:
         # The entries that labels have in common are tempered once.

@@ -49,8 +49,8 @@ class Posterior:
     :param outgoing: site name -> that of its labels whose components act on the rest of the model
         through this site, by adding up, as hidden units do through their outgoing weights: one
         whose values here are zero has no effect. Then fusion knows what it means that a party
-        lacks a component, and averages effects; see :func:`~pyro_fusion.fuse`. Such a site must be
-        Normal or MultivariateNormal.
+        lacks a component, and averages effects (but for ``product``, which adds up evidence); see
+        :func:`~pyro_fusion.fuse`. Such a site must be Normal or MultivariateNormal.
     :raises StructureError: for a label of a site that is not there, too many labels, one label
         with two sizes, or an axis whose components cannot be told apart.
     :raises ParameterError: for NaN, infinite or out-of-range parameters.
@@ -105,10 +105,11 @@ class Posterior:
         self._check_sizes("plate", self._plates)
         self._outgoing = dict(outgoing or {})
         for site, label in self._outgoing.items():
-            if self._axes[site].count(label) != 1 or not self._factors[site].scales:
+            known = isinstance(label, str) and self._axes[site].count(label) == 1
+            if not known or not self._factors[site].scales:
                 raise StructureError(
                     f"site '{site}': expected a Normal or MultivariateNormal with the label "
-                    f"{label!r} on one axis to be outgoing, got {_describe(self._factors[site])} "
+                    f"{ascii(label)[:100]} on one axis to be outgoing, got {_describe(self._factors[site])} "
                     f"with {_describe_axes(self._axes[site])}"
                 )
 

@@ -67,7 +67,8 @@ class Fusion:
     :ivar pooling: name of the pooling.
     :ivar matchings: label -> :class:`Matching`; empty if no site has a label.
     :ivar objective: F after the start and after each iteration; never rises. Labels are done in
-        turn: those that share sites are one, and their iterations rounds.
+        turn: those that share sites are one, and their iterations rounds. It is that of the
+        barycentres, before effects are averaged (``outgoing``) and with messages tempered.
     :ivar shared_objective: the divergence of the sites without a label, a constant.
     :ivar party_names: names of the parties, for tables and plots.
     """
@@ -149,12 +150,12 @@ class Fusion:
                 lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
         return "\n".join(lines)
 
-    def plot(self, ax: Axes | None = None) -> Axes:
+    def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
         """Draw which party's component became which atom; see
         :func:`pyro_fusion.plotting.plot_assignment`. Needs matplotlib."""
         from pyro_fusion.plotting import plot_assignment
 
-        return plot_assignment(self, ax=ax)
+        return plot_assignment(self, label, ax=ax)
 
     def __repr__(self) -> str:
         what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())

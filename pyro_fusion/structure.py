@@ -198,6 +198,12 @@ def check_names(roles: Roles, sites: Iterable[str], product: bool) -> None:
             )
         plates |= set(labels)
     taken |= {f"local_{site}" for site in roles.linked}
+    own = {name for site in roles.linked for name in (site, f"{site}_atoms")}
+    if clash := sorted(own & set(labels)):
+        raise StructureError(
+            f"label '{clash[0]}' has the name of a site with several labels, or one that the "
+            "program of a fusion uses for it: give it another"
+        )
     if product:
         plates |= {f"{site}_atoms" for site in roles.linked}
     if clash := sorted(sites & (taken | plates)):

@@ -309,6 +309,31 @@ class TestRecovery:
             expected = model.linked_objective(model.parties.roles.groups[0], guide.assignment)
             assert TraceMeanField_ELBO().loss(model, guide) == pytest.approx(expected)
 
+    @pytest.mark.parametrize("seed", range(3))
+    def test_labels_without_sites_of_their_own(self, pooling, seed):
+        """The guide knows how many atoms there are: its ELBO is -F."""
+        g = torch.Generator().manual_seed(seed)
+        w = [torch.randn(5, 5, generator=g, dtype=torch.float64) for _ in range(4)]
+        axes = {"A": ("x", None), "B": ("y", "x"), "C": ("z", "y"), "D": (None, "z")}
+        posteriors = []
+        for sizes in ((4, 3, 3), (3, 4, 5), (4, 4, 3), (5, 3, 4)):
+            a, b, c = (torch.randperm(5, generator=g)[:n] for n in sizes)
+            own = {"A": w[0][a], "B": w[1][b][:, a], "C": w[2][c][:, b], "D": w[3][:, c]}
+            noisy = {
+                k: v + 0.3 * torch.randn(v.shape, generator=g, dtype=v.dtype)
+                for k, v in own.items()
+            }
+            factors = {k: dist.Normal(v, torch.full_like(v, 0.1)) for k, v in noisy.items()}
+            posteriors.append(Posterior(factors, axes))
+        one = dist.Normal(torch.zeros((), dtype=torch.float64), 3.0)
+        base = {"base": dict.fromkeys(axes, one)} if pooling == "product" else {}
+        model = FusionModel(posteriors, pooling=pooling, **base)
+        guide = FusionGuide(model)
+        fusion = FusionEM(model, guide).run(restarts=1)
+        assert guide.num_atoms == {k: m.num_atoms for k, m in fusion.matchings.items()}
+        elbo = Trace_ELBO() if pooling == "product" else TraceMeanField_ELBO()
+        assert elbo.loss(model, guide) == pytest.approx(fusion.objective[-1])
+
     def test_filters_of_convolutions(self):
         g = torch.Generator().manual_seed(0)
         w1 = torch.randn(3, 2, 3, 3, generator=g, dtype=torch.float64)
@@ -425,7 +450,12 @@ class TestOutgoing:
                 expected = before["W2"].mean[j, k] * sum(among) / len(among)
                 torch.testing.assert_close(after["W2"].mean[j, k], expected)
                 missing += not any(among)
-        assert missing  # which are zero
+        assert missing  # which are zero, and no surer or less sure than of one party
+        zero = after["W2"].mean == 0
+        assert int(zero.sum()) == missing
+        torch.testing.assert_close(
+            after["W2"].stddev[zero], torch.full((missing,), 0.1 / 4).double()
+        )
         torch.testing.assert_close(after["W1"].mean, before["W1"].mean)
 
     def test_is_kept(self, tmp_path):
@@ -451,7 +481,7 @@ class TestOutgoing:
         assert Posterior.from_guide(guide, outgoing={"v": "unit"}).outgoing == {"v": "unit"}
 
     @pytest.mark.parametrize(
-        "outgoing", [{"W2": "other"}, {"W2": "h3"}, {"b3": "h1"}, {"rate": "h1"}]
+        "outgoing", [{"W2": "other"}, {"W1": None}, {"b3": "h1"}, {"rate": "h1"}]
     )
     def test_bad(self, outgoing):
         posteriors, _ = parties()
@@ -490,6 +520,34 @@ class TestStructure:
         f = {"t": dist.Normal(torch.zeros(3, 3, 4), 1.0), "u": dist.Normal(torch.zeros(3, 4), 1.0)}
         with pytest.raises(StructureError, match="'t' has the labels"):
             self.roles({"t": ("x", "x", "y"), "u": ("x", "y")}, f)
+
+    def test_names_that_clash(self):
+        def normal(*shape):
+            return dist.Normal(torch.randn(shape), 1.0)
+
+        axes = {"a": ("x", None), "b": ("y", None), "x": ("x", "y")}
+        p, q = (
+            Posterior({"a": normal(3, 2), "b": normal(2, 2), "x": normal(3, 2)}, axes)
+            for _ in range(2)
+        )
+        with pytest.raises(StructureError, match="label 'x' has the name of a site"):
+            FusionModel([p, q])()
+
+    def test_a_wide_entry_of_a_party_without_weight(self):
+        """What stands where entries are missing is wide of no party."""
+        posteriors, _ = parties(sizes=((4, 3), (5, 4), (3, 4)))
+        found = []
+        for place in ((0, 0), (1, 1)):
+            f = dict(posteriors[0].factors)
+            scale = f["W2"].scale.clone()
+            scale[place] = 50.0  # the prior's is 3
+            wide = Posterior({**f, "W2": dist.Normal(f["W2"].loc, scale)}, AXES)
+            local = [wide, *posteriors[1:]]
+            fusion = fuse(local, "product", base=BASE, weights=[0, 1, 1], dispersion=1.0)
+            found.append(fusion.objective[-1])
+            with pytest.raises(ParameterError, match=r"'W2', parties \[0\]"):
+                fuse(local, "product", base=BASE, dispersion=0.9)
+        assert found[0] == pytest.approx(found[1])
 
     def test_wrong_prior(self):
         posteriors, _ = parties()
