@@ -107,10 +107,10 @@ class Posterior:
         for site, label in self._outgoing.items():
             known = isinstance(label, str) and self._axes[site].count(label) == 1
             if not known or not self._factors[site].scales:
+                found = f"{_describe(self._factors[site])} with {_describe_axes(self._axes[site])}"
                 raise StructureError(
                     f"site '{site}': expected a Normal or MultivariateNormal with the label "
-                    f"{ascii(label)[:100]} on one axis to be outgoing, got {_describe(self._factors[site])} "
-                    f"with {_describe_axes(self._axes[site])}"
+                    f"{ascii(label)[:100]} on one axis to be outgoing, got {found}"
                 )
 
     def _check_sizes(
