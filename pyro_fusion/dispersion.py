@@ -151,8 +151,8 @@ def _break_even(
             weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
             part = temper(part, one, weights, dispersion)
             atoms = product.barycenter(part, index, len(pairs), weights, one)
-            value = product.divergence(atoms.index_select(0, index), part).reshape(2, -1).sum(0)
-            cost += (value - product.opening(atoms, one)).double().cpu()
+            value = product.pair_cost(atoms.index_select(0, index), part, one)
+            cost += (value.reshape(2, -1).sum(0) + product.opening(atoms, one)).double().cpu()
         beyond, own = cost.split([len(cheapest), len(wrong)])
         # For what the merge costs beyond its price, the sign is that of the evidence for it.
         result = limit / dispersion + float((beyond - price[cheapest] / dispersion).median())
