@@ -128,10 +128,11 @@ class Link:
     ) -> Factor:
         """The barycentres with the axes of the site, which those of ``first`` are."""
         like = first.decomposed[self.site]
-        atoms = self.atoms(self.messages, groups, counts)
-        if self.site in first.outgoing and self.messages.pooling.normalised:
-            # Of what nobody has the width alone is kept: that of one entry, not of them all.
-            atoms = self.atoms(self.messages, groups, counts, _EXCLUSIVE)
+        averaging = self.site in first.outgoing and self.messages.pooling.normalised
+        # Of what nobody has the width alone is kept then: that of one entry, not of them all.
+        rest = _EXCLUSIVE if averaging else _INCLUSIVE
+        atoms = self.atoms(self.messages, groups, counts, rest)
+        if averaging:
             atoms = self._averaged(atoms, first.outgoing[self.site], groups, counts)
         shape = [counts[label] for label in self.labels]
         grid = replace(atoms.map(lambda v: v.unflatten(0, shape)), batch_dim=len(shape))
