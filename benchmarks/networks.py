@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -236,9 +237,10 @@ def of_means(posteriors: Sequence[Posterior]) -> Fusion:
     return fuse(points, "product", IndianBuffet(1.0), base=base, dispersion=1.0)
 
 
-def fusions(setting: Setting) -> dict[str, Callable[[Sequence[Posterior]], Fusion]]:
-    """The rows that are fusions by this library."""
+def fusions(setting: Setting, kind: str) -> dict[str, Callable[[Sequence[Posterior]], Fusion]]:
+    """The rows that are fusions by this library, one of them of the size that the target allows."""
     size = setting.sizes[1]
+    allowed = round(TARGETS[kind][1] * size)
     rows: dict[str, Callable[[Sequence[Posterior]], Fusion]] = {}
     for pooling in ("exclusive", "inclusive", "product"):
         base = {"base": setting.prior} if pooling == "product" else {}
@@ -248,11 +250,17 @@ def fusions(setting: Setting) -> dict[str, Callable[[Sequence[Posterior]], Fusio
         rows[f"{pooling}, Parametric({size})"] = partial(
             fuse, pooling=pooling, prior=Parametric(size), **base
         )
+    rows[f"exclusive, Parametric({allowed})"] = partial(fuse, prior=Parametric(allowed))
     return rows
 
 
 def scores(
-    setting: Setting, parties: Sequence[Posterior], pooled: Posterior, test: Images, seed: int
+    setting: Setting,
+    kind: str,
+    parties: Sequence[Posterior],
+    pooled: Posterior,
+    test: Images,
+    seed: int,
 ) -> Iterator[tuple[str, Score]]:
     """All rows for one seed."""
     own = sum(setting.sizes[1:-1])
@@ -276,7 +284,7 @@ def scores(
     seconds = time.perf_counter() - start
     p = logits(means(points.posterior), test.x).softmax(-1)
     yield "means alone", Score.of(p, test.y, units(points), seconds)
-    for name, row in fusions(setting).items():
+    for name, row in fusions(setting, kind).items():
         start = time.perf_counter()
         fusion = row(parties)
         seconds = time.perf_counter() - start
@@ -452,8 +460,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for seed in seeds:
                 parties = parties_of(setting, kind, train, seed, args.cache)
                 (pooled,) = parties_of(setting, "pooled", train, seed, args.cache)
-                for name, score in scores(setting, parties, pooled, test, seed):
+                for name, score in scores(setting, kind, parties, pooled, test, seed):
                     table.setdefault(name, []).append(score)
+                    print(kind, *setting.sizes, seed, name, score, file=sys.stderr, flush=True)
             tables[kind, setting] = table
             print_table(kind, setting, table)
     if args.out is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch.distributions import Distribution
 
+from pyro_fusion.assignment.base import party_of
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.families.projection import project_onto
@@ -187,7 +188,7 @@ def located(
     """The error of a barycentre, with its site, and the parties that are wider than the prior."""
     for site, f in local.items():
         prior = base.get(site)
-        party = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes)).tolist()
+        party = party_of(sizes).tolist()
         wide = set()
         for n in range(len(party) if prior is not None else 0):
             one = f.index_select(0, torch.tensor([n]))

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pyro_fusion.assignment.base import party_of
 from pyro_fusion.barycenter import FAR, Exclusive, Pooling, Product
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, pairwise_kl
@@ -76,7 +77,7 @@ def estimate_dispersion(
     :param base: site -> the prior of one atom, batch shape ``[1]``, for ``product``.
     """
     part, counts, divergence = _pairwise(local, sizes)
-    own = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    own = party_of(counts)
     is_own = own.unsqueeze(1) == torch.arange(len(counts))
     dimensions = sum(f.dimensions for f in part.values())
     # The nearest component in each party, [N, S]; in one's own, of the others.

@@ -143,8 +143,6 @@ class Parties:
         """
         sites = self.roles.matched[label]
         local, sizes = self.components(label)
-        device = self.posteriors[0].device
-        weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(device)
         base = {
             site: atom_base(site, self.base, local[site], (axis,)).to(dtype=torch.float64)
             for site, axis in sites.items()
@@ -155,10 +153,10 @@ class Parties:
             if {label} <= set(link.labels) <= {label, *known}:
                 groups = {x: known[x][0] for x in link.labels if x != label}
                 counts = {x: known[x][1] for x in groups}
-                local[link.site], one = link.columns(label, len(weights), groups, counts)
+                local[link.site], one = link.columns(label, sum(sizes), groups, counts)
                 if one is not None:
                     base[link.site] = one
-        messages = MatchingProblem(local, sizes, weights, self.pooling, base)
+        messages = self._problem(local, sizes, base)
         order, ordered_sizes = canonical_order(local, sizes, self.weights)
         voting = _voting(messages.in_order(order, ordered_sizes))
         scale = dispersion or 1.0
@@ -166,7 +164,7 @@ class Parties:
             if dispersion is None and len(sizes) > 1:
                 scale = estimate_dispersion(*voting, self.pooling, base)
             messages = replace(messages, dispersion=scale)
-            problem = tempered(messages) if self.pooling.needs_base else messages
+            problem = scored(messages)
         calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
         ordered = problem.in_order(order, ordered_sizes)
         return Labelled(label, problem, messages, calibrated, scale, ordered, order)
@@ -177,19 +175,19 @@ class Parties:
         """Labels that are linked, each given the others, and the sites that link them, apart from
         each other, and in units of one dispersion: the geometric mean of theirs."""
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
-
-        def scored(messages: MatchingProblem) -> MatchingProblem:
-            messages = replace(messages, dispersion=scale)
-            return tempered(messages) if self.pooling.needs_base else messages
-
         labelled = {}
         for label, part in parts.items():
             messages = part.messages.restricted(self.roles.matched[label])
+            messages = replace(messages, dispersion=scale)
             labelled[label] = replace(
                 part, messages=messages, problem=scored(messages), price=part.dispersion / scale
             )
-        links = {x.site: x for x in self.links if set(x.labels) <= set(parts)}
-        return labelled, {k: replace(x, problem=scored(x.messages)) for k, x in links.items()}
+        links = {
+            x.site: replace(x, problem=scored(replace(x.messages, dispersion=scale)))
+            for x in self.links
+            if set(x.labels) <= set(parts)
+        }
+        return labelled, links
 
     @cached_property
     def links(self) -> list[Link]:
@@ -197,11 +195,10 @@ class Parties:
         result = []
         for site, labels in self.roles.linked.items():
             local, sizes, index, axes = entries(self.posteriors, site)
-            weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(local.device)
             base = {}
             if self.pooling.needs_base:
                 base[site] = atom_base(site, self.base, local, axes).to(dtype=torch.float64)
-            messages = MatchingProblem({site: local}, sizes, weights, self.pooling, base)
+            messages = self._problem({site: local}, sizes, base)
             result.append(Link(site, labels, axes, index, messages, messages))
         return result
 
@@ -270,9 +267,7 @@ class Parties:
         base = {}
         if self.pooling.needs_base:
             base[site] = atom_base(site, self.base, local).to(dtype=torch.float64)
-        weights = self.weights.to(local.device)
-        sizes = (1,) * len(self.posteriors)
-        return MatchingProblem({site: local}, sizes, weights, self.pooling, base)
+        return self._problem({site: local}, (1,) * len(self.posteriors), base)
 
     def share(self, site: str) -> tuple[Factor, float]:
         """Pool a shared site; also its divergence."""
@@ -293,11 +288,18 @@ class Parties:
     ) -> Factor:
         """The barycentres of one site, ``groups`` per party; errors name the site."""
         sizes = tuple(len(a) for a in groups)
-        weights = self.weights.repeat_interleave(torch.tensor(sizes)).to(local.device)
-        bases = {} if base is None else {site: base}
-        problem = MatchingProblem({site: local}, sizes, weights, self.pooling, bases)
+        problem = self._problem({site: local}, sizes, {} if base is None else {site: base})
         with locating(problem):
             return problem.barycenter(torch.cat(list(groups)), num_atoms)[site]
+
+    def _problem(
+        self, local: dict[str, Factor], sizes: tuple[int, ...], base: dict[str, Factor]
+    ) -> MatchingProblem:
+        """Components, in the order of the parties, each with the weight of its party."""
+        weights = self.weights.repeat_interleave(torch.tensor(sizes))
+        return MatchingProblem(
+            local, sizes, weights.to(self.posteriors[0].device), self.pooling, base
+        )
 
 
 @contextmanager
@@ -365,6 +367,11 @@ def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...
     if len(kept) in (1, problem.num_parties):
         return dict(problem.local), problem.sizes
     return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
+
+
+def scored(messages: MatchingProblem) -> MatchingProblem:
+    """As an assignment is scored: messages to be multiplied are tempered first, others as is."""
+    return tempered(messages) if messages.pooling.needs_base else messages
 
 
 def tempered(problem: MatchingProblem) -> MatchingProblem:

@@ -4,7 +4,8 @@
 """Exponential families: natural and mean parameters, log-normaliser, conversions, pairwise KL.
 
 Pure tensor mathematics: knows torch and the distributions, nothing of fusion. One file per group
-of families; ``factor.py`` takes distributions apart, ``pairwise.py`` computes divergences.
+of families; ``member.py`` takes distributions apart, ``factor.py`` has them in other coordinates,
+``pairwise.py`` computes divergences between all of two sets.
 """
 
 from collections.abc import Callable
