@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a factor, as a member of its family, refuses, what it shares with the distribution it came from, and its centre."""
+"""What a member of a family refuses, what it shares with its distribution, and its centre."""
 
 import copy
 
