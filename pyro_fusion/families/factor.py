@@ -106,6 +106,10 @@ class Factor(Member):
         """The entries that the other has too, of factors one by one."""
         return self
 
+    def apart(self, other: "Factor") -> Tensor | None:
+        """Which pairs of factors have no entry in common, ``[K, N]``; None if each pair has."""
+        return None
+
     def over_entries(self, divergence: Tensor) -> Tensor:
         """Divergences of atoms from something else, over the entries that each of these components
         has: ``[K]``, or ``[K, J]`` entry by entry, -> ``[K, N]``, or ``[K, 1]`` where all have

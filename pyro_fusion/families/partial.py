@@ -120,6 +120,11 @@ class PartialFactor(Factor):
         assert isinstance(other, PartialFactor)
         return replace(self, mass=self.mass * other.present)
 
+    def apart(self, other: Factor) -> Tensor | None:
+        if not isinstance(other, PartialFactor):
+            return None
+        return self.present @ other.present.mT == 0
+
     def over_entries(self, divergence: Tensor) -> Tensor:
         return divergence @ self.present.mT
 
