@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution
+from torch.distributions import Distribution, Transform
 
 from pyro_fusion.errors import GuideError, ParameterError, UnsupportedFamilyError, warn_user
 from pyro_fusion.families import Factor
@@ -20,7 +20,10 @@ from pyro_fusion.families.projection import normal_from_draws
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.sites import Draws, Read, Sites, transform_of
 
-__all__ = ["bare", "factor_of", "resolve", "same_factors"]
+__all__ = ["bare", "constant_axes", "factor_of", "resolve", "same_factors"]
+
+# Draws at which the densities of the members along an axis are compared.
+_PROBES = 32
 
 
 def bare(d: Distribution) -> Distribution:
@@ -57,6 +60,35 @@ def same_factors(a: Factor | None, b: Factor | None) -> bool:
     return a.structure() == b.structure() and all(
         torch.equal(a.params[k], b.params[k]) for k in a.params
     )
+
+
+def constant_axes(
+    batch_shape: Sequence[int],
+    sample: Callable[[int], Tensor],
+    log_prob: Callable[[Tensor], Tensor],
+) -> set[int]:
+    """The batch axes along which all members have the same density, at draws of each of them.
+
+    :param sample: how many -> that many draws of the whole batch.
+    :param log_prob: values -> their log-densities, one for each member.
+    """
+    result = set()
+    try:
+        draws = sample(_PROBES)
+        for axis, size in enumerate(batch_shape):
+            member = (torch.arange(_PROBES, device=draws.device) * size) // _PROBES
+            index = member.reshape((-1,) + (1,) * (draws.dim() - 1))
+            shape = list(draws.shape)
+            shape[axis + 1] = 1
+            value = draws.gather(axis + 1, index.expand(shape)).expand(draws.shape)
+            density = log_prob(value.contiguous())
+            first = density.narrow(axis + 1, 0, 1).expand(density.shape)
+            same = torch.allclose(density, first, rtol=1e-5)
+            if density.dim() == len(batch_shape) + 1 and same:
+                result.add(axis)
+    except Exception:  # a draw of one is out of the support of another, or there is no density
+        return result
+    return result
 
 
 def resolve(
@@ -146,7 +178,7 @@ def _warn_projected(pending: Mapping[str, Draws], what: str, num_samples: int) -
     if mixed:
         parts.append(f"{mixed}, which depend on other sites, onto the family they have given those")
     if drawn:
-        supports = ", ".join(sorted({str(pending[n].support) for n in drawn}))
+        supports = ", ".join(sorted({_named(pending[n].support) for n in drawn}))
         parts.append(f"{drawn} onto a Normal in the unconstrained space of {supports}")
     error = 1 / math.sqrt(num_samples)
     warn_user(
@@ -154,3 +186,7 @@ def _warn_projected(pending: Mapping[str, Draws], what: str, num_samples: int) -
         f"{num_samples} draws (so to about {error:.1g} standard deviations): "
         + "; and ".join(parts),
     )
+
+
+def _named(support: Any) -> str:
+    return str(support.codomain if isinstance(support, Transform) else support)

@@ -13,7 +13,7 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor
-from torch.distributions import Distribution, biject_to, constraints
+from torch.distributions import Distribution, Transform, biject_to, constraints
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError
 from pyro_fusion.families import Factor
@@ -50,14 +50,14 @@ class Draws:
 
     :param like: the conditional factor in one draw, whose mean parameters are averaged; None to
         match a Normal to the unconstrained values instead.
-    :param support: the support of the values, unless ``like`` is given.
+    :param support: the support of the values, or the bijection onto it, unless ``like`` is given.
     :param sample: draws ``n`` unconstrained values at once, where the program need not be run.
     :param pooled: axis -> its full size, of the axes whose members have the same distribution:
         their draws are pooled, so that the members come out equal.
     """
 
     plates: tuple[str | None, ...]
-    support: Constraint | None = None
+    support: Constraint | Transform | None = None
     like: Factor | None = None
     sample: Callable[[int], Tensor] | None = None
     pooled: Mapping[int, int] = field(default_factory=dict)
@@ -98,11 +98,13 @@ def posterior_of(
     )
 
 
-def transform_of(name: str, support: Any) -> torch.distributions.Transform:
-    """The bijection from unconstrained space onto ``support``.
+def transform_of(name: str, support: Any) -> Transform:
+    """The bijection from unconstrained space onto ``support``, which may be that bijection.
 
     :raises GuideError: if there is none, as for discrete values.
     """
+    if isinstance(support, Transform):
+        return support
     try:
         return biject_to(support)
     except NotImplementedError as e:

@@ -30,7 +30,7 @@ from torch.distributions import transforms as tt
 from pyro_fusion.errors import GuideError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.transforms import flatten
-from pyro_fusion.readers.projection import bare, factor_of, same_factors
+from pyro_fusion.readers.projection import bare, constant_axes, factor_of, same_factors
 from pyro_fusion.readers.pyro.program import Program
 from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
 from pyro_fusion.readers.sites import Draws, Read, Sites, Spread, normal_factor, transform_of
@@ -39,8 +39,6 @@ __all__ = ["read_trace"]
 
 # Enough to see that a distribution changes from run to run, where provenance cannot tell.
 _COMPARED = 3
-# Draws at which the densities of the members along an axis are compared.
-_PROBES = 32
 
 
 def _dependent(program: Program) -> set[str]:
@@ -134,28 +132,11 @@ def _draws(
 
 
 def _constant_axes(fn: Distribution) -> set[int]:
-    """The axes along which all members have the same density, at draws of each of them."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    rank = len(fn.batch_shape)
     if isinstance(bare(fn), dist.Delta):
         return set()  # whose densities say nothing
-    result = set()
-    try:
-        draws = fn.sample(torch.Size([_PROBES]))
-        for axis, size in enumerate(fn.batch_shape):
-            member = (torch.arange(_PROBES, device=draws.device) * size) // _PROBES
-            index = member.reshape((-1,) + (1,) * (draws.dim() - 1))
-            shape = list(draws.shape)
-            shape[axis + 1] = 1
-            value = draws.gather(axis + 1, index.expand(shape)).expand(draws.shape)
-            density = fn.log_prob(value.contiguous())
-            first = density.narrow(axis + 1, 0, 1).expand(density.shape)
-            if density.dim() == rank + 1 and torch.allclose(density, first, rtol=1e-5):
-                result.add(axis)
-    except Exception:  # a draw of one is out of the support of another, or there is no density
-        return result
-    return result
+    return constant_axes(fn.batch_shape, lambda n: fn.sample(torch.Size([n])), fn.log_prob)
 
 
 def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Any) -> bool:
