@@ -16,6 +16,7 @@ Gaussian.
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 import time
 from collections.abc import Callable, Sequence
@@ -270,8 +271,9 @@ def solve(data: Data, fitter: Fitter, rows: Rows) -> Paths:
     ends = np.cumsum([0, *(h.num_states for h in fits)]).tolist()
     paths = [decoded(h, [x])[0] + end for h, x, end in zip(fits, frames, ends, strict=False)]
     scores = [[log_predictive(fits[j], x) for j in others(n, i)] for i, x in enumerate(frames)]
-    # The log-densities of a whole sequence, under each HMM that did not see it.
-    held_out = sum(sum(s) / len(s) for s in scores)
+    # The log-densities of a whole sequence, under each HMM that did not see it, and the mixture of
+    # these.
+    held_out = sum(float(np.logaddexp.reduce(s)) - math.log(len(s)) for s in scores)
     add(SEPARATE, paths, states=ends[-1], held_out=held_out / total, fits_s=sum(seconds))
     rows[BEST].add("held out", sum(map(max, scores)) / total)
 
@@ -310,7 +312,7 @@ def _cell(column: str, values: list[float]) -> str:
     if not values:
         return f"{'-':>16}"
     digits = {"Hamming": 3, "per sequence": 3, "states": 1}.get(column, 2)
-    mean, deviation = np.mean(values), np.std(values)
+    mean, deviation = np.mean(values), np.std(values, ddof=len(values) > 1)
     return f"{f'{mean:.{digits}f} ± {deviation:.{digits}f}':>16}"
 
 
@@ -321,8 +323,8 @@ Hamming: the share of frames whose state is not matched to their action, one sta
 over all sequences together; per sequence: matched anew in each. Of `separate`, states of different
 sequences are different. States are those of the most likely path under mean transitions and Student
 t emissions. held out: log predictive density per frame (channels in units of their deviation), one
-sequence left out and the rest fused; of `separate`, the mean over the five other HMMs, and below
-that of the best. fusion s, fits s: seconds to fuse, and to fit all HMMs before. 2 T: with twice the
+sequence left out and the rest fused; of `separate`, by the mixture of the other HMMs, and below
+that by the best. fusion s, fits s: seconds to fuse, and to fit all HMMs before. 2 T: with twice the
 dispersion that is estimated. Mean ± deviation over seeds, which are those of the local fits."""
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
@@ -144,10 +143,7 @@ class Pooling(ABC):
         with self.telling():
             exact = self._sum_about_means(part, index, w[members], weight[far], base)
         if not bool(far.all()):
-            params = atoms.shift(origin, sign=1.0).params
-            place = far.nonzero().squeeze(-1)
-            both = {k: v.index_copy(0, place, exact.params[k]) for k, v in params.items()}
-            exact = replace(exact, params=both)
+            exact = atoms.shift(origin, sign=1.0).index_copy(far.nonzero().squeeze(-1), exact)
         return exact.to(dtype=local.dtype)
 
     def _sum(

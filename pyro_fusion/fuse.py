@@ -66,7 +66,8 @@ def fuse(
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
         that needs no arguments. By default that of the first guide's own model.
     :param axes: labels for guides, in place of those of their plates, as in
-        ``Posterior.from_guide``, or ``"auto"`` to find them; posteriors have their own.
+        ``Posterior.from_guide``, or ``"auto"`` to find them; posteriors have their own, and if
+        there is no guide among them ``axes`` is an error.
     :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
         the assignment with messages tempered by 1/T and then pools the messages as they are.
     :param seed: of the random starts; the same seed gives the same result.

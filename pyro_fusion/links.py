@@ -156,15 +156,17 @@ def averaged(
     problem: MatchingProblem, site: str, atoms: Factor, groups: Tensor, acts_on: Tensor
 ) -> Factor:
     """The mean effects of atoms over the parties, of which those that lack one have nothing there.
-    With ``exclusive`` the parties count by how sure they are, as in its barycentres: in the mean
-    over the components that they have. What nobody has is zero, as unsure as what one party has.
+    With ``exclusive`` the parties count by how sure they are, by one over the standard deviation in
+    the mean over the components that they have: half-way, in logarithms, between counting alike and
+    by precision, as its barycentres do, which a party that is overconfident would rule. What nobody
+    has is zero, as unsure as what one party has.
 
     :param groups: LongTensor ``[N]``, the atom of each component.
     :param acts_on: LongTensor ``[N]``: means are over the parties that have components that act on
         the same.
     """
     local, num_parties = problem.local[site], problem.num_parties
-    sure = local.precision
+    sure = local.precision.sqrt()
     if not isinstance(problem.pooling, Exclusive):
         sure = torch.ones_like(sure)
     party = acts_on * num_parties + problem.party.to(acts_on.device)

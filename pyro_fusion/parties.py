@@ -325,6 +325,11 @@ def _read(
             raise StructureError(
                 f"party {s}: expected a Posterior or a Pyro guide, got {type(g).__name__}"
             )
+    if axes is not None and not guides:
+        raise StructureError(
+            "axes are for guides, and all parties are posteriors, which have labels of their own: "
+            "give axes where they are made, as in Posterior.from_guide(guide, axes=...)"
+        )
     if guides:
         from pyro_fusion.readers.pyro import check_not_shared
 

@@ -683,3 +683,10 @@ def test_cuda(pooling):
     there = fuse([p.to("cuda") for p in parties()], pooling, base=BASE)
     assert there.posterior.device.type == "cuda"
     assert there.objective[-1] == pytest.approx(here.objective[-1], rel=1e-9)
+
+
+def test_axes_are_for_guides_alone():
+    p = Posterior({"loc": dist.Normal(torch.randn(3), 1.0)}, {"loc": "component"})
+    for axes in ({"loc": (None,)}, "auto"):
+        with pytest.raises(StructureError, match="all parties are posteriors"):
+            fuse([p, p], axes=axes)

@@ -407,7 +407,7 @@ class TestOutgoing:
         x = torch.randn(7, 3, generator=g).double()
         weights = torch.tensor([1.0, 2.0, 0.5]).double()
         output = [torch.tanh(x @ w[own].mT) @ v[own] for own in holds]
-        say = weights.unsqueeze(1) / sd**2
+        say = weights.unsqueeze(1) / sd
         expected = sum(a * b for a, b in zip(say, output, strict=True)) / say.sum(0)
         for multivariate in (False, True):
             if multivariate:
@@ -599,3 +599,25 @@ class TestStructure:
         for label in ("h1", "h2"):
             own = party_of([p.components(label) for p in posteriors])
             assert torch.equal(own[link.index[label]], link.messages.party)
+
+
+@pytest.mark.parametrize("pooling", POOLINGS)
+@pytest.mark.parametrize("scale", [3e-3, 1e-3, 1e-4])
+def test_networks_that_are_very_sure_are_fused(pooling, scale):
+    sites = ("W1", "W2", "W3")
+    local = [
+        Posterior(
+            {
+                k: dist.Normal(v.float(), scale).to_event(2)
+                for k, v in network(s).items()
+                if k in sites
+            },
+            {k: AXES[k] for k in sites},
+        )
+        for s in range(2)
+    ]
+    base = {"base": {k: BASE[k] for k in sites}} if pooling == "product" else {}
+    fusion = fuse(local, pooling, restarts=0, **base)
+    trace = fusion.objective
+    assert all(b <= a + 1e-6 * abs(a) for a, b in itertools.pairwise(trace))
+    assert set(fusion.matchings) == {"h1", "h2"}

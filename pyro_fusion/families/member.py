@@ -214,6 +214,11 @@ class Member:
         params = self.family.index_event(self.params, axis - len(self.shape), index.to(self.device))
         return replace(self, params=params)
 
+    def index_copy(self, index: Tensor, other: Self) -> Self:
+        """With those along the first axis at ``index`` replaced by those of ``other``."""
+        params = {k: v.index_copy(0, index, other.params[k]) for k, v in self.params.items()}
+        return replace(self, params=params)
+
     def pad(self, axis: int, index: Tensor, size: int, fill: Tensor | None = None) -> Self:
         """Scatter a family's event ``axis`` to ``size`` places; see :meth:`Family.pad_event`."""
         self._require_bare(axis)

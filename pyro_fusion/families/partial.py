@@ -144,6 +144,11 @@ class PartialFactor(Factor):
         mass = self.mass.index_select(axis, index.to(self.device))
         return replace(self, params=super().index_select(axis, index).params, mass=mass)
 
+    def index_copy(self, index: Tensor, other: Factor) -> "PartialFactor":
+        assert isinstance(other, PartialFactor)
+        mass = self.mass.index_copy(0, index, other.mass)
+        return replace(self, params=super().index_copy(index, other).params, mass=mass)
+
     def expand_batch(self, batch_shape: Sequence[int]) -> "PartialFactor":
         mass = self.mass.expand(*batch_shape, -1)
         return replace(self, params=super().expand_batch(batch_shape).params, mass=mass)

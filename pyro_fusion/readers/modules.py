@@ -1,13 +1,12 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The hidden units of torch modules: their labels, proposed by the order of linear layers and
-confirmed by permuting units."""
+"""The hidden units of torch modules: their labels, proposed by which linear layer takes what
+another makes, and confirmed by permuting units."""
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,10 +26,11 @@ _BATCH = 16
 def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
     """The labels of a network's hidden units.
 
-    Where the outputs of a linear layer are as many as the inputs of the next, they are taken for
-    hidden units: ``hidden1``, ``hidden2``, ... along the networks. That is confirmed, at random
-    parameters, by permuting units, which must leave the output as it is; so is through which
-    weights a unit acts (``outgoing``). What convolutions make has no label.
+    Where a linear layer takes what another makes, that is taken for hidden units: ``hidden1``,
+    ``hidden2``, ... in the order in which they run. It is confirmed, at random parameters, by
+    permuting units, which must leave the output as it is, as permuting their incoming weights alone
+    must not; so is through which weights a unit acts (``outgoing``). What convolutions make has no
+    label.
 
     The module is run in evaluation mode, and left as it was.
 
@@ -39,8 +39,9 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
     :return: labels of the parameters by name, for ``Posterior(factors, found.axes,
         outgoing=found.outgoing)``.
     :raises StructureError: if units of consecutive layers are not exchangeable, as behind a
-        residual connection: give axes by hand.
-    :raises ParameterError: for what is no plain module, or cannot be run with ``inputs``.
+        residual connection, or have no effect at these inputs: give axes by hand.
+    :raises ParameterError: for what is no plain module, cannot be run with ``inputs``, or returns
+        no tensor.
 
     Example::
 
@@ -53,6 +54,8 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
             f"expected a torch module, got {type(module).__name__}; the posterior of a PyroModule "
             'is read from its guide, Posterior.from_guide(guide, *args, axes="auto")'
         )
+    if lazy := [k for k, p in module.named_parameters() if nn.parameter.is_lazy(p)]:
+        raise ParameterError(f"parameters {lazy} have no shape yet: run the module once first")
     parameters = {k: p for k, p in module.named_parameters() if p.is_floating_point()}
     shapes = {k: tuple(p.shape) for k, p in parameters.items()}
     with torch.random.fork_rng(), torch.no_grad(), evaluating([module]):
@@ -63,24 +66,44 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
 
         def respond(values: Values) -> Mapping[str, Tensor]:
             torch.manual_seed(seed)
-            state = {**{k: b.clone() for k, b in module.named_buffers()}, **values}
-            output = torch.func.functional_call(module, state, inputs)
+            like = next(iter(values.values()), torch.empty(0)).dtype
+            state = {**{k: _at(b.clone(), like) for k, b in module.named_buffers()}, **values}
+            output = torch.func.functional_call(module, state, _at(inputs, like))
             return dict(_tensors("output", output))
 
         try:
-            probes = [Probe(values, respond) for values in draws]
-        except Exception as e:
+            # With all the digits that there are, so that small differences show.
+            probes = [Probe(_at(values, torch.float64), respond) for values in draws]
+        except Exception:  # tensors of another dtype made on the way
+            try:
+                probes = [Probe(values, respond) for values in draws]
+            except Exception as e:
+                raise ParameterError(
+                    f"the module failed when it was run: {type(e).__name__}: {e}. Pass its "
+                    "arguments: module_axes(module, *inputs)"
+                ) from e
+        if not probes[0].before:
             raise ParameterError(
-                f"the module failed when it was run: {type(e).__name__}: {e}. Pass its arguments: "
-                "module_axes(module, *inputs)"
-            ) from e
+                f"found no tensor in what the {type(module).__name__} returns, so there is no "
+                "telling what permuting its units changes: give axes by hand"
+            )
 
         def once(_: str, labels: Sequence[str | None]) -> bool:
             used = [a for a in labels if a is not None]
             return len(used) == len(set(used))
 
         finder = Finder(shapes, probes, once, shapes, seed)
-        return finder.run(list(hidden_layers([module], shapes, taken=shapes)))
+        found = hidden_layers([module], lambda: respond(probes[0].values), shapes, taken=shapes)
+        return finder.run(list(found))
+
+
+def _at(x: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors cast, in tuples, lists and mappings too."""
+    if isinstance(x, Tensor):
+        return x.to(dtype) if x.is_floating_point() else x
+    if type(x) in (tuple, list):
+        return type(x)(_at(v, dtype) for v in x)
+    return {k: _at(v, dtype) for k, v in x.items()} if type(x) is dict else x
 
 
 def _random(p: Tensor) -> Tensor:
@@ -89,15 +112,20 @@ def _random(p: Tensor) -> Tensor:
     return torch.randn_like(p) / fan_in**0.5
 
 
-def _tensors(name: str, output: Any) -> Iterator[tuple[str, Tensor]]:
+def _tensors(name: str, output: Any, depth: int = 4) -> Iterator[tuple[str, Tensor]]:
     if isinstance(output, Tensor):
         yield name, output
+    elif depth == 0 or isinstance(output, str):
+        return
     elif isinstance(output, Mapping):
         for key, value in output.items():
-            yield from _tensors(f"{name}[{key!r}]", value)
-    elif isinstance(output, Sequence) and not isinstance(output, str):
+            yield from _tensors(f"{name}[{key!r}]", value, depth - 1)
+    elif isinstance(output, Sequence):
         for i, value in enumerate(output):
-            yield from _tensors(f"{name}[{i}]", value)
+            yield from _tensors(f"{name}[{i}]", value, depth - 1)
+    else:  # distributions, dataclasses
+        for key, value in getattr(output, "__dict__", {}).items():
+            yield from _tensors(f"{name}.{key}", value, depth - 1)
 
 
 @contextmanager
@@ -125,38 +153,97 @@ def random_input(modules: Sequence[nn.Module]) -> Tensor | None:
 
 def hidden_layers(
     modules: Sequence[nn.Module],
+    run: Callable[[], Any],
     shapes: Mapping[str, Sequence[int]],
     taken: Collection[str] = (),
 ) -> Iterator[Proposal]:
-    """A label for the units between each two consecutive linear layers.
+    """A label for the units between each linear layer and those that take what it makes.
 
+    :param run: runs the modules, always alike.
     :param shapes: site -> shape; a layer whose numbers are no sites is fixed.
     :param taken: names that no label may have.
     """
+    watched = {
+        f"{getattr(root, '_pyro_name', '')}.{k}".strip("."): m
+        for root in modules
+        for k, m in root.named_modules()
+        if isinstance(m, _Watched)
+    }
     number = 0
-    for root in modules:
-        prefix = getattr(root, "_pyro_name", "")
-        named = [(f"{prefix}.{k}".strip("."), m) for k, m in root.named_modules()]
-        linear = [i for i, (_, m) in enumerate(named) if isinstance(m, nn.Linear)]
-        for i, j in itertools.pairwise(linear):
-            (name, first), (_, second) = named[i], named[j]
-            if first.out_features != second.in_features:
-                continue
-            size = first.out_features
-            every: list[Axis] = [(f"{name}.weight", 0)]
-            every += [(f"{k}.{p}", 0) for k, m in named[i:j] for p in _vectors(m, size)]
-            every += [(f"{named[j][0]}.weight", 1)]
-            sites = [a for a in every if tuple(shapes.get(a[0], ()))[a[1] : a[1] + 1] == (size,)]
-            made = tuple(a for a in sites if a[0] in (f"{name}.weight", f"{name}.bias"))
-            if not made:
-                continue  # fixed features have an order of their own
+    for name, norms, heads in _chains(watched, run):
+        size: Any = watched[name].out_features
+        heads = [k for k in heads if watched[k].in_features == size]
+        if not heads:
+            continue
+        every: list[Axis] = [(f"{name}.weight", 0)]
+        every += [(f"{k}.{p}", 0) for k in (name, *norms) for p in _vectors(watched[k], size)]
+        every += [(f"{k}.weight", 1) for k in heads]
+        sites = [a for a in every if tuple(shapes.get(a[0], ()))[a[1] : a[1] + 1] == (size,)]
+        made = tuple(a for a in sites if a[0] in (f"{name}.weight", f"{name}.bias"))
+        if not made:
+            continue  # fixed features have an order of their own
+        number += 1
+        while (label := f"hidden{number}") in taken:
             number += 1
-            while (label := f"hidden{number}") in taken:
-                number += 1
-            likely = tuple(a for a in sites if a not in made)
-            there = {f"{k}.{p}" for k, m in named[i : j + 1] for p, _ in _own(m)}
-            fixed = tuple(site for site, _ in every if site in there and site not in shapes)
-            yield Proposal(label, f"layer '{name}'", made, likely, fixed, certain=True)
+        likely = tuple(a for a in sites if a not in made)
+        there = {f"{k}.{p}" for k in (name, *norms, *heads) for p, _ in _own(watched[k])}
+        fixed = tuple(site for site, _ in every if site in there and site not in shapes)
+        yield Proposal(label, f"layer '{name}'", made, likely, fixed, certain=True)
+
+
+_Watched = (nn.Linear, nn.BatchNorm1d, nn.LayerNorm)
+
+
+def _chains(
+    watched: Mapping[str, nn.Module], run: Callable[[], Any]
+) -> Iterator[tuple[str, list[str], list[str]]]:
+    """In the order in which they run: each linear layer, the normalisations behind it, and the
+    linear layers that it is the last before. What is behind it changes when its output does."""
+    plain = _inputs(watched, run)
+    linear = [k for k in plain if isinstance(watched[k], nn.Linear)]
+    behind = {}
+    for k in linear:
+        other = _inputs(watched, run, disturbed=k)
+        behind[k] = [x for x in plain if not _equal(plain[x], other.get(x))]
+    last = {x: k for k in linear for x in behind[k]}  # later ones overwrite
+    for k in linear:
+        own = [x for x in behind[k] if last[x] == k]
+        heads = [x for x in own if isinstance(watched[x], nn.Linear)]
+        yield k, [x for x in own if x not in heads], heads
+
+
+def _inputs(
+    watched: Mapping[str, nn.Module], run: Callable[[], Any], disturbed: str | None = None
+) -> dict[str, Tensor]:
+    """What modules are given at their first call, by name, in the order of these."""
+    result: dict[str, Tensor] = {}
+    handles = []
+
+    def note(name: str) -> Callable[..., None]:
+        def hook(_: nn.Module, args: Any, kwargs: Any) -> None:
+            given = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
+            if given:
+                result.setdefault(name, given[0].detach().clone())
+
+        return hook
+
+    def disturb(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+        return output + torch.linspace(0.5, 1.5, output.shape[-1]).to(output)
+
+    try:
+        for name, m in watched.items():
+            handles.append(m.register_forward_pre_hook(note(name), with_kwargs=True))
+        if disturbed is not None:
+            handles.append(watched[disturbed].register_forward_hook(disturb))
+        run()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return result
+
+
+def _equal(a: Tensor, b: Tensor | None) -> bool:
+    return b is not None and torch.equal(a, b)
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:

@@ -185,6 +185,12 @@ class Finder:
             if found is None:
                 self._refuse(p)
                 continue
+            if p.certain and not any(self._changes(found[:1])):
+                raise StructureError(
+                    f"{p.source}: permuting {_name(found[0])} alone changes nothing either, so "
+                    "there is no telling whether its units are exchangeable. Pass arguments at "
+                    "which they have an effect, or give axes by hand"
+                )
             self._put(p.label, found)
             for name in self._acting(p.label, found):
                 self._outgoing[name] = p.label

@@ -64,6 +64,30 @@ def entry(d, i, j):
     return replace(f.map(lambda v: v[i, j]), batch_dim=0).distribution()
 
 
+@pytest.mark.parametrize("pooling", POOLINGS)
+def test_barycentres_of_components_of_which_some_are_very_sure(pooling):
+    """Those far from the rest, in units of their scale, are pooled about means of their own."""
+    (f, _) = partial("Normal", 6, 0)
+    scale = f.params["scale"].clone()
+    scale[:2] *= 1e-7
+    f = replace(f, params={**f.params, "scale": scale})
+    groups = torch.tensor([0, 0, 1, 1, 2, 2])
+    base = Factor.of(dist.Normal(torch.zeros(1, J, dtype=torch.float64), 10.0))
+    base = replace(base, batch_dim=1)
+    atoms = pooling_named(pooling).barycenter(f, groups, 3, None, base)
+    assert atoms.mass.shape == (3, J)
+    for k in range(3):
+        one = f.index_select(0, torch.tensor([2 * k, 2 * k + 1]))
+        zero = torch.zeros(2, dtype=torch.long)
+        alone = pooling_named(pooling).barycenter(one, zero, 1, None, base)
+        there = alone.mass[0] > 0
+        assert torch.equal(atoms.mass[k], alone.mass[0])
+        for name, value in alone.params.items():
+            torch.testing.assert_close(
+                atoms.params[name][k][there], value[0][there], rtol=1e-6, atol=0
+            )
+
+
 class TestDivergence:
     def test_is_zero_without_common_entries(self, family):
         """And not computed again, as what rounding has spoiled is."""

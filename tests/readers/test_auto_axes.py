@@ -154,6 +154,99 @@ def test_a_residual_connection_is_refused() -> None:
         Posterior.from_guide(guide, axes="auto")
 
 
+class Wrapped(Residual):
+    """A residual network whose output hides that it is one."""
+
+    def __init__(self, wrap: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.wrap = wrap
+
+    def forward(self, x: Tensor) -> Any:
+        return self.wrap(super().forward(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda y: torch.distributions.Normal(y, 1.0),
+        lambda y: 1000 + y,
+        lambda y: 0.01 * y,
+    ],
+    ids=["distribution", "offset", "small"],
+)
+def test_a_residual_connection_is_seen_behind_the_output(
+    wrap: Callable[[Tensor], Any], dtype: torch.dtype
+) -> None:
+    with pytest.raises(StructureError, match=r"layer 'fc1'.*residual.*by hand"):
+        module_axes(Wrapped(wrap).to(dtype))
+
+
+@pytest.mark.parametrize("depth", [3, 8, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_deep_network_is_read_or_refused(depth: int, dtype: torch.dtype) -> None:
+    """Behind many sigmoids nothing that is done to the first layers shows."""
+    layers: list[nn.Module] = []
+    for _ in range(depth):
+        layers += [nn.Linear(8, 8), nn.Sigmoid()]
+    try:
+        found = module_axes(nn.Sequential(*layers, nn.Linear(8, 2)).to(dtype))
+    except StructureError as e:
+        assert depth == 20 and "alone changes nothing" in str(e)
+        return
+    for k in range(1, depth + 1):
+        assert found.axes[f"{2 * k}.weight"][1] == found.axes[f"{2 * k - 2}.bias"][0]
+        assert found.outgoing[f"{2 * k}.weight"] == f"hidden{k}"
+    assert depth < 20
+
+
+def test_outputs_that_tell_nothing_are_refused() -> None:
+    with pytest.raises(ParameterError, match="no tensor in what the Wrapped returns"):
+        module_axes(Wrapped(lambda y: None))
+    with pytest.raises(StructureError, match="alone changes nothing"):
+        module_axes(Wrapped(lambda y: torch.zeros_like(y)))
+    with pytest.raises(ParameterError, match="no shape yet"):
+        module_axes(nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 2)))
+
+
+def test_layers_count_in_the_order_in_which_they_run() -> None:
+    class Backwards(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.out, self.b, self.a = nn.Linear(5, 3), nn.Linear(7, 5), nn.Linear(4, 7)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(torch.relu(self.b(torch.relu(self.a(x)))))  # type: ignore[no-any-return]
+
+    expected = {"a.weight": ("hidden1", None), "b.weight": ("hidden2", "hidden1")}
+    expected["out.weight"] = (None, "hidden2")
+    x = torch.randn(9, 4)
+    found = module_axes(Backwards(), x)
+    assert {k: found.axes[k] for k in expected} == expected
+    assert found.outgoing == {"b.weight": "hidden1", "out.weight": "hidden2"}
+    guide = guide_of(Regression(Backwards()), x, torch.zeros(9, 3))
+    posterior = Posterior.from_guide(guide, x, torch.zeros(9, 3), axes="auto")
+    assert {k: posterior.axes[f"net.{k}"] for k in expected} == expected
+
+
+def test_networks_side_by_side_are_no_chain() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.loc = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+            self.scale = nn.Sequential(nn.Linear(3, 8), nn.ReLU(), nn.Linear(8, 3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.loc(x), self.scale(x).exp()
+
+    found = module_axes(Both())
+    for net, label in (("loc", "hidden1"), ("scale", "hidden2")):
+        assert found.axes[f"{net}.0.weight"] == (label, None)
+        assert found.axes[f"{net}.2.weight"] == (None, label)
+        assert found.axes[f"{net}.2.bias"] == (None,)
+        assert found.outgoing[f"{net}.2.weight"] == label
+
+
 def test_buffers_that_tell_units_apart_are_refused() -> None:
     net = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 1))
     net[1].running_mean.copy_(torch.arange(4.0))  # type: ignore[union-attr, operator]

@@ -67,7 +67,9 @@ def find_axes(
         shapes = {name: tuple(v.shape) for name, v in draws[0].items()}
         proposals = _plates(sites)
         taken = {*sites, *(p.label for p in proposals)}
-        proposals += hidden_layers(modules_of(model), shapes, taken)
+        given = poutine.condition(model, draws[0])
+        modules = modules_of(model)
+        proposals += hidden_layers(modules, lambda: _run(program, given, seed), shapes, taken)
 
         def admits(site: str, labels: tuple[str | None, ...]) -> bool:
             return _admits(sites[site].factor, labels)
