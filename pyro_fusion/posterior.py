@@ -27,6 +27,7 @@ from pyro_fusion.families.projection import (
 
 if TYPE_CHECKING:
     from pyro_fusion.guide import PosteriorGuide
+    from pyro_fusion.readers.numpyro import NumPyroGuide
 
 __all__ = ["Axes", "Posterior"]
 
@@ -138,6 +139,15 @@ class Posterior:
         from pyro_fusion.readers.pyro import from_guide
 
         return from_guide(guide, *args, **kwargs)
+
+    @classmethod
+    def from_numpyro(
+        cls, guide: Callable[..., Any], params: Mapping[str, Any], *args: Any, **kwargs: Any
+    ) -> Posterior:
+        """Read a NumPyro guide; see :func:`pyro_fusion.readers.numpyro.from_numpyro`."""
+        from pyro_fusion.readers.numpyro import from_numpyro
+
+        return from_numpyro(guide, params, *args, **kwargs)
 
     @classmethod
     def from_sklearn(cls, model: Any, *, label: str | None = None) -> Posterior:
@@ -276,6 +286,13 @@ class Posterior:
         from pyro_fusion.guide import PosteriorGuide
 
         return PosteriorGuide(self)
+
+    def to_numpyro(self) -> NumPyroGuide:
+        """A NumPyro guide, for its ``Predictive``, or to start its ``SVI``; see
+        :class:`pyro_fusion.readers.numpyro.NumPyroGuide`."""
+        from pyro_fusion.readers.numpyro import NumPyroGuide
+
+        return NumPyroGuide(self)
 
     # -- files -----------------------------------------------------------------------------------
 

@@ -22,6 +22,8 @@ from pyro_fusion.priors import AssignmentPrior
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from pyro_fusion.readers.numpyro import NumPyroGuide
+
 __all__ = ["Fusion", "Matching"]
 
 
@@ -84,6 +86,11 @@ class Fusion:
     def guide(self) -> PosteriorGuide:
         """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``."""
         return self.posterior.to_guide()
+
+    def to_numpyro(self) -> NumPyroGuide:
+        """A NumPyro guide at the fused posterior, likewise; see
+        :meth:`Posterior.to_numpyro <pyro_fusion.Posterior.to_numpyro>`."""
+        return self.posterior.to_numpyro()
 
     def only_matching(self) -> Matching:
         """The matching, if there is one label.

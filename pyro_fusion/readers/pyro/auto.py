@@ -29,7 +29,7 @@ from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.readers.modules import evaluating, hidden_layers, random_input
 from pyro_fusion.readers.pyro.program import Program, isolated, modules_of
-from pyro_fusion.readers.pyro.sites import Read
+from pyro_fusion.readers.sites import Read
 from pyro_fusion.readers.symmetries import Finder, FoundAxes, Probe, Proposal, Values
 
 __all__ = ["find_axes"]

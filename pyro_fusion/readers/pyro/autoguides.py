@@ -52,26 +52,20 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_fusion.errors import GuideError, warn_user
-from pyro_fusion.readers.pyro.joint import (
-    Joint,
-    Labels,
-    Piece,
-    gaussian_joint,
-    marginals,
-    structured_joint,
-)
+from pyro_fusion.readers.joint import Joint, Piece, marginals
+from pyro_fusion.readers.pyro.joint import gaussian_joint, structured_joint
 from pyro_fusion.readers.pyro.program import Program, modules_of, peel
-from pyro_fusion.readers.pyro.sites import (
+from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
+from pyro_fusion.readers.pyro.trace import read_trace
+from pyro_fusion.readers.sites import (
     Draws,
+    Labels,
     Read,
     Sites,
     Spread,
-    latent_sites,
     normal_factor,
-    plates_of,
     transform_of,
 )
-from pyro_fusion.readers.pyro.trace import read_trace
 
 __all__ = ["prototype_sites", "read", "require_called"]
 

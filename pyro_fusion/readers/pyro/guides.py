@@ -41,20 +41,23 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
-from pyro_fusion.errors import FusionError, GuideError, ParameterError, warn_user
+from pyro_fusion.errors import FusionError, GuideError, warn_user
 from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
-from pyro_fusion.readers.pyro.joint import Labels
 from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
-from pyro_fusion.readers.pyro.sites import (
+from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
+from pyro_fusion.readers.pyro.trace import read_trace
+from pyro_fusion.readers.sites import (
+    Labels,
     Read,
     Sites,
     Spread,
-    latent_sites,
-    plates_of,
+    check_num_samples,
+    labels_of,
+    posterior_of,
 )
-from pyro_fusion.readers.pyro.trace import read_trace, resolve
 from pyro_fusion.readers.symmetries import FoundAxes
 
 __all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
@@ -125,13 +128,13 @@ def from_guide(
 
         posterior = Posterior.from_guide(guide, axes={"loc": ("component", None)})
     """
-    _check_num_samples(num_samples)
+    check_num_samples(num_samples)
     program = Program(guide, args, kwargs)
     if axes == "auto":
         found = _find_axes(program, spread, num_samples, seed)
         axes, outgoing = found.axes, {**found.outgoing, **(outgoing or {})}
-    labels = _labels(axes)
-    return _posterior(_sites(program, spread, labels, num_samples, seed), labels, outgoing)
+    labels = labels_of(axes)
+    return posterior_of(_sites(program, spread, labels, num_samples, seed), labels, outgoing)
 
 
 def _sites(
@@ -145,9 +148,13 @@ def _sites(
                 "the guide has no site to read: all of its sites are observed, enumerated, "
                 "auxiliary or hidden"
             )
-        sites = resolve(found, program, num_samples)
+        sites = _resolve(found, program, num_samples)
     given.check_used(set(sites))
     return sites
+
+
+def _resolve(found: Sites, program: Program, num_samples: int) -> dict[str, Read]:
+    return resolve(found, lambda: latent_sites(program.trace()), program.what, num_samples)
 
 
 def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> FoundAxes:
@@ -195,8 +202,8 @@ def prior_from_guide(
         raise GuideError(
             f"a {type(inner).__name__} does not know its model; use prior_from_model(model, *args)"
         )
-    labels = _labels(axes)
-    _check_num_samples(num_samples)
+    labels = labels_of(axes)
+    check_num_samples(num_samples)
     if isinstance(inner, AutoGuide | EasyGuide | AutoMessenger):
         require_called(inner)
     wanted = None if isinstance(inner, GuideMessenger) else _prototypes(inner)
@@ -223,7 +230,7 @@ def prior_from_guide(
         "a site's prior depends on another site. Pass the arguments of the model, or use "
         "prior_from_model(model, *args)",
     )
-    return _posterior(_recorded(wanted, seed, num_samples), labels)
+    return posterior_of(_recorded(wanted, seed, num_samples), labels)
 
 
 def prior_from_model(
@@ -248,9 +255,9 @@ def prior_from_model(
     :param sites: the sites to read; by default all.
     :raises GuideError: if the model fails with these arguments, or lacks one of ``sites``.
     """
-    _check_num_samples(num_samples)
+    check_num_samples(num_samples)
     wanted = None if sites is None else dict.fromkeys(sites)
-    return _prior(model, args, kwargs, wanted, _labels(axes), num_samples, seed)
+    return _prior(model, args, kwargs, wanted, labels_of(axes), num_samples, seed)
 
 
 def check_not_shared(
@@ -290,32 +297,6 @@ def check_not_shared(
 
 
 # -- pieces ----------------------------------------------------------------------------------------
-
-
-def _labels(axes: Axes | None) -> Labels:
-    if axes is not None and not isinstance(axes, Mapping):
-        raise ParameterError(
-            f'axes must be a mapping from site to labels, or for guides "auto", got {axes!r}'
-        )
-    return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in (axes or {}).items()}
-
-
-def _check_num_samples(num_samples: int) -> None:
-    if num_samples < 2:
-        raise ParameterError(f"num_samples must be at least 2, got {num_samples}")
-
-
-def _posterior(
-    sites: Mapping[str, Read], labels: Labels, outgoing: Mapping[str, str] | None = None
-) -> Posterior:
-    plates = {name: s.plates for name, s in sites.items()}
-    return Posterior(
-        {name: s.factor for name, s in sites.items()},
-        # Names that are no sites stay in, so that they are reported.
-        {**plates, **labels},
-        plates=plates,
-        outgoing=outgoing,
-    )
 
 
 def _parameters(
@@ -369,7 +350,7 @@ def _prior(
         found = read_trace(program, Spread(None), skip=skip, full=False)
         if not found:
             raise GuideError("the model has no latent site to read")
-        return _posterior(resolve(found, program, num_samples), labels)
+        return posterior_of(_resolve(found, program, num_samples), labels)
 
 
 def _prototypes(guide: Any) -> dict[str, dict[str, Any]]:
@@ -390,7 +371,7 @@ def _recorded(wanted: Mapping[str, dict[str, Any]], seed: int, num_samples: int)
     program = Program(model, (), {}, "model")
     with isolated(model, seed):
         found: Sites = read_trace(program, Spread(None))
-        read = resolve(found, program, num_samples)
+        read = _resolve(found, program, num_samples)
     return {
         name: Read(s.factor, plates_of(name, wanted[name], len(s.plates)))
         for name, s in read.items()

@@ -11,7 +11,6 @@ is a point mass.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,62 +27,18 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import GuideError, ParameterError, UnsupportedFamilyError, warn_user
+from pyro_fusion.errors import GuideError
 from pyro_fusion.families import Factor
-from pyro_fusion.families.projection import normal_from_draws
 from pyro_fusion.families.transforms import flatten
+from pyro_fusion.readers.projection import bare, constant_axes, factor_of, same_factors
 from pyro_fusion.readers.pyro.program import Program
-from pyro_fusion.readers.pyro.sites import (
-    Draws,
-    Read,
-    Sites,
-    Spread,
-    latent_sites,
-    normal_factor,
-    plates_of,
-    transform_of,
-)
+from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
+from pyro_fusion.readers.sites import Draws, Read, Sites, Spread, normal_factor, transform_of
 
-__all__ = ["read_trace", "resolve"]
+__all__ = ["read_trace"]
 
 # Enough to see that a distribution changes from run to run, where provenance cannot tell.
 _COMPARED = 3
-# Draws at which the densities of the members along an axis are compared.
-_PROBES = 32
-
-
-def _bare(d: Distribution) -> Distribution:
-    while hasattr(d, "base_dist") and not isinstance(
-        d, torch.distributions.TransformedDistribution
-    ):
-        d = d.base_dist
-    return d
-
-
-def _try_factor(name: str, site: Mapping[str, Any]) -> Factor | None:
-    """The site's distribution as a factor, or None if it is of no registered family."""
-    mask = site["mask"]
-    if isinstance(mask, Tensor) and not bool(mask.all()):
-        raise GuideError(
-            f"site '{name}' is partly masked out, so there is no posterior over the whole of it. "
-            "Remove the mask, or block the site"
-        )
-    if isinstance(_bare(site["fn"]), dist.Delta):
-        return None
-    try:
-        factor = Factor.of(site["fn"])
-        factor.structure()  # raises for a transform that nobody registered, such as a flow
-    except UnsupportedFamilyError:
-        return None
-    return factor
-
-
-def _same(a: Factor | None, b: Factor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.structure() == b.structure() and all(
-        torch.equal(a.params[k], b.params[k]) for k in a.params
-    )
 
 
 def _dependent(program: Program) -> set[str]:
@@ -140,16 +95,16 @@ def read_trace(
         batch_dim = len(fn.batch_shape)
         plates = plates_of(name, site, batch_dim, full)
         support = _support(name, site, supports or {})
-        if isinstance(_bare(fn), dist.Delta):
+        if isinstance(bare(fn), dist.Delta):
             result[name] = _read_delta(
                 name, site, others, traces, plates, support, name in dependent, spread
             )
             continue
-        factor = _try_factor(name, site)
-        like = [_try_factor(name, o) for o in others]
+        factor = factor_of(name, site)
+        like = [factor_of(name, o) for o in others]
         if factor is None or _has_learned_map(site, factor, support):
             result[name] = _draws(name, [site, *others], plates, support)
-        elif name not in dependent and all(_same(factor, o) for o in like):
+        elif name not in dependent and all(same_factors(factor, o) for o in like):
             result[name] = Read(factor if full else _filled(name, site, factor), plates)
         elif all(o is not None and o.structure() == factor.structure() for o in like):
             plates_of(name, site, batch_dim)  # its members may differ
@@ -177,28 +132,11 @@ def _draws(
 
 
 def _constant_axes(fn: Distribution) -> set[int]:
-    """The axes along which all members have the same density, at draws of each of them."""
     while isinstance(fn, torch.distributions.Independent):
         fn = fn.base_dist
-    rank = len(fn.batch_shape)
-    if isinstance(_bare(fn), dist.Delta):
+    if isinstance(bare(fn), dist.Delta):
         return set()  # whose densities say nothing
-    result = set()
-    try:
-        draws = fn.sample(torch.Size([_PROBES]))
-        for axis, size in enumerate(fn.batch_shape):
-            member = (torch.arange(_PROBES, device=draws.device) * size) // _PROBES
-            index = member.reshape((-1,) + (1,) * (draws.dim() - 1))
-            shape = list(draws.shape)
-            shape[axis + 1] = 1
-            value = draws.gather(axis + 1, index.expand(shape)).expand(draws.shape)
-            density = fn.log_prob(value.contiguous())
-            first = density.narrow(axis + 1, 0, 1).expand(density.shape)
-            if density.dim() == rank + 1 and torch.allclose(density, first, rtol=1e-5):
-                result.add(axis)
-    except Exception:  # a draw of one is out of the support of another, or there is no density
-        return result
-    return result
+    return constant_axes(fn.batch_shape, lambda n: fn.sample(torch.Size([n])), fn.log_prob)
 
 
 def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Any) -> bool:
@@ -286,8 +224,8 @@ def _read_delta(
     # AutoNormal, called by another guide, shows an auxiliary site beside the point mass.
     auxiliary: list[Any] = [t.nodes.get(f"{name}_unconstrained") for t in traces]
     values: list[Any] = [t.nodes[name]["value"] for t in traces]
-    factors = [_try_factor(name, a) for a in auxiliary if a is not None]
-    if len(factors) == len(traces) and all(_same(factors[0], f) for f in factors):
+    factors = [factor_of(name, a) for a in auxiliary if a is not None]
+    if len(factors) == len(traces) and all(same_factors(factors[0], f) for f in factors):
         first = factors[0]
         if first is not None and first.family.name == "Normal" and not first.transforms:
             for candidate in (support, *_CANDIDATES):
@@ -333,100 +271,3 @@ def _filled(name: str, site: Mapping[str, Any], factor: Factor) -> Factor:
         factor = factor.map(lambda v, axis=axis: v.narrow(axis, 0, 1))  # type: ignore[misc]
         shape[axis] = frame.full_size
     return factor.expand(shape).map(torch.clone)
-
-
-# -- from draws ------------------------------------------------------------------------------------
-
-
-def resolve(sites: Sites, program: Program, num_samples: int) -> dict[str, Read]:
-    """Match what is still :class:`Draws` to ``num_samples`` runs of ``program``, with one warning
-    that names the sites.
-
-    :raises GuideError: if no member of the family matches the draws.
-    """
-    pending = {name: s for name, s in sites.items() if isinstance(s, Draws)}
-    if not pending:
-        return {name: s for name, s in sites.items() if isinstance(s, Read)}
-    values: dict[str, list[Tensor]] = {name: [] for name in pending}
-    dtypes: dict[str, torch.dtype] = {}
-    for name, s in pending.items():
-        if s.sample is not None:
-            draws = s.sample(num_samples)
-            values[name], dtypes[name] = [draws.double()], draws.dtype
-    run_for = {name: s for name, s in pending.items() if s.sample is None}
-    for _ in range(num_samples if run_for else 0):
-        run = latent_sites(program.trace())
-        for name, s in run_for.items():
-            if name not in run:
-                raise GuideError(
-                    f"site '{name}' is not there in every run of the {program.what}; block it"
-                )
-            values[name].append(_statistic(name, s, run[name]).unsqueeze(0))
-            dtypes[name] = run[name]["value"].dtype
-    matched: dict[str, Read] = {}
-    for name, s in pending.items():
-        try:
-            factor = _match(name, s, torch.cat(values[name]))
-            dtype = dtypes[name] if s.like is None else s.like.dtype
-            matched[name] = Read(factor.to(dtype=dtype), s.plates)
-        except UnsupportedFamilyError as e:
-            raise UnsupportedFamilyError(f"site '{name}': {e}") from e
-        except (ParameterError, torch.linalg.LinAlgError) as e:
-            raise GuideError(
-                f"site '{name}': {num_samples} draws of the {program.what} match no "
-                f"{s.like.family.name if s.like else 'Normal'}: {e}"
-            ) from e
-    _warn_projected(pending, program.what, num_samples)
-    return {name: s if isinstance(s, Read) else matched[name] for name, s in sites.items()}
-
-
-def _statistic(name: str, s: Draws, site: Mapping[str, Any]) -> Tensor:
-    if s.like is None:
-        value: Tensor = transform_of(name, s.support).inv(site["value"].double())
-        return value
-    factor = _try_factor(name, site)
-    if factor is None or factor.structure() != s.like.structure():
-        raise GuideError(
-            f"site '{name}' changes its kind of distribution from run to run, so there is no one "
-            "family to project it onto"
-        )
-    return factor.shift(s.like.location()).mean
-
-
-def _match(name: str, s: Draws, values: Tensor) -> Factor:
-    if not bool(torch.isfinite(values).all()):
-        raise ParameterError(
-            "some are at or beyond the border of the support, which may depend on other sites"
-        )
-    if s.like is None:
-        t = transform_of(name, s.support)
-        inseparable = max((part.domain.event_dim for part in flatten([t])), default=0)
-        pooled = {k: n for k, n in s.pooled.items() if k + 1 < values.dim() - inseparable}
-        for axis in pooled:
-            values = torch.cat(values.split(1, axis + 1))
-        factor = normal_from_draws(values, [t], len(s.plates))
-        shape = [pooled.get(axis, size) for axis, size in enumerate(factor.base_shape)]
-        return factor.expand(shape).map(torch.clone)
-    # Centred at the first conditional location: second moments cancel badly far from zero.
-    origin = s.like.location()
-    centred = s.like.shift(origin).from_mean(values.mean(0))
-    factor = centred.shift(origin, 1.0)
-    factor.check()
-    return factor
-
-
-def _warn_projected(pending: Mapping[str, Draws], what: str, num_samples: int) -> None:
-    parts = []
-    mixed = sorted(n for n, s in pending.items() if s.like is not None)
-    drawn = sorted(n for n, s in pending.items() if s.like is None)
-    if mixed:
-        parts.append(f"{mixed}, which depend on other sites, onto the family they have given those")
-    if drawn:
-        supports = ", ".join(sorted({str(pending[n].support) for n in drawn}))
-        parts.append(f"{drawn} onto a Normal in the unconstrained space of {supports}")
-    error = 1 / math.sqrt(num_samples)
-    warn_user(
-        f"this {what} is no product of exponential families. Projected by moment matching over "
-        f"{num_samples} draws (so to about {error:.1g} standard deviations): "
-        + "; and ".join(parts),
-    )

@@ -1,0 +1,233 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""NumPyro's distributions, transforms and arrays as Pyro's, and back.
+
+Arrays cross by DLPack: nothing is copied, unless the dtype has to change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpyro.distributions as ndist
+import pyro.distributions as dist
+import torch
+from numpyro.distributions import constraints
+from numpyro.distributions import transforms as nt
+from pyro.distributions import transforms as pt
+from torch import Tensor
+from torch.distributions import Distribution, Transform
+from torch.distributions import transforms as tt
+
+from pyro_fusion.errors import UnsupportedFamilyError, warn_user
+from pyro_fusion.families import Factor
+from pyro_fusion.families.wishart import Wishart
+
+__all__ = [
+    "CONSTRAINTS",
+    "check_precision",
+    "to_array",
+    "to_numpyro_distribution",
+    "to_pyro_distribution",
+    "to_pyro_transform",
+    "to_tensor",
+]
+
+
+def to_tensor(x: Any) -> Tensor:
+    """A JAX or NumPy array, or a number, as a tensor on the same device that may share memory."""
+    return torch.from_dlpack(jnp.asarray(x))
+
+
+def to_array(x: Tensor) -> Any:
+    """A tensor as a JAX array on the same device; it may share memory, so leave the tensor alone.
+    Without ``jax_enable_x64`` float64 becomes float32."""
+    x = x.detach().contiguous()
+    if x.dtype == torch.float64 and not jax.config.jax_enable_x64:
+        x = x.to(torch.float32)
+    return jnp.from_dlpack(x)
+
+
+def check_precision(dtype: torch.dtype) -> None:
+    """Say so where JAX has no float64."""
+    if dtype == torch.float64 and not jax.config.jax_enable_x64:
+        warn_user(
+            "the posterior is float64, but JAX is not: its numbers are rounded to float32. Call "
+            'numpyro.enable_x64() or set jax.config.update("jax_enable_x64", True) first'
+        )
+
+
+# -- distributions ---------------------------------------------------------------------------------
+
+# NumPyro's class -> Pyro's, and the names of the parameters there and here.
+_Names = tuple[tuple[str, ...], tuple[str, ...]]
+
+
+def _same(*names: str) -> _Names:
+    return names, names
+
+
+_FAMILIES: dict[type, tuple[Callable[..., Distribution], _Names]] = {
+    ndist.Normal: (dist.Normal, _same("loc", "scale")),
+    ndist.LogNormal: (dist.LogNormal, _same("loc", "scale")),
+    ndist.MultivariateNormal: (dist.MultivariateNormal, _same("loc", "scale_tril")),
+    ndist.LowRankMultivariateNormal: (
+        dist.LowRankMultivariateNormal,
+        _same("loc", "cov_factor", "cov_diag"),
+    ),
+    ndist.Gamma: (dist.Gamma, _same("concentration", "rate")),
+    ndist.Chi2: (dist.Gamma, _same("concentration", "rate")),
+    ndist.InverseGamma: (dist.InverseGamma, _same("concentration", "rate")),
+    ndist.Exponential: (dist.Exponential, _same("rate")),
+    ndist.Poisson: (dist.Poisson, _same("rate")),
+    ndist.Beta: (dist.Beta, _same("concentration1", "concentration0")),
+    ndist.Dirichlet: (dist.Dirichlet, _same("concentration")),
+    ndist.BernoulliProbs: (dist.Bernoulli, _same("probs")),
+    ndist.BernoulliLogits: (dist.Bernoulli, _same("logits")),
+    ndist.CategoricalProbs: (dist.Categorical, _same("probs")),
+    ndist.CategoricalLogits: (dist.Categorical, _same("logits")),
+    ndist.Wishart: (Wishart, (("concentration", "scale_tril"), ("df", "scale_tril"))),
+}
+
+# Of the family's name here.
+_BUILDERS: dict[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
+    "Normal": (ndist.Normal, {}),
+    "MultivariateNormal": (ndist.MultivariateNormal, {}),
+    "Gamma": (ndist.Gamma, {}),
+    "Exponential": (ndist.Exponential, {}),
+    "Poisson": (ndist.Poisson, {}),
+    "Beta": (ndist.Beta, {}),
+    "Dirichlet": (ndist.Dirichlet, {}),
+    "Bernoulli": (ndist.Bernoulli, {}),
+    "Categorical": (ndist.Categorical, {}),
+    "Wishart": (ndist.Wishart, {"df": "concentration"}),
+}
+
+# Of the parameters of all of these, by name.
+CONSTRAINTS: dict[str, Any] = {
+    "loc": constraints.real,
+    "logits": constraints.real,
+    "scale_tril": constraints.lower_cholesky,
+    **dict.fromkeys(
+        ("concentration", "concentration0", "concentration1", "df", "rate", "scale"),
+        constraints.positive,
+    ),
+}
+
+
+def to_pyro_distribution(d: Any) -> Distribution:
+    """The same distribution in Pyro.
+
+    :raises UnsupportedFamilyError: for one that Pyro, or this package, has not.
+    """
+    kind = type(d)
+    if kind in _FAMILIES:
+        make, (theirs, ours) = _FAMILIES[kind]
+        params = {k: _parameter(getattr(d, name)) for k, name in zip(ours, theirs, strict=True)}
+        made = make(**params, validate_args=False)
+        # Parameters may be narrower than the distribution.
+        return made if made.batch_shape == d.batch_shape else made.expand(d.batch_shape)
+    if kind is ndist.Independent:
+        return dist.Independent(to_pyro_distribution(d.base_dist), d.reinterpreted_batch_ndims)
+    if kind is ndist.ExpandedDistribution:
+        return to_pyro_distribution(d.base_dist).expand(d.batch_shape)
+    if kind is ndist.MaskedDistribution:
+        return to_pyro_distribution(d.base_dist)
+    if kind is ndist.TransformedDistribution:
+        parts = [to_pyro_transform(t) for t in d.transforms]
+        made = dist.TransformedDistribution(to_pyro_distribution(d.base_dist), parts)
+        return made if made.batch_shape == d.batch_shape else made.expand(d.batch_shape)
+    raise UnsupportedFamilyError(f"{kind.__name__} of NumPyro has no counterpart here")
+
+
+def _parameter(x: Any) -> Tensor:
+    x = jnp.asarray(x)
+    return to_tensor(x if jnp.issubdtype(x.dtype, jnp.floating) else x.astype(float))
+
+
+def to_numpyro_distribution(f: Factor, params: Mapping[str, Any]) -> Any:
+    """A factor as NumPyro has it, at ``params`` in place of its own.
+
+    :raises UnsupportedFamilyError: for a family or a transform that NumPyro has not.
+    """
+    make, renamed = _builder(f)
+    d = make(**{renamed.get(k, k): v for k, v in params.items()})
+    independent = len(f.base_shape) - f.batch_dim
+    if independent:
+        d = d.to_event(independent)
+    if f.transforms:
+        d = ndist.TransformedDistribution(d, [to_numpyro_transform(t) for t in f.transforms])
+    return d
+
+
+def _builder(f: Factor) -> tuple[Callable[..., Any], Mapping[str, str]]:
+    if f.family.name not in _BUILDERS:
+        raise UnsupportedFamilyError(
+            f"NumPyro has no {f.family.name}; it has {', '.join(sorted(_BUILDERS))}"
+        )
+    return _BUILDERS[f.family.name]
+
+
+# -- transforms ------------------------------------------------------------------------------------
+
+_PLAIN: dict[type, type[Transform]] = {
+    nt.ExpTransform: tt.ExpTransform,
+    nt.SigmoidTransform: tt.SigmoidTransform,
+    nt.SoftplusTransform: tt.SoftplusTransform,
+    nt.StickBreakingTransform: tt.StickBreakingTransform,
+    nt.OrderedTransform: pt.OrderedTransform,
+    nt.CorrCholeskyTransform: tt.CorrCholeskyTransform,
+    nt.CorrMatrixCholeskyTransform: pt.CorrMatrixCholeskyTransform,
+}
+_PLAIN_BACK: dict[type[Transform], type] = {v: k for k, v in _PLAIN.items()}
+
+
+def to_pyro_transform(t: Any) -> Transform:
+    """The same bijection in Pyro.
+
+    :raises UnsupportedFamilyError: for one that Pyro has not.
+    """
+    kind = type(t)
+    if kind in _PLAIN:
+        return _PLAIN[kind]()
+    if kind is nt.IdentityTransform:
+        return tt.identity_transform
+    if kind is nt.AffineTransform:
+        loc, scale = to_tensor(t.loc), to_tensor(t.scale)
+        return tt.AffineTransform(loc, scale, event_dim=0)
+    if kind is nt.PowerTransform:
+        return tt.PowerTransform(to_tensor(t.exponent))
+    if kind is nt.ComposeTransform:
+        return tt.ComposeTransform([to_pyro_transform(part) for part in t.parts])
+    if kind is nt.IndependentTransform:
+        base = to_pyro_transform(t.base_transform)
+        return tt.IndependentTransform(base, t.reinterpreted_batch_ndims)
+    if kind is nt.ReshapeTransform:
+        # NumPyro counts the event axes of both sides alike.
+        return tt.ReshapeTransform(torch.Size(t._inverse_shape), torch.Size(t._forward_shape))
+    if kind is nt._InverseTransform:
+        return to_pyro_transform(t.inv).inv
+    raise UnsupportedFamilyError(f"{kind.__name__} of NumPyro has no counterpart here")
+
+
+def to_numpyro_transform(t: Transform) -> Any:
+    """The same bijection in NumPyro.
+
+    :raises UnsupportedFamilyError: for one that NumPyro has not.
+    """
+    if isinstance(t, tt._InverseTransform):
+        return to_numpyro_transform(t.inv).inv
+    kind = tt.SoftplusTransform if type(t) is pt.SoftplusTransform else type(t)
+    if kind in _PLAIN_BACK:
+        return _PLAIN_BACK[kind]()
+    if isinstance(t, tt.AffineTransform):
+        return nt.AffineTransform(float(t.loc), float(t.scale))
+    if isinstance(t, tt.PowerTransform):
+        return nt.PowerTransform(float(t.exponent))
+    if isinstance(t, tt.ReshapeTransform):
+        return nt.ReshapeTransform(tuple(t.out_shape), tuple(t.in_shape))
+    raise UnsupportedFamilyError(f"NumPyro has no {kind.__name__}")
