@@ -406,16 +406,28 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
                 ls="none",
                 ms=8,
             )
+        # The rest would be one line if the naive average had to be seen, too.
+        spread = [np.mean(v) - np.std(v) for k, v in y.items() if k != "naive average"]
+        naive = np.mean(y["naive average"])
+        lowest = min(spread) - 0.5
+        if naive < lowest:
+            note = f"x  naive average: {naive:.1f}"
+            ax.text(0.03, 0.03, note, transform=ax.transAxes, color="0.4", fontsize=8)
         ax.set(
             xscale="log",
             xlabel="hidden units",
             ylabel="accuracy on test images, %",
+            ylim=(lowest, None),
             title=f"{kind}, {'-'.join(map(str, setting.sizes))}",
         )
         ax.xaxis.set_major_formatter(ScalarFormatter())
         ax.xaxis.set_minor_formatter(ScalarFormatter())
-    handles, names = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, names, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    legend = {
+        name: handle
+        for ax in panels[0]
+        for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
