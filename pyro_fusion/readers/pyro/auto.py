@@ -78,8 +78,8 @@ def find_axes(
         found = Finder(shapes, probes, admits, scalable, seed).run(proposals)
     if not proposals:
         warn_user(
-            'axes="auto" found nothing to label: no site is in a plate, and no two linear layers '
-            "follow one another. All sites are shared; if that is wrong, give axes by hand"
+            'axes="auto" found nothing to label: no site is in a plate, and no linear layer takes '
+            "what another makes. All sites are shared; if that is wrong, give axes by hand"
         )
     return found
 
