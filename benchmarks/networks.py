@@ -427,7 +427,14 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
         for ax in panels[0]
         for handle, name in zip(*ax.get_legend_handles_labels(), strict=True)
     }
-    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    figure.legend(
+        legend.values(),
+        legend.keys(),
+        loc="outside lower center",
+        ncols=4,
+        fontsize=8,
+        frameon=False,
+    )
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
