@@ -118,10 +118,10 @@ def from_guide(
     ``axes="auto"`` takes plates, and the units between the linear layers of a module, one of which
     takes what another makes (``hidden1``, ``hidden2``, ...), for proposals, and looks for the other
     axes that belong to them: mixture weights, both axes of a transition matrix, outgoing weights.
-    What decides is the model. It is run, with ``args`` (a module without any: with random inputs), at
-    draws from the guide: its log-density must stay the same when components are permuted along all
-    axes of a label at once. Of several sets of axes that do, the smallest is taken. In the same way
-    it finds ``outgoing``. Components of a plate that are not exchangeable keep no label, and a
+    What decides is the model. It is run, with ``args`` (a module without any: with random inputs),
+    at draws from the guide: its log-density must stay the same when components are permuted along
+    all axes of a label at once. Of several sets of axes that do, the smallest is taken. In the same
+    way it finds ``outgoing``. Components of a plate that are not exchangeable keep no label, and a
     warning says so; hidden units that are not are a StructureError.
 
     Example::
