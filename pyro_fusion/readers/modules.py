@@ -14,7 +14,7 @@ import torch
 from pyro.nn.module import PyroModule
 from torch import Tensor, nn
 
-from pyro_fusion.errors import ParameterError
+from pyro_fusion.errors import ParameterError, warn_user
 from pyro_fusion.readers.symmetries import Axis, Finder, FoundAxes, Probe, Proposal, Values
 
 __all__ = ["evaluating", "hidden_layers", "module_axes", "random_input"]
@@ -93,8 +93,16 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
             return len(used) == len(set(used))
 
         finder = Finder(shapes, probes, once, shapes, seed)
-        found = hidden_layers([module], lambda: respond(probes[0].values), shapes, taken=shapes)
-        return finder.run(list(found))
+        proposals = list(
+            hidden_layers([module], lambda: respond(probes[0].values), shapes, taken=shapes)
+        )
+        found = finder.run(proposals)
+    if not proposals:
+        warn_user(
+            f"found no hidden units in the {type(module).__name__}: no linear layer takes what "
+            "another makes. If some of its parameters have units in common, give axes by hand"
+        )
+    return found
 
 
 def _at(x: Any, dtype: torch.dtype) -> Any:

@@ -256,7 +256,8 @@ def test_buffers_that_tell_units_apart_are_refused() -> None:
 
 def test_what_is_no_chain_of_linear_layers_has_no_label() -> None:
     net = nn.Sequential(nn.Conv1d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
-    found = module_axes(net, torch.randn(5, 1, 3))
+    with pytest.warns(UserWarning, match="no hidden units in the Sequential"):
+        found = module_axes(net, torch.randn(5, 1, 3))
     assert all(set(labels) == {None} for labels in found.axes.values())
     with pytest.raises(ParameterError, match="Pass its arguments"):
         module_axes(net)

@@ -19,7 +19,12 @@ from torch.distributions import transforms as tt
 
 import pyro_fusion
 from pyro_fusion import Posterior, fuse
-from pyro_fusion.errors import FusionError, GuideError, ParameterError, UnsupportedFamilyError
+from pyro_fusion.errors import (
+    GuideError,
+    ParameterError,
+    StructureError,
+    UnsupportedFamilyError,
+)
 from pyro_fusion.families import Factor
 from pyro_fusion.readers.pyro import prior_from_model
 
@@ -609,5 +614,12 @@ class TestErrors:
         guide, params = fitted(autoguide.AutoNormal)
         with pytest.raises(ParameterError, match="num_samples"):
             Posterior.from_numpyro(guide, params, num_samples=1)
-        with pytest.raises(FusionError):
+        with pytest.raises(StructureError, match="nope"):
             Posterior.from_numpyro(guide, params, axes={"nope": ("component",)})
+        with pytest.raises(ParameterError, match="give a mapping"):
+            Posterior.from_numpyro(guide, params, axes="auto")  # type: ignore[arg-type]
+
+    def test_a_guide_in_place_of_a_posterior(self) -> None:
+        guide, _ = fitted(autoguide.AutoNormal)
+        with pytest.raises(GuideError, match=r"party 0: .*Posterior\.from_numpyro"):
+            fuse([guide, guide])

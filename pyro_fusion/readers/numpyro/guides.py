@@ -123,6 +123,8 @@ def from_numpyro(
     """
     check_num_samples(num_samples)
     params = _checked_params(params)
+    if isinstance(axes, str):
+        raise ParameterError(f"axes={axes!r} is for Pyro's guides: give a mapping, site -> labels")
     labels = labels_of(axes)
     program = _Program(guide, args, kwargs, params, "guide", seed)
     given = Spread(spread)

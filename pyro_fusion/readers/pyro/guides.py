@@ -129,6 +129,7 @@ def from_guide(
         posterior = Posterior.from_guide(guide, axes={"loc": ("component", None)})
     """
     check_num_samples(num_samples)
+    _check_is_pyro(guide)
     program = Program(guide, args, kwargs)
     if axes == "auto":
         found = _find_axes(program, spread, num_samples, seed)
@@ -277,6 +278,7 @@ def check_not_shared(
     for party, guide in enumerate(guides):
         if isinstance(guide, Posterior):
             continue
+        _check_is_pyro(guide, f"party {party}: ")
         for earlier in range(party):
             if guides[earlier] is guide:
                 raise GuideError(
@@ -294,6 +296,14 @@ def check_not_shared(
                     "pyro.get_param_store().scope():`, or set "
                     "pyro.settings.set(module_local_params=True) before making the guides"
                 )
+
+
+def _check_is_pyro(guide: Any, who: str = "") -> None:
+    if type(guide).__module__.split(".")[0] == "numpyro":
+        raise GuideError(
+            f"{who}this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
+            "Posterior.from_numpyro(guide, params, *args)"
+        )
 
 
 # -- pieces ----------------------------------------------------------------------------------------
