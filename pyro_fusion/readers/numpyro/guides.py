@@ -32,30 +32,34 @@ NumPyro has the same bijections onto supports as Pyro, so that parties of both c
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpyro.distributions as ndist
 import torch
 from numpyro import handlers
-from numpyro.distributions import biject_to
 from numpyro.infer import autoguide as auto
 from torch import Tensor
 from torch.distributions import Transform
 
-from pyro_fusion.errors import FusionError, GuideError, ParameterError, UnsupportedFamilyError
-from pyro_fusion.families import Factor
+from pyro_fusion.errors import GuideError, ParameterError
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.joint import Joint, Piece, marginals
 from pyro_fusion.readers.numpyro.convert import (
     to_pyro_distribution,
-    to_pyro_transform,
     to_tensor,
 )
-from pyro_fusion.readers.projection import constant_axes, factor_of, resolve, same_factors
+from pyro_fusion.readers.numpyro.program import (
+    Program,
+    bijection,
+    latent_sites,
+    plates_of,
+    read_program,
+    require,
+)
+from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.sites import (
     Draws,
     Labels,
@@ -69,9 +73,6 @@ from pyro_fusion.readers.sites import (
 )
 
 __all__ = ["from_numpyro", "prior_from_numpyro"]
-
-# Enough to see that a distribution changes from run to run.
-_COMPARED = 3
 
 
 def from_numpyro(
@@ -126,7 +127,7 @@ def from_numpyro(
     if isinstance(axes, str):
         raise ParameterError(f"axes={axes!r} is for Pyro's guides: give a mapping, site -> labels")
     labels = labels_of(axes)
-    program = _Program(guide, args, kwargs, params, "guide", seed)
+    program = Program(guide, args, kwargs, params, "guide", seed)
     given = Spread(spread)
     found = _read(program, given, labels)
     if not found:
@@ -160,14 +161,14 @@ def prior_from_numpyro(
     """
     check_num_samples(num_samples)
     labels = labels_of(axes)
-    program = _Program(model, args, kwargs, _checked_params(params or {}), "model", seed)
+    program = Program(model, args, kwargs, _checked_params(params or {}), "model", seed)
     there = set(program.run())
     missing = set(sites or ()) - there
     if missing:
         raise GuideError(
             f"the model has no latent sites {sorted(missing)}; its latent sites are {sorted(there)}"
         )
-    found = _read_program(program, Spread(None))
+    found = read_program(program, Spread(None))
     found = {k: v for k, v in found.items() if sites is None or k in sites}
     if not found:
         raise GuideError("the model has no latent site to read")
@@ -183,131 +184,13 @@ def _checked_params(params: Any) -> dict[str, Any]:
     return dict(params)
 
 
-# -- running ---------------------------------------------------------------------------------------
-
-
-@dataclass
-class _Program:
-    """A guide or a model, with all that it takes to run it."""
-
-    fn: Callable[..., Any]
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-    params: dict[str, Any]
-    what: str
-    seed: int
-
-    def __post_init__(self) -> None:
-        self._key = jax.random.key(self.seed)
-        self._compiled: Callable[[Any], Any] | None = None
-
-    def next_key(self) -> Any:
-        """A new key."""
-        self._key, key = jax.random.split(self._key)
-        return key
-
-    def trace(self, key: Any | None = None) -> dict[str, Any]:
-        """One run.
-
-        :raises GuideError: if it fails, or lacks a parameter.
-        """
-        known = handlers.substitute(self.fn, data=self.params)
-        seeded = handlers.seed(known, self.next_key() if key is None else key)
-        try:
-            with handlers.block():
-                trace = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
-        except FusionError:
-            raise
-        except Exception as e:
-            raise GuideError(
-                f"the {self.what} fails with these arguments: {type(e).__name__}: {e}"
-            ) from e
-        if self.what == "guide":  # else NumPyro takes values to start from
-            _require(self, (k for k, s in trace.items() if s["type"] == "param"))
-        return dict(trace)
-
-    def run(self) -> dict[str, dict[str, Any]]:
-        """The latent sites of another run, in Pyro's terms: name -> ``fn`` (None where Pyro has
-        not its like), ``value``, ``mask``."""
-        if self._compiled is None:
-            self._compiled = jax.jit(self._latent)
-        key = self.next_key()
-        try:
-            sites = self._compiled(key)
-        except Exception:  # what does not compile can still be run
-            self._compiled = self._latent
-            sites = self._latent(key)
-        return {
-            name: {"fn": _pyro_or_none(fn), "value": to_tensor(value), "mask": None}
-            for name, (fn, value) in sites.items()
-        }
-
-    def _latent(self, key: Any) -> dict[str, tuple[Any, Any]]:
-        trace = self.trace(key)
-        return {name: (s["fn"], s["value"]) for name, s in latent_sites(trace).items()}
-
-
-def latent_sites(trace: Mapping[str, Any]) -> dict[str, Any]:
-    """Site name -> message of the sites that a posterior is about."""
-    return {
-        name: site
-        for name, site in trace.items()
-        if site["type"] == "sample"
-        and not site["is_observed"]
-        and not site["infer"].get("is_auxiliary")
-        and site["infer"].get("enumerate") is None
-    }
-
-
-def _pyro_or_none(fn: Any) -> Any:
-    try:
-        return to_pyro_distribution(fn)
-    except UnsupportedFamilyError:
-        return None
-
-
-def _plates_of(
-    name: str, site: Mapping[str, Any], sizes: Mapping[str, int], batch_dim: int, full: bool = True
-) -> tuple[str | None, ...]:
-    """The plate (or None) of each of ``batch_dim`` batch axes; ``sizes`` are full sizes."""
-    plates: list[str | None] = [None] * batch_dim
-    for frame in site["cond_indep_stack"]:
-        if -frame.dim > batch_dim:
-            continue
-        size = sizes.get(frame.name, frame.size)
-        if full and size != frame.size:
-            raise GuideError(
-                f"site '{name}': plate '{frame.name}' is subsampled ({frame.size} of {size}), so "
-                "the other components are not there to be read. Read the guide without "
-                "subsampling: pass the full data"
-            )
-        plates[batch_dim + frame.dim] = frame.name
-    return tuple(plates)
-
-
-def _full_sizes(trace: Mapping[str, Any]) -> dict[str, int]:
-    return {k: int(s["args"][0]) for k, s in trace.items() if s["type"] == "plate"}
-
-
-def _bijection(name: str, fn: Any) -> Transform:
-    """From unconstrained space onto the support, as Pyro has it."""
-    try:
-        return to_pyro_transform(biject_to(fn.support))
-    except (NotImplementedError, UnsupportedFamilyError) as e:
-        raise GuideError(
-            f"site '{name}': support {fn.support} has no bijection to unconstrained space that "
-            "Pyro has too. Give the site a distribution of a registered family, or leave it out "
-            "of the guide"
-        ) from e
-
-
 # -- one guide at a time ---------------------------------------------------------------------------
 
 
-def _read(program: _Program, spread: Spread, labels: Labels) -> Sites:
+def _read(program: Program, spread: Spread, labels: Labels) -> Sites:
     guide = program.fn
     if not isinstance(guide, auto.AutoGuide):
-        return _read_program(program, spread)
+        return read_program(program, spread)
     if isinstance(guide, auto.AutoGuideList):
         result: Sites = {}
         for part in guide._guides:
@@ -324,7 +207,7 @@ def _read(program: _Program, spread: Spread, labels: Labels) -> Sites:
     return _from_posterior(guide, program)
 
 
-def _set_up(guide: Any, program: _Program) -> Any:
+def _set_up(guide: Any, program: Program) -> Any:
     """The guide, or a copy that was called once, where it never was."""
     if guide.prototype_trace is not None:
         return guide
@@ -337,43 +220,35 @@ def _prototypes(guide: Any) -> dict[str, Any]:
     return {k: s for k, s in latent_sites(guide.prototype_trace).items() if k in guide._init_locs}
 
 
-def _require(program: _Program, names: Iterable[str]) -> None:
-    missing = sorted(set(names) - set(program.params))
-    if missing:
-        raise GuideError(
-            f"params lack {missing}, which the guide has; there are {sorted(program.params)[:20]}"
-        )
-
-
-def _param(program: _Program, name: str) -> Tensor:
-    _require(program, [name])
+def _param(program: Program, name: str) -> Tensor:
+    require(program, [name])
     return to_tensor(program.params[name])
 
 
-def _read_normal(guide: Any, program: _Program) -> Sites:
+def _read_normal(guide: Any, program: Program) -> Sites:
     result: Sites = {}
     for name, site in _prototypes(guide).items():
         loc, scale = (_param(program, f"{name}_{guide.prefix}_{x}") for x in ("loc", "scale"))
-        t = _bijection(name, site["fn"])
+        t = bijection(name, site["fn"])
         batch_dim = loc.dim() - guide._event_dims[name]
         factor = normal_factor(name, loc, scale, t, batch_dim)
-        plates = _plates_of(name, site, {}, batch_dim)
+        plates = plates_of(name, site, {}, batch_dim)
         result[name] = Read(factor, plates)
     return result
 
 
-def _read_delta(guide: Any, program: _Program, spread: Spread) -> Sites:
+def _read_delta(guide: Any, program: Program, spread: Spread) -> Sites:
     result: Sites = {}
     for name, site in _prototypes(guide).items():
         value = _param(program, f"{name}_{guide.prefix}_loc")
-        t = _bijection(name, site["fn"])
+        t = bijection(name, site["fn"])
         batch_dim = value.dim() - guide._event_dims[name]
         factor = spread.around(name, t.inv(value), t, batch_dim)
-        result[name] = Read(factor, _plates_of(name, site, {}, batch_dim))
+        result[name] = Read(factor, plates_of(name, site, {}, batch_dim))
     return result
 
 
-def _read_continuous(guide: Any, program: _Program, labels: Labels) -> Sites:
+def _read_continuous(guide: Any, program: Program, labels: Labels) -> Sites:
     joint = _joint(guide, program)
     if joint is None:
         return _from_posterior(guide, program)
@@ -381,17 +256,17 @@ def _read_continuous(guide: Any, program: _Program, labels: Labels) -> Sites:
     pieces: list[Piece] = []
     for name, site in _prototypes(guide).items():
         index = to_tensor(where[name]).long().cpu()
-        t = _bijection(name, site["fn"])
+        t = bijection(name, site["fn"])
         batch_dim = len(site["fn"].batch_shape)
-        plates = _plates_of(name, site, {}, batch_dim)
+        plates = plates_of(name, site, {}, batch_dim)
         pieces.append((name, index, t, plates))
     return marginals(joint, pieces, labels, type(guide).__name__)
 
 
-def _joint(guide: Any, program: _Program) -> Joint | None:
+def _joint(guide: Any, program: Program) -> Joint | None:
     """The Gaussian of an AutoContinuous; None if it has another distribution."""
     bare = replace(program, fn=guide, params={}, what="guide to be set up")
-    _require(program, (k for k, s in bare.trace().items() if s["type"] == "param"))
+    require(program, (k for k, s in bare.trace().items() if s["type"] == "param"))
     if isinstance(
         guide, auto.AutoBatchedMultivariateNormal | auto.AutoBatchedLowRankMultivariateNormal
     ):
@@ -420,7 +295,7 @@ def _joint(guide: Any, program: _Program) -> Joint | None:
     return joint
 
 
-def _from_posterior(guide: Any, program: _Program) -> Sites:
+def _from_posterior(guide: Any, program: Program) -> Sites:
     """Any other autoguide, from its draws."""
     cache: dict[int, Any] = {}
 
@@ -443,95 +318,12 @@ def _from_posterior(guide: Any, program: _Program) -> Sites:
 
     result: Sites = {}
     for name, site in _prototypes(guide).items():
-        t = _bijection(name, site["fn"])
+        t = bijection(name, site["fn"])
 
         def unconstrained(n: int, name: str = name, t: Transform = t) -> Tensor:
             value: Tensor = t.inv(to_tensor(draws(n)[name]))
             return value
 
-        plates = _plates_of(name, site, {}, len(site["fn"].batch_shape))
+        plates = plates_of(name, site, {}, len(site["fn"].batch_shape))
         result[name] = Draws(plates, support=t, sample=unconstrained)
     return result
-
-
-def _read_program(program: _Program, spread: Spread) -> Sites:
-    """Any program, from its traces."""
-    traces = [program.trace() for _ in range(_COMPARED)]
-    sizes = _full_sizes(traces[0])
-    runs = [latent_sites(t) for t in traces]
-    result: Sites = {}
-    for name, site in runs[0].items():
-        others = [r[name] for r in runs[1:] if name in r]
-        if len(others) < _COMPARED - 1:
-            raise GuideError(
-                f"site '{name}' is not there in every run of the {program.what}, so the posterior "
-                "has no fixed set of sites"
-            )
-        _check_mask(name, site["fn"])
-        batch_dim = len(site["fn"].batch_shape)
-        plates = _plates_of(name, site, sizes, batch_dim)
-        if isinstance(_inside(site["fn"]), ndist.Delta):
-            result[name] = _read_point(name, site, others, plates, spread)
-            continue
-        factors = [_factor(name, s["fn"]) for s in (site, *others)]
-        first = factors[0]
-        if first is not None and all(same_factors(first, f) for f in factors):
-            result[name] = Read(first, plates)
-        elif first is not None and all(
-            f is not None and f.structure() == first.structure() for f in factors
-        ):
-            result[name] = Draws(plates, like=first)
-        else:
-            same = set.intersection(*(_constant_axes(s["fn"]) for s in (site, *others)))
-            shape = jnp.shape(site["value"])
-            pooled = {axis: shape[axis] for axis in same}
-            result[name] = Draws(plates, support=_bijection(name, site["fn"]), pooled=pooled)
-    return result
-
-
-def _inside(fn: Any) -> Any:
-    while isinstance(fn, ndist.Independent | ndist.ExpandedDistribution | ndist.MaskedDistribution):
-        fn = fn.base_dist
-    return fn
-
-
-def _check_mask(name: str, fn: Any) -> None:
-    while isinstance(fn, ndist.Independent | ndist.ExpandedDistribution | ndist.MaskedDistribution):
-        mask = getattr(fn, "_mask", True)
-        if not isinstance(mask, bool) and not bool(jnp.all(mask)):
-            raise GuideError(
-                f"site '{name}' is partly masked out, so there is no posterior over the whole of "
-                "it. Remove the mask"
-            )
-        fn = fn.base_dist
-
-
-def _factor(name: str, fn: Any) -> Factor | None:
-    d = _pyro_or_none(fn)
-    return None if d is None else factor_of(name, {"fn": d, "mask": None})
-
-
-def _read_point(
-    name: str,
-    site: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]],
-    plates: tuple[str | None, ...],
-    spread: Spread,
-) -> Read | Draws:
-    t = _bijection(name, site["fn"])
-    if any(not bool(jnp.array_equal(site["value"], o["value"])) for o in others):
-        return Draws(plates, support=t)
-    return Read(spread.around(name, t.inv(to_tensor(site["value"])), t, len(plates)), plates)
-
-
-def _constant_axes(fn: Any) -> set[int]:
-    while isinstance(fn, ndist.Independent | ndist.MaskedDistribution):
-        fn = fn.base_dist
-    if isinstance(_inside(fn), ndist.Delta):
-        return set()
-    key = jax.random.key(0)
-    return constant_axes(
-        fn.batch_shape,
-        lambda n: to_tensor(fn.sample(key, (n,))),
-        lambda value: to_tensor(fn.log_prob(jnp.from_dlpack(value))),
-    )
