@@ -377,7 +377,6 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
-    from matplotlib.ticker import ScalarFormatter
 
     figure, panels = plt.subplots(
         1, len(tables), figsize=(4.2 * len(tables), 4.2), squeeze=False, layout="constrained"
@@ -420,8 +419,9 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
             ylim=(lowest, None),
             title=f"{kind}, {'-'.join(map(str, setting.sizes))}",
         )
-        ax.xaxis.set_major_formatter(ScalarFormatter())
-        ax.xaxis.set_minor_formatter(ScalarFormatter())
+        sizes = sorted({round(float(np.mean(v)), -2) for v in x.values()})
+        ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
+        ax.minorticks_off()
     legend = {
         name: handle
         for ax in panels[0]
