@@ -419,7 +419,8 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
             ylim=(lowest, None),
             title=f"{kind}, {'-'.join(map(str, setting.sizes))}",
         )
-        sizes = sorted({round(float(np.mean(v)), -2) for v in x.values()})
+        own = np.mean(x["parties, mean"])
+        sizes = sorted({own * round(float(np.mean(v) / own)) for v in x.values()})
         ax.set_xticks(sizes, [f"{size:.0f}" for size in sizes])
         ax.minorticks_off()
     legend = {
