@@ -21,6 +21,8 @@ __all__ = ["evaluating", "hidden_layers", "module_axes", "random_input"]
 
 _PROBES = 2
 _BATCH = 16
+# Modules that make units, or have numbers for each of them.
+_WATCHED = (nn.Linear, nn.BatchNorm1d, nn.LayerNorm)
 
 
 def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
@@ -175,7 +177,7 @@ def hidden_layers(
         f"{getattr(root, '_pyro_name', '')}.{k}".strip("."): m
         for root in modules
         for k, m in root.named_modules()
-        if isinstance(m, _Watched)
+        if isinstance(m, _WATCHED)
     }
     number = 0
     for name, norms, heads in _chains(watched, run):
@@ -197,9 +199,6 @@ def hidden_layers(
         there = {f"{k}.{p}" for k in (name, *norms, *heads) for p, _ in _own(watched[k])}
         fixed = tuple(site for site, _ in every if site in there and site not in shapes)
         yield Proposal(label, f"layer '{name}'", made, likely, fixed, certain=True)
-
-
-_Watched = (nn.Linear, nn.BatchNorm1d, nn.LayerNorm)
 
 
 def _chains(

@@ -47,14 +47,16 @@ def to_array(x: Tensor) -> Any:
     """A tensor as a JAX array on the same device; it may share memory, so leave the tensor alone.
     Without ``jax_enable_x64`` float64 becomes float32."""
     x = x.detach().contiguous()
-    if x.dtype == torch.float64 and not jax.config.jax_enable_x64:
-        x = x.to(torch.float32)
-    return jnp.from_dlpack(x)
+    return jnp.from_dlpack(x.to(torch.float32) if _is_rounded(x.dtype) else x)
+
+
+def _is_rounded(dtype: torch.dtype) -> bool:
+    return dtype == torch.float64 and not jax.config.jax_enable_x64
 
 
 def check_precision(dtype: torch.dtype) -> None:
     """Say so where JAX has no float64."""
-    if dtype == torch.float64 and not jax.config.jax_enable_x64:
+    if _is_rounded(dtype):
         warn_user(
             "the posterior is float64, but JAX is not: its numbers are rounded to float32. Call "
             'numpyro.enable_x64() or set jax.config.update("jax_enable_x64", True) first'
@@ -63,48 +65,43 @@ def check_precision(dtype: torch.dtype) -> None:
 
 # -- distributions ---------------------------------------------------------------------------------
 
-# NumPyro's class -> Pyro's, and the names of the parameters there and here.
-_Names = tuple[tuple[str, ...], tuple[str, ...]]
-
-
-def _same(*names: str) -> _Names:
-    return names, names
-
-
-_FAMILIES: dict[type, tuple[Callable[..., Distribution], _Names]] = {
-    ndist.Normal: (dist.Normal, _same("loc", "scale")),
-    ndist.LogNormal: (dist.LogNormal, _same("loc", "scale")),
-    ndist.MultivariateNormal: (dist.MultivariateNormal, _same("loc", "scale_tril")),
+# NumPyro's class -> Pyro's, and the names of the parameters.
+_FAMILIES: dict[type, tuple[Callable[..., Distribution], tuple[str, ...]]] = {
+    ndist.Normal: (dist.Normal, ("loc", "scale")),
+    ndist.LogNormal: (dist.LogNormal, ("loc", "scale")),
+    ndist.MultivariateNormal: (dist.MultivariateNormal, ("loc", "scale_tril")),
     ndist.LowRankMultivariateNormal: (
         dist.LowRankMultivariateNormal,
-        _same("loc", "cov_factor", "cov_diag"),
+        ("loc", "cov_factor", "cov_diag"),
     ),
-    ndist.Gamma: (dist.Gamma, _same("concentration", "rate")),
-    ndist.Chi2: (dist.Gamma, _same("concentration", "rate")),
-    ndist.InverseGamma: (dist.InverseGamma, _same("concentration", "rate")),
-    ndist.Exponential: (dist.Exponential, _same("rate")),
-    ndist.Poisson: (dist.Poisson, _same("rate")),
-    ndist.Beta: (dist.Beta, _same("concentration1", "concentration0")),
-    ndist.Dirichlet: (dist.Dirichlet, _same("concentration")),
-    ndist.BernoulliProbs: (dist.Bernoulli, _same("probs")),
-    ndist.BernoulliLogits: (dist.Bernoulli, _same("logits")),
-    ndist.CategoricalProbs: (dist.Categorical, _same("probs")),
-    ndist.CategoricalLogits: (dist.Categorical, _same("logits")),
-    ndist.Wishart: (Wishart, (("concentration", "scale_tril"), ("df", "scale_tril"))),
+    ndist.Gamma: (dist.Gamma, ("concentration", "rate")),
+    ndist.Chi2: (dist.Gamma, ("concentration", "rate")),
+    ndist.InverseGamma: (dist.InverseGamma, ("concentration", "rate")),
+    ndist.Exponential: (dist.Exponential, ("rate",)),
+    ndist.Poisson: (dist.Poisson, ("rate",)),
+    ndist.Beta: (dist.Beta, ("concentration1", "concentration0")),
+    ndist.Dirichlet: (dist.Dirichlet, ("concentration",)),
+    ndist.BernoulliProbs: (dist.Bernoulli, ("probs",)),
+    ndist.BernoulliLogits: (dist.Bernoulli, ("logits",)),
+    ndist.CategoricalProbs: (dist.Categorical, ("probs",)),
+    ndist.CategoricalLogits: (dist.Categorical, ("logits",)),
+    ndist.Wishart: (Wishart, ("df", "scale_tril")),
 }
+# What NumPyro calls a parameter, where it has another name.
+_THEIRS = {"df": "concentration"}
 
-# Of the family's name here.
-_BUILDERS: dict[str, tuple[Callable[..., Any], Mapping[str, str]]] = {
-    "Normal": (ndist.Normal, {}),
-    "MultivariateNormal": (ndist.MultivariateNormal, {}),
-    "Gamma": (ndist.Gamma, {}),
-    "Exponential": (ndist.Exponential, {}),
-    "Poisson": (ndist.Poisson, {}),
-    "Beta": (ndist.Beta, {}),
-    "Dirichlet": (ndist.Dirichlet, {}),
-    "Bernoulli": (ndist.Bernoulli, {}),
-    "Categorical": (ndist.Categorical, {}),
-    "Wishart": (ndist.Wishart, {"df": "concentration"}),
+# The way back, by the family's name.
+_BUILDERS: dict[str, Callable[..., Any]] = {
+    "Normal": ndist.Normal,
+    "MultivariateNormal": ndist.MultivariateNormal,
+    "Gamma": ndist.Gamma,
+    "Exponential": ndist.Exponential,
+    "Poisson": ndist.Poisson,
+    "Beta": ndist.Beta,
+    "Dirichlet": ndist.Dirichlet,
+    "Bernoulli": ndist.Bernoulli,
+    "Categorical": ndist.Categorical,
+    "Wishart": ndist.Wishart,
 }
 
 # Of the parameters of all of these, by name.
@@ -126,8 +123,8 @@ def to_pyro_distribution(d: Any) -> Distribution:
     """
     kind = type(d)
     if kind in _FAMILIES:
-        make, (theirs, ours) = _FAMILIES[kind]
-        params = {k: _parameter(getattr(d, name)) for k, name in zip(ours, theirs, strict=True)}
+        make, names = _FAMILIES[kind]
+        params = {k: _parameter(getattr(d, _THEIRS.get(k, k))) for k in names}
         made = make(**params, validate_args=False)
         # Parameters may be narrower than the distribution.
         return made if made.batch_shape == d.batch_shape else made.expand(d.batch_shape)
@@ -154,22 +151,17 @@ def to_numpyro_distribution(f: Factor, params: Mapping[str, Any]) -> Any:
 
     :raises UnsupportedFamilyError: for a family or a transform that NumPyro has not.
     """
-    make, renamed = _builder(f)
-    d = make(**{renamed.get(k, k): v for k, v in params.items()})
+    if f.family.name not in _BUILDERS:
+        raise UnsupportedFamilyError(
+            f"NumPyro has no {f.family.name}; it has {', '.join(sorted(_BUILDERS))}"
+        )
+    d = _BUILDERS[f.family.name](**{_THEIRS.get(k, k): v for k, v in params.items()})
     independent = len(f.base_shape) - f.batch_dim
     if independent:
         d = d.to_event(independent)
     if f.transforms:
         d = ndist.TransformedDistribution(d, [to_numpyro_transform(t) for t in f.transforms])
     return d
-
-
-def _builder(f: Factor) -> tuple[Callable[..., Any], Mapping[str, str]]:
-    if f.family.name not in _BUILDERS:
-        raise UnsupportedFamilyError(
-            f"NumPyro has no {f.family.name}; it has {', '.join(sorted(_BUILDERS))}"
-        )
-    return _BUILDERS[f.family.name]
 
 
 # -- transforms ------------------------------------------------------------------------------------

@@ -232,7 +232,7 @@ def _read_normal(guide: Any, program: Program) -> Sites:
         t = bijection(name, site["fn"])
         batch_dim = loc.dim() - guide._event_dims[name]
         factor = normal_factor(name, loc, scale, t, batch_dim)
-        plates = plates_of(name, site, {}, batch_dim)
+        plates = plates_of(name, site, batch_dim)
         result[name] = Read(factor, plates)
     return result
 
@@ -244,7 +244,7 @@ def _read_delta(guide: Any, program: Program, spread: Spread) -> Sites:
         t = bijection(name, site["fn"])
         batch_dim = value.dim() - guide._event_dims[name]
         factor = spread.around(name, t.inv(value), t, batch_dim)
-        result[name] = Read(factor, plates_of(name, site, {}, batch_dim))
+        result[name] = Read(factor, plates_of(name, site, batch_dim))
     return result
 
 
@@ -258,7 +258,7 @@ def _read_continuous(guide: Any, program: Program, labels: Labels) -> Sites:
         index = to_tensor(where[name]).long().cpu()
         t = bijection(name, site["fn"])
         batch_dim = len(site["fn"].batch_shape)
-        plates = plates_of(name, site, {}, batch_dim)
+        plates = plates_of(name, site, batch_dim)
         pieces.append((name, index, t, plates))
     return marginals(joint, pieces, labels, type(guide).__name__)
 
@@ -324,6 +324,6 @@ def _from_posterior(guide: Any, program: Program) -> Sites:
             value: Tensor = t.inv(to_tensor(draws(n)[name]))
             return value
 
-        plates = plates_of(name, site, {}, len(site["fn"].batch_shape))
+        plates = plates_of(name, site, len(site["fn"].batch_shape))
         result[name] = Draws(plates, support=t, sample=unconstrained)
     return result

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,15 +116,19 @@ def _pyro_or_none(fn: Any) -> Any:
 
 
 def plates_of(
-    name: str, site: Mapping[str, Any], sizes: Mapping[str, int], batch_dim: int, full: bool = True
+    name: str, site: Mapping[str, Any], batch_dim: int, sizes: Mapping[str, int] | None = None
 ) -> tuple[str | None, ...]:
-    """The plate (or None) of each of ``batch_dim`` batch axes; ``sizes`` are full sizes."""
+    """The plate (or None) of each of ``batch_dim`` batch axes.
+
+    :param sizes: full sizes of plates, by name; without them all are taken to be full.
+    :raises GuideError: for a subsampled plate.
+    """
     plates: list[str | None] = [None] * batch_dim
     for frame in site["cond_indep_stack"]:
         if -frame.dim > batch_dim:
             continue
-        size = sizes.get(frame.name, frame.size)
-        if full and size != frame.size:
+        size = (sizes or {}).get(frame.name, frame.size)
+        if size != frame.size:
             raise GuideError(
                 f"site '{name}': plate '{frame.name}' is subsampled ({frame.size} of {size}), so "
                 "the other components are not there to be read. Read the guide without "
@@ -178,8 +182,8 @@ def read_program(program: Program, spread: Spread) -> Sites:
             )
         _check_mask(name, site["fn"])
         batch_dim = len(site["fn"].batch_shape)
-        plates = plates_of(name, site, sizes, batch_dim)
-        if isinstance(_inside(site["fn"]), ndist.Delta):
+        plates = plates_of(name, site, batch_dim, sizes)
+        if _is_point(site["fn"]):
             result[name] = _read_point(name, site, others, plates, spread)
             continue
         factors = [_factor(name, s["fn"]) for s in (site, *others)]
@@ -198,21 +202,25 @@ def read_program(program: Program, spread: Spread) -> Sites:
     return result
 
 
-def _inside(fn: Any) -> Any:
+def _layers(fn: Any) -> Iterator[Any]:
+    """A distribution, and what is inside, but for transforms."""
+    yield fn
     while isinstance(fn, ndist.Independent | ndist.ExpandedDistribution | ndist.MaskedDistribution):
         fn = fn.base_dist
-    return fn
+        yield fn
+
+
+def _is_point(fn: Any) -> bool:
+    return any(isinstance(layer, ndist.Delta) for layer in _layers(fn))
 
 
 def _check_mask(name: str, fn: Any) -> None:
-    while isinstance(fn, ndist.Independent | ndist.ExpandedDistribution | ndist.MaskedDistribution):
-        mask = getattr(fn, "_mask", True)
-        if not isinstance(mask, bool) and not bool(jnp.all(mask)):
-            raise GuideError(
-                f"site '{name}' is partly masked out, so there is no posterior over the whole of "
-                "it. Remove the mask"
-            )
-        fn = fn.base_dist
+    masks = [layer._mask for layer in _layers(fn) if isinstance(layer, ndist.MaskedDistribution)]
+    if not all(isinstance(mask, bool) or bool(jnp.all(mask)) for mask in masks):
+        raise GuideError(
+            f"site '{name}' is partly masked out, so there is no posterior over the whole of it. "
+            "Remove the mask"
+        )
 
 
 def _factor(name: str, fn: Any) -> Factor | None:
@@ -236,7 +244,7 @@ def _read_point(
 def _constant_axes(fn: Any) -> set[int]:
     while isinstance(fn, ndist.Independent | ndist.MaskedDistribution):
         fn = fn.base_dist
-    if isinstance(_inside(fn), ndist.Delta):
+    if _is_point(fn):
         return set()
     key = jax.random.key(0)
     return constant_axes(
