@@ -8,6 +8,7 @@ import sys
 import warnings
 
 __all__ = [
+    "DrawsError",
     "FileFormatError",
     "FusionError",
     "GuideError",
@@ -36,6 +37,10 @@ class UnsupportedFamilyError(FusionError, TypeError):
 
 class GuideError(FusionError, ValueError):
     """A guide that no posterior can be read from."""
+
+
+class DrawsError(FusionError, ValueError):
+    """Draws that no posterior can be read from."""
 
 
 class FileFormatError(FusionError, ValueError):

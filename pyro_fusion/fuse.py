@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,7 +19,7 @@ from pyro_fusion.fusion_guide import FusionGuide
 from pyro_fusion.model import FusionModel
 from pyro_fusion.parties import Parties
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import AssignmentPrior, assignment_prior
+from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.result import Fusion, Matching
 
 __all__ = ["fuse"]
@@ -28,7 +28,7 @@ __all__ = ["fuse"]
 def fuse(
     posteriors: Sequence[Posterior | Callable[..., Any]],
     pooling: str | Pooling = "exclusive",
-    prior: AssignmentPrior | None = None,
+    prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
     *,
     weights: Sequence[float] | Tensor | None = None,
     base: Base | None = None,
@@ -60,7 +60,7 @@ def fuse(
         or ``"product"`` (Bayes' rule for independent data; needs the prior).
     :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default for ``product``,
         whose evidence it belongs to), :class:`~pyro_fusion.GroupNorm` (default for the others) or
-        :class:`~pyro_fusion.Parametric`.
+        :class:`~pyro_fusion.Parametric`; one for all labels, or a mapping from label to prior.
     :param weights: one non-negative weight per party, used relative to their mean.
     :param base: the prior of the local models, for ``product``: a mapping of sites to
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
@@ -88,16 +88,15 @@ def fuse(
     """
     check_run(restarts, max_iterations, seed)
     parties = Parties.of(posteriors, pooling_named(pooling), weights, base, axes)
-    prior = assignment_prior(prior, parties.pooling.needs_base)
-    parties.check_num_atoms(prior)
+    priors = parties.priors(prior)
     if len(parties.posteriors) == 1:
-        return _alone(parties, prior)
-    model = FusionModel(parties, prior, parties.pooling, dispersion=dispersion)
+        return _alone(parties, priors)
+    model = FusionModel(parties, priors, parties.pooling, dispersion=dispersion)
     em = FusionEM(model, FusionGuide(model), solver=solver)
     return em.run(restarts, max_iterations, seed=seed, progress=progress)
 
 
-def _alone(parties: Parties, prior: AssignmentPrior) -> Fusion:
+def _alone(parties: Parties, priors: Mapping[str, AssignmentPrior]) -> Fusion:
     """One party: every component is an atom."""
     (posterior,) = parties.posteriors
     matchings = {}
@@ -105,7 +104,7 @@ def _alone(parties: Parties, prior: AssignmentPrior) -> Fusion:
         size = posterior.components(label)
         every = torch.arange(size)
         components = parties.components(label)
-        own = prior.calibrated(lambda: pairwise_spread(*components)).update(size, 1)  # noqa: B023
+        own = priors[label].calibrated(lambda: pairwise_spread(*components)).update(size, 1)  # noqa: B023
         objective = own.constant(1) + size * float(own.penalty(1)[1])
         popularity = torch.ones_like(every)
         matchings[label] = Matching(

@@ -46,7 +46,7 @@ from pyro_fusion.links import Link
 from pyro_fusion.matchings import JointMatching
 from pyro_fusion.parties import Labelled, Parties, locating
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import AssignmentPrior, assignment_prior
+from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
 from pyro_fusion.structure import check_dispersion, check_names, warn_identical
@@ -76,7 +76,7 @@ class FusionModel(PyroModule):
 
     :param posteriors: one per party: posteriors or Pyro guides, as for :func:`~pyro_fusion.fuse`.
     :param prior: of the assignment; :class:`~pyro_fusion.GroupNorm` by default, for ``product``
-        :class:`~pyro_fusion.IndianBuffet`.
+        :class:`~pyro_fusion.IndianBuffet`. One for all labels, or a mapping from label to prior.
     :param pooling: ``"exclusive"``, ``"inclusive"`` or ``"product"``.
     :param weights, base, axes, dispersion: as for :func:`~pyro_fusion.fuse`.
     :raises StructureError: if parties do not fit together.
@@ -88,7 +88,7 @@ class FusionModel(PyroModule):
     def __init__(
         self,
         posteriors: Sequence[Posterior | Callable[..., Any]] | Parties,
-        prior: AssignmentPrior | None = None,
+        prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
         pooling: str | Pooling = "exclusive",
         *,
         weights: Sequence[float] | Tensor | None = None,
@@ -99,16 +99,15 @@ class FusionModel(PyroModule):
         super().__init__(name=unique_name(type(self)))
         dispersion = check_dispersion(dispersion)
         how = pooling_named(pooling)
-        prior = assignment_prior(prior, how.needs_base)
         if not isinstance(posteriors, Parties):
             posteriors = Parties.of(posteriors, how, weights, base, axes)
-        posteriors.check_num_atoms(prior)
+        priors = posteriors.priors(prior)
         warn_identical(posteriors.posteriors)
         self.parties, self.pooling = posteriors, how
         self.parts: dict[str, Labelled] = {}
         self.links: dict[str, Link] = {}
         for group in posteriors.roles.groups:
-            parts, links = _parts(posteriors, group, prior, dispersion)
+            parts, links = _parts(posteriors, group, priors, dispersion)
             self.parts.update(parts)
             self.links.update(links)
         self.shared = {site: posteriors.shared(site) for site in posteriors.roles.shared}
@@ -357,24 +356,27 @@ def _start(part: Labelled, seed: int) -> Tensor:
 
 
 def _parts(
-    parties: Parties, group: tuple[str, ...], prior: AssignmentPrior, dispersion: float | None
+    parties: Parties,
+    group: tuple[str, ...],
+    priors: Mapping[str, AssignmentPrior],
+    dispersion: float | None,
 ) -> tuple[dict[str, Labelled], dict[str, Link]]:
     """The components along labels that are linked, and the sites that link them."""
     if len(group) == 1:
-        return {group[0]: parties.labelled(group[0], prior, dispersion)}, {}
+        return {group[0]: parties.labelled(group[0], priors[group[0]], dispersion)}, {}
     # How far apart components are depends on the assignments of the others, and so does T.
     found: dict[str, Tensor] = {}
     for label in group:
-        part = parties.labelled(label, prior, dispersion, found)
+        part = parties.labelled(label, priors[label], dispersion, found)
         start = _start(part, seed=0)[part.order]
         with locating(part.messages):
             end = expectation_maximization(part.ordered, part.prior, start, collapsed=False)
         found[label] = part.as_given(end.groups)
-    parts = {x: parties.labelled(x, prior, dispersion, found) for x in group}
+    parts = {x: parties.labelled(x, priors[x], dispersion, found) for x in group}
     if parties.pooling.needs_base and dispersion is None:
         # The entries that labels have in common are tempered once.
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
-        parts = {x: parties.labelled(x, prior, scale, found) for x in group}
+        parts = {x: parties.labelled(x, priors[x], scale, found) for x in group}
     return parties.in_one_unit(parts)
 
 

@@ -23,7 +23,7 @@ from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.links import Link, averaged, entries
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.priors import AssignmentPrior, assignment_priors
 from pyro_fusion.problem import MatchingProblem, canonical_order, compact
 from pyro_fusion.structure import (
     Roles,
@@ -104,17 +104,22 @@ class Parties:
             given = resolve_base(base, guides, sorted(posteriors[0].axes))
         return cls(posteriors, w, pooling, given, roles)
 
-    def check_num_atoms(self, prior: AssignmentPrior) -> None:
-        """:raises StructureError: if a party has more components than there may be atoms."""
-        if prior.num_atoms is None:
-            return
-        for label in self.roles.matched:
+    def priors(
+        self, prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None
+    ) -> dict[str, AssignmentPrior]:
+        """The prior of each label.
+
+        :raises StructureError: if a party has more components than there may be atoms.
+        """
+        result = assignment_priors(prior, list(self.roles.matched), self.pooling.needs_base)
+        for label, one in result.items():
             for s, p in enumerate(self.posteriors):
-                if p.components(label) > prior.num_atoms:
+                if one.num_atoms is not None and p.components(label) > one.num_atoms:
                     raise StructureError(
                         f"party {s} has {p.components(label)} components along '{label}', but the "
-                        f"prior allows only {prior.num_atoms} atoms"
+                        f"prior allows only {one.num_atoms} atoms"
                     )
+        return result
 
     # -- sites with a label ------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from pyro_fusion.errors import FusionError, StructureError, warn_user
@@ -148,6 +148,24 @@ class Posterior:
         from pyro_fusion.readers.numpyro import from_numpyro
 
         return from_numpyro(guide, params, *args, **kwargs)
+
+    @classmethod
+    def from_module(cls, module: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Posterior:
+        """Read a trained network, by Laplace's method; see
+        :func:`pyro_fusion.readers.laplace.from_module`."""
+        from pyro_fusion.readers.laplace import from_module
+
+        return from_module(module, data, *args, **kwargs)
+
+    @classmethod
+    def from_draws(
+        cls, draws: Any, model: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
+    ) -> Posterior:
+        """Read draws, of a mapping, an ``MCMC`` of Pyro or NumPyro, or an ``InferenceData`` of
+        ArviZ; see :func:`pyro_fusion.readers.draws.read_draws`."""
+        from pyro_fusion.readers.draws import from_draws
+
+        return from_draws(draws, model, *args, **kwargs)
 
     @classmethod
     def from_sklearn(cls, model: Any, *, label: str | None = None) -> Posterior:
@@ -293,6 +311,16 @@ class Posterior:
         from pyro_fusion.readers.numpyro import NumPyroGuide
 
         return NumPyroGuide(self)
+
+    def to_module(self, module: nn.Module) -> nn.Module:
+        """A copy of ``module`` with its parameters at central values of their sites, as read by
+        :meth:`from_module`; parameters that are no sites, and buffers, are as they were.
+
+        :raises StructureError: for sites that the module has no parameters for, or of other shapes.
+        """
+        from pyro_fusion.readers.laplace import to_module
+
+        return to_module(module, {k: f.center() for k, f in self._factors.items()})
 
     # -- files -----------------------------------------------------------------------------------
 

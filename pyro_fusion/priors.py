@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -16,9 +16,9 @@ from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_fusion.distributions.indian_buffet import harmonic_number, popularity_log_weights
-from pyro_fusion.errors import ParameterError
+from pyro_fusion.errors import ParameterError, StructureError
 
-__all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric", "assignment_prior"]
+__all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric", "assignment_priors"]
 
 
 class AssignmentPrior(ABC):
@@ -208,16 +208,26 @@ class Parametric(AssignmentPrior):
         return torch.zeros(num_parties + 1, dtype=torch.float64)
 
 
-def assignment_prior(prior: AssignmentPrior | None, evidence: bool) -> AssignmentPrior:
-    """The prior if it is one, else the default: the buffet where there is ``evidence`` that
-    components agree, where it is at home.
+def assignment_priors(
+    prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None,
+    labels: Sequence[str],
+    evidence: bool,
+) -> dict[str, AssignmentPrior]:
+    """The prior of each label: the one that is given for it, or for all, else the default: the
+    buffet where there is ``evidence`` that components agree, where it is at home.
 
-    :raises ParameterError: for anything else.
+    :raises StructureError: for a label that there is not.
+    :raises ParameterError: for what is no prior.
     """
-    if prior is None:
-        prior = IndianBuffet() if evidence else GroupNorm()
-    if not isinstance(prior, AssignmentPrior):
-        raise ParameterError(
-            f"prior must be IndianBuffet(), GroupNorm() or Parametric(K), got {prior!r}"
+    given = prior if isinstance(prior, Mapping) else dict.fromkeys(labels, prior)
+    if unknown := set(given) - set(labels):
+        raise StructureError(
+            f"prior names labels {sorted(map(str, unknown))}; the labels are {sorted(labels)}"
         )
-    return prior
+    default = IndianBuffet() if evidence else GroupNorm()
+    for one in given.values() if isinstance(prior, Mapping) else (prior,):
+        if not isinstance(one, AssignmentPrior | None):
+            raise ParameterError(
+                f"prior must be IndianBuffet(), GroupNorm() or Parametric(K), got {one!r}"
+            )
+    return {label: given.get(label) or default for label in labels}

@@ -160,11 +160,11 @@ class TestShared:
 class TestErrors:
     def test_too_few_atoms(self):
         given = read()
-        given.check_num_atoms(Parametric(3))
-        given.check_num_atoms(GroupNorm())
+        given.priors(Parametric(3))
+        given.priors({"component": GroupNorm()})
         match = "party 0 has 3 components along 'component', but the prior allows only 2 atoms"
         with pytest.raises(StructureError, match=match):
-            given.check_num_atoms(Parametric(2))
+            given.priors({"component": Parametric(2)})
 
     @pytest.mark.parametrize(
         "inputs, match",

@@ -8,7 +8,8 @@ import math
 import pytest
 import torch
 
-from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric
+from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric, StructureError
+from pyro_fusion.priors import assignment_priors
 
 PRIORS = [IndianBuffet(), IndianBuffet(0.2), IndianBuffet(None), GroupNorm(), GroupNorm(3.0)]
 PRIORS += [GroupNorm(ranked=True), Parametric(4)]
@@ -173,3 +174,19 @@ class TestCalibration:
         assert weights.tolist() == pytest.approx([max(0, rank - 3) ** 0.5 for rank in range(1, 7)])
         for prior in (GroupNorm(), IndianBuffet(), Parametric(3)):
             assert prior.rank_weights(4, 2).tolist() == [1.0] * 4
+
+
+class TestOneForEachLabel:
+    def test_given_and_default(self):
+        given = {"b": Parametric(3)}
+        assert assignment_priors(given, ["a", "b"], False) == {"a": GroupNorm(), "b": Parametric(3)}
+        assert assignment_priors(given, ["a", "b"], True)["a"] == IndianBuffet()
+        assert assignment_priors(None, ["a"], True) == {"a": IndianBuffet()}
+        assert assignment_priors(GroupNorm(2.0), ["a", "b"], True)["b"] == GroupNorm(2.0)
+
+    def test_errors(self):
+        with pytest.raises(StructureError, match=r"labels \['c'\]; the labels are \['a', 'b'\]"):
+            assignment_priors({"c": GroupNorm()}, ["a", "b"], False)
+        for wrong in ("buffet", {"a": 3}, 0):
+            with pytest.raises(ParameterError, match="prior must be"):
+                assignment_priors(wrong, ["a"], False)

@@ -1,0 +1,146 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Weights of the networks in a merge, by how well the merged network does on validation data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from pyro_fusion.errors import ParameterError, StructureError
+from pyro_fusion.nn.merging import pooled, prepared
+from pyro_fusion.posterior import Axes, Posterior
+
+__all__ = ["WeightSearch", "search_weights"]
+
+
+@dataclass(frozen=True)
+class WeightSearch:
+    """The result of :func:`search_weights`.
+
+    :ivar module: the merged network with the best weights.
+    :ivar weights: these, adding up to 1: ``[S]``, float64.
+    :ivar score: its score.
+    :ivar tried: all weights that were tried, in order: ``[N, S]``. Of two networks, the λ curve.
+    :ivar scores: and their scores: ``[N]``.
+    """
+
+    module: nn.Module
+    weights: Tensor
+    score: float
+    tried: Tensor
+    scores: Tensor
+
+
+def search_weights(
+    modules: Sequence[nn.Module],
+    score: Callable[[nn.Module], float],
+    posteriors: Sequence[Posterior] | None = None,
+    *,
+    num_evaluations: int = 51,
+    axes: Axes | Literal["auto"] | None = None,
+    inputs: tuple[Any, ...] = (),
+    floor: float = 0.0,
+    normalize: bool = False,
+    seed: int = 0,
+    progress: bool = False,
+) -> WeightSearch:
+    """The weights λ with which :func:`merge_modules` scores best.
+
+    Of two networks, λ is tried on a grid over [0, 1]. Of more, equal weights, each network alone
+    and random weights are tried, uniform over the simplex; with the second half of the evaluations
+    the best of them are improved by the Nelder-Mead method in log-ratios of the weights. Of weights
+    that score alike, the ones nearest to equal are taken.
+
+    :param score: a function of a module, such as its accuracy on validation data; the higher the
+        better. It is called without gradients, and with the module in the mode of the first one.
+    :param num_evaluations: how many weights to try, at most; at least one more than modules.
+    :param progress: show a progress bar over the evaluations.
+    :raises ParameterError: for a score that is not finite, or too few evaluations.
+
+    The other parameters and errors are those of :func:`merge_modules`.
+
+    Source: Matena & Raffel, *Merging Models with Fisher-Weighted Averaging* (NeurIPS 2022), sec. 3;
+    Nelder & Mead, *A Simplex Method for Function Minimization* (Computer Journal 1965).
+    """
+    ready = prepared(modules, posteriors, axes, inputs, floor, seed)
+    size = len(modules)
+    if size < 2:
+        raise StructureError(f"expected at least two modules, got {size}")
+    if num_evaluations < size + 1:
+        raise ParameterError(
+            f"num_evaluations must be at least {size + 1} for {size} modules, got {num_evaluations}"
+        )
+    tried: list[np.ndarray] = []
+    scores: list[float] = []
+
+    def evaluate(weights: np.ndarray) -> float:
+        module = pooled(modules, ready, torch.as_tensor(weights), normalize)
+        with torch.no_grad():
+            value = float(score(module))
+        if not np.isfinite(value):
+            raise ParameterError(
+                f"score must be a finite number, got {value} at weights {weights.round(4).tolist()}"
+            )
+        tried.append(weights)
+        scores.append(value)
+        bar.update()
+        return value
+
+    with tqdm(total=num_evaluations, disable=not progress, desc="weights") as bar:
+        for weights in _candidates(size, num_evaluations, seed):
+            evaluate(weights)
+        if size > 2:
+            _improve(evaluate, tried[_best(tried, scores)], num_evaluations - len(tried))
+    best = _best(tried, scores)
+    module = pooled(modules, ready, torch.as_tensor(tried[best]), normalize)
+    return WeightSearch(
+        module,
+        torch.as_tensor(tried[best]),
+        scores[best],
+        torch.as_tensor(np.stack(tried)),
+        torch.tensor(scores, dtype=torch.float64),
+    )
+
+
+def _candidates(size: int, number: int, seed: int) -> Iterator[np.ndarray]:
+    if size == 2:
+        for x in np.linspace(0, 1, number):
+            yield np.array([1 - x, x])
+        return
+    yield np.full(size, 1 / size)
+    yield from np.eye(size)
+    random = max(0, number // 2 - size - 1)
+    yield from np.random.default_rng(seed).dirichlet(np.ones(size), random)
+
+
+def _best(tried: Sequence[np.ndarray], scores: Sequence[float]) -> int:
+    """The highest score; of several, that of the weights nearest to equal."""
+    return min(range(len(tried)), key=lambda i: (-scores[i], float(np.sum(tried[i] ** 2))))
+
+
+# Weights at the border of the simplex are this far inside to begin with, and steps this long.
+_INSIDE, _STEP = 0.01, 1.0
+
+
+def _improve(evaluate: Callable[[np.ndarray], float], start: np.ndarray, number: int) -> None:
+    if number < 1:
+        return
+
+    def loss(ratios: np.ndarray) -> float:
+        weights = np.exp(np.append(ratios, 0.0) - max(0.0, ratios.max()))
+        return -evaluate(weights / weights.sum())
+
+    inside = (1 - _INSIDE) * start + _INSIDE / len(start)
+    ratios = np.log(inside[:-1] / inside[-1])
+    corners = np.vstack([ratios, ratios + _STEP * np.eye(len(ratios))])
+    options = {"maxfev": number, "initial_simplex": corners, "xatol": 1e-3, "fatol": 0.0}
+    minimize(loss, ratios, method="Nelder-Mead", options=options)

@@ -1,0 +1,293 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Merging networks, against the paper's formula and against networks that are known to be one."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.distributions import Gamma, Normal
+
+from pyro_fusion import ParameterError, Posterior, StructureError, fuse, merge_modules
+from pyro_fusion.nn import align
+
+SIZES = (5, 7, 4, 3)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def network(sizes=SIZES, dtype=torch.float64):
+    layers = []
+    for n, m in itertools.pairwise(sizes):
+        layers += [nn.Linear(n, m), nn.Tanh()]
+    return nn.Sequential(*layers[:-1]).to(dtype)
+
+
+def posterior_of(module, scale=1.0, spread=2.0):
+    """With precisions of all sizes."""
+    return Posterior(
+        {
+            k: Normal(p.detach(), scale * (spread * torch.randn_like(p)).exp())
+            for k, p in module.named_parameters()
+        }
+    )
+
+
+def fisher(posterior):
+    return {k: f.params["scale"] ** -2 for k, f in posterior.decomposed.items()}
+
+
+def shuffled(module, seed=1):
+    """The same function, hidden units in another order."""
+    generator = torch.Generator().manual_seed(seed)
+    result = copy.deepcopy(module)
+    layers = [m for m in result if isinstance(m, nn.Linear)]
+    with torch.no_grad():
+        for a, b in itertools.pairwise(layers):
+            order = torch.randperm(a.out_features, generator=generator)
+            a.weight.copy_(a.weight[order])
+            a.bias.copy_(a.bias[order])
+            b.weight.copy_(b.weight[:, order])
+    return result
+
+
+def assert_same(module, expected, **kwargs):
+    for (k, p), q in zip(module.named_parameters(), expected.values(), strict=True):
+        torch.testing.assert_close(p.detach(), q, msg=lambda m, k=k: f"{k}: {m}", **kwargs)
+
+
+class TestFisherMerging:
+    weights = (0.2, 0.5, 1.7)
+
+    def parties(self):
+        modules = [network() for _ in self.weights]
+        return modules, [posterior_of(m) for m in modules]
+
+    def expected(self, modules, information, weights=weights):
+        """Matena & Raffel, eq. 4."""
+        result = {}
+        for k, _ in modules[0].named_parameters():
+            terms = [w * f[k] for w, f in zip(weights, information, strict=True)]
+            values = [dict(m.named_parameters())[k].detach() for m in modules]
+            total = sum(t * v for t, v in zip(terms, values, strict=True))
+            result[k] = total / sum(terms)
+        return result
+
+    def test_closed_form(self):
+        modules, posteriors = self.parties()
+        expected = self.expected(modules, [fisher(p) for p in posteriors])
+        merged = merge_modules(modules, posteriors, weights=self.weights)
+        assert_same(merged, expected, rtol=1e-10, atol=0)
+        fused = fuse(posteriors, pooling="exclusive", weights=self.weights).posterior
+        assert_same(fused.to_module(modules[0]), expected, rtol=1e-10, atol=0)
+
+    def test_floor(self):
+        modules, posteriors = self.parties()
+        information = [{k: v.clamp(min=1.0) for k, v in fisher(p).items()} for p in posteriors]
+        assert any((f < 1).any() for p in posteriors for f in fisher(p).values())
+        merged = merge_modules(modules, posteriors, weights=self.weights, floor=1.0)
+        assert_same(merged, self.expected(modules, information), rtol=1e-10, atol=0)
+
+    def test_normalised(self):
+        modules, posteriors = self.parties()
+        information = []
+        for p in posteriors:
+            norm = torch.cat([f.flatten() for f in fisher(p).values()]).norm()
+            information.append({k: f / norm for k, f in fisher(p).items()})
+        merged = merge_modules(modules, posteriors, weights=self.weights, normalize=True)
+        assert_same(merged, self.expected(modules, information), rtol=1e-10, atol=0)
+
+    def test_average(self):
+        modules, _ = self.parties()
+        one = [{k: torch.ones_like(p) for k, p in m.named_parameters()} for m in modules]
+        merged = merge_modules(modules, weights=self.weights)
+        assert_same(merged, self.expected(modules, one), rtol=1e-10, atol=0)
+
+    def test_nothing_is_changed(self):
+        modules, posteriors = self.parties()
+        before = [copy.deepcopy(m.state_dict()) for m in modules]
+        merged = merge_modules(modules, posteriors)
+        for m, state in zip(modules, before, strict=True):
+            assert all(torch.equal(v, state[k]) for k, v in m.state_dict().items())
+        assert merged is not modules[0] and type(merged) is nn.Sequential
+
+    def test_dtype_of_the_modules(self):
+        modules = [network(dtype=torch.float32) for _ in range(2)]
+        merged = merge_modules(modules, [posterior_of(m) for m in modules])
+        assert all(p.dtype == torch.float32 for p in merged.parameters())
+
+    def test_what_is_no_site_is_the_first_modules(self):
+        modules, posteriors = self.parties()
+        heads = ("4.weight", "4.bias")
+        rest = [
+            Posterior({k: f for k, f in p.decomposed.items() if k not in heads}) for p in posteriors
+        ]
+        merged = dict(merge_modules(modules, rest, weights=self.weights).named_parameters())
+        first = dict(modules[0].named_parameters())
+        expected = self.expected(modules, [fisher(p) for p in posteriors])
+        for k, p in merged.items():
+            torch.testing.assert_close(p, first[k] if k in heads else expected[k])
+
+    def test_tied_parameters_stay_tied(self):
+        modules = [nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double() for _ in range(2)]
+        for m in modules:
+            m[1].weight = m[0].weight
+        merged = merge_modules(modules)
+        assert merged[0].weight is merged[1].weight
+        expected = (modules[0][0].weight + modules[1][0].weight) / 2
+        torch.testing.assert_close(merged[1].weight, expected)
+
+
+class TestAlignment:
+    def parties(self):
+        module = network()
+        modules = [module, shuffled(module, 1), shuffled(module, 2)]
+        return modules, [posterior_of(m, 0.02, spread=0.3) for m in modules]
+
+    @pytest.mark.parametrize("how", ["average", "fisher"])
+    def test_one_network_in_several_orders(self, how):
+        modules, posteriors = self.parties()
+        x = torch.randn(10, SIZES[0]).double()
+        given = None if how == "average" else posteriors
+        merged = merge_modules(modules, given, axes="auto")
+        torch.testing.assert_close(merged(x), modules[0](x))
+        as_it_is = merge_modules(modules, given)
+        assert (as_it_is(x) - modules[0](x)).abs().max() > 0.05
+
+    def test_align(self):
+        module = network()
+        one = posterior_of(module)
+        order = torch.randperm(SIZES[1])
+        axes = {"0.weight": ("hidden1",), "0.bias": ("hidden1",), "2.weight": (None, "hidden1")}
+        other = Posterior(Posterior(one.decomposed, axes).permute("hidden1", order).decomposed)
+        first, second = align([one, other], axes)
+        assert not first.labels
+        for k, f in first.decomposed.items():
+            for name, v in f.params.items():
+                assert torch.equal(v, second.decomposed[k].params[name])
+
+    def test_formula_holds_in_the_common_order(self):
+        modules, posteriors = self.parties()
+        merged = merge_modules(modules, posteriors, axes="auto", weights=[1, 2, 3])
+        axes = {
+            "0.weight": ("a",), "0.bias": ("a",), "2.weight": ("b", "a"), "2.bias": ("b",),
+            "4.weight": (None, "b"),
+        }  # fmt: skip
+        expected = fuse(align(posteriors, axes), weights=[1, 2, 3]).posterior.to_module(modules[0])
+        assert_same(merged, dict(expected.named_parameters()))
+
+    def test_no_label(self):
+        _, posteriors = self.parties()
+        with pytest.raises(StructureError, match="nothing to align"):
+            align(posteriors, {"other": ("hidden1",)})
+
+
+class TestBatchNormalisation:
+    def test_moments_of_the_mixture(self):
+        modules, parts = [], [torch.randn(50, 4), 3 + 2 * torch.randn(150, 4)]
+        for x in parts:
+            m = nn.Sequential(nn.BatchNorm1d(4, momentum=None), nn.Linear(4, 2))
+            m(x)
+            # What torch has is the unbiased variance; what is mixed is the variance.
+            m[0].running_var.copy_(x.var(0, correction=0))
+            modules.append(m.eval())
+        merged = merge_modules(modules, weights=[len(x) for x in parts])
+        x = torch.cat(parts)
+        torch.testing.assert_close(merged[0].running_mean, x.mean(0))
+        torch.testing.assert_close(merged[0].running_var, x.var(0, correction=0))
+        assert merged[0].num_batches_tracked == 1
+
+
+def other_buffer():
+    m = network()
+    m.register_buffer("shift", torch.randn(3))
+    return m
+
+
+def frozen():
+    m = network()
+    m[0].weight.requires_grad_(False)
+    return m
+
+
+def tied():
+    m = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    m[1].weight = m[0].weight
+    return m
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        "modules, match",
+        [
+            ([], "at least one module"),
+            (
+                [network(), network((5, 8, 4, 3))],
+                r"party 1 has parameter '0.weight' of shape \(8, 5\), party 0 of shape \(7, 5\)",
+            ),
+            (
+                [network(), network((*SIZES, 2))],
+                r"party 1 has parameter '6.weight' of shape \(2, 3\), party 0 not at all",
+            ),
+            (
+                [network(), network(SIZES[:-1])],
+                r"party 1 has parameter '4.weight' not at all, party 0 of shape \(3, 4\)",
+            ),
+            ([tied(), nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))], "tied to '0.weight'"),
+            ([network(), frozen()], "party 1 has parameter '0.weight' .* frozen, party 0 of shape"),
+            ([frozen(), frozen()], "frozen parameter '0.weight' of party 1 differs"),
+            ([other_buffer(), other_buffer()], "buffer 'shift' of party 1 differs"),
+        ],
+    )
+    def test_architectures(self, modules, match):
+        with pytest.raises(StructureError, match=match):
+            merge_modules(modules)
+
+    def test_no_modules(self):
+        with pytest.raises(ParameterError, match="expected a sequence of torch modules"):
+            merge_modules(network())
+        with pytest.raises(ParameterError, match="expected a sequence of torch modules"):
+            merge_modules([network(), posterior_of(network())])
+
+    def test_posteriors(self):
+        modules = [network() for _ in range(2)]
+        good = posterior_of(modules[0])
+        with pytest.raises(StructureError, match="one posterior for each of 2 modules, got 1"):
+            merge_modules(modules, [good])
+        for factors, match in (
+            (
+                {"9.weight": Normal(torch.zeros(2), 1.0)},
+                r"party 1: .* no parameters \['9.weight'\]",
+            ),
+            (
+                {"0.weight": Normal(torch.zeros(2), 1.0)},
+                r"party 1, site '0.weight': expected a Normal of shape \(7, 5\), .* shape \(2,\)",
+            ),
+            (
+                {"0.weight": Gamma(torch.ones(7, 5), 1.0)},
+                "party 1, site '0.weight': expected a Normal .* got a Gamma",
+            ),
+        ):
+            with pytest.raises(StructureError, match=match):
+                merge_modules(modules, [good, Posterior(factors)])
+        part = Posterior({k: f for k, f in good.decomposed.items() if k != "0.bias"})
+        with pytest.raises(StructureError, match=r"0\.bias"):
+            merge_modules(modules, [good, part])
+
+    @pytest.mark.parametrize(
+        "kwargs, match",
+        [
+            ({"weights": [1.0]}, "expected 2 weights, one per party, got 1"),
+            ({"weights": [0.0, 0.0]}, "all weights are zero"),
+            ({"floor": -1.0}, "floor must be non-negative"),
+        ],
+    )
+    def test_arguments(self, kwargs, match):
+        with pytest.raises(ParameterError, match=match):
+            merge_modules([network(), network()], **kwargs)
