@@ -17,11 +17,13 @@ from torch.distributions import Distribution, Transform
 from torch.distributions import transforms as tt
 
 from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError, warn_user
-from pyro_fusion.families.base import family_named
+from pyro_fusion.families.base import Family, family_named
 from pyro_fusion.families.factor import Factor
 
 __all__ = [
     "dirichlet_from_stick_breaking",
+    "fit",
+    "moves_with_location",
     "normal_from_draws",
     "project_draws",
     "project_onto",
@@ -38,17 +40,29 @@ def project_draws(like: Factor, draws: Tensor) -> Factor:
     value = draws.double()
     for t in reversed(like.transforms):
         value = t.inv(value)
-    location = like.location()
-    origin = None
-    if location is not None and location.shape == value.shape[1:]:
-        # Where the location moves the value: statistics far from the origin would lose the spread.
-        origin = value.mean(0)
-        value = value - origin
-    statistics = like.family.statistics(value).mean(0)
-    params = like.family.from_mean(statistics, like.family.event_shape(like.params))
-    factor = replace(like, params=params).shift(origin, 1.0).to(dtype=draws.dtype)
+    factor = fit(like.family, value, like.transforms, like.batch_dim).to(dtype=draws.dtype)
     factor.check()
     return factor
+
+
+def moves_with_location(family: Family) -> bool:
+    """Whether a value moves as the location does, so that statistics can be taken about any."""
+    name = family.location
+    return name is not None and family.parameters[name] == family.event_dim
+
+
+def fit(family: Family, value: Tensor, transforms: Sequence[Transform], batch_dim: int) -> Factor:
+    """The maximum likelihood member of a family, behind ``transforms``: that with the mean
+    sufficient statistics of ``value``, ``[n, *base_shape, *event_shape]`` in front of them. In
+    float64, and not checked."""
+    event_shape = value.shape[value.dim() - family.event_dim :]
+    origin = None
+    if moves_with_location(family):
+        # Statistics far from the origin would lose the spread.
+        origin = value.mean(0)
+        value = value - origin
+    params = family.from_mean(family.statistics(value).mean(0), event_shape)
+    return Factor(family, params, tuple(transforms), batch_dim).shift(origin, 1.0)
 
 
 def normal_from_draws(draws: Tensor, transforms: Sequence[Transform], batch_dim: int) -> Factor:

@@ -20,7 +20,7 @@ from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.sites import Labels, Read, Sites, normal_factor, transform_of
 
-__all__ = ["Joint", "Piece", "marginals"]
+__all__ = ["Joint", "Piece", "block", "marginals"]
 
 # A block of more numbers than this is read as its marginals: its covariance would be too big.
 _LARGEST_BLOCK = 512
@@ -116,7 +116,7 @@ def marginals(
     result: Sites = {}
     kept = 0.0
     for name, index, support, plates in pieces:
-        factor, log_det = _block(name, joint, index, support, plates, labels.get(name))
+        factor, log_det = block(name, joint, index, support, plates, labels.get(name))
         result[name] = Read(factor, plates)
         kept += log_det
     lost = 0.5 * (kept - joint.log_det())
@@ -135,7 +135,7 @@ def marginals(
     return result
 
 
-def _block(
+def block(
     name: str,
     joint: Joint,
     index: Tensor,

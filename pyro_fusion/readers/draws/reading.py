@@ -1,0 +1,349 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Reading draws: the sites, the checks, label switching, the projection and what it lost.
+
+What becomes of a site:
+
+==============================================  ====================================================
+site                                            read as
+==============================================  ====================================================
+by default                                      Normals in the unconstrained space of its support,
+                                                as an AutoNormal has them
+a simplex whose axis is labelled                a Dirichlet
+with a family of yours                          that, by maximum likelihood; a MultivariateNormal is
+                                                over what of the event has no label
+observed, deterministic                         left out, unless named in ``sites``
+discrete                                        an error
+==============================================  ====================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.distributions import constraints
+
+from pyro_fusion.errors import DrawsError, ParameterError
+from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.readers.draws.checks import (
+    check_converged,
+    check_enough,
+    check_number,
+    check_varies,
+    columns,
+    extreme,
+)
+from pyro_fusion.readers.draws.diagnostics import effective_sample_size, split_r_hat
+from pyro_fusion.readers.draws.lost import losses
+from pyro_fusion.readers.draws.relabel import Relabelling, permuted, relabel
+from pyro_fusion.readers.draws.result import DrawsReading, warn_of
+from pyro_fusion.readers.draws.sources import (
+    Known,
+    Source,
+    known_sites,
+    read_source,
+    to_tensor,
+    transform_onto,
+)
+from pyro_fusion.readers.draws.values import (
+    Kind,
+    SiteDraws,
+    check_finite,
+    labels_for,
+    looks_like_simplex,
+)
+from pyro_fusion.readers.sites import Read, labels_of, posterior_of
+
+__all__ = ["DrawsReading", "from_draws", "read_draws"]
+
+Families = type | str | Mapping[str, type | str]
+
+
+def from_draws(
+    draws: Any, model: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
+) -> Posterior:
+    """The posterior of :func:`read_draws`, which says what the arguments are."""
+    return read_draws(draws, model, *args, **kwargs).posterior
+
+
+def read_draws(
+    draws: Any,
+    model: Callable[..., Any] | None = None,
+    *args: Any,
+    axes: Axes | None = None,
+    families: Families | None = None,
+    supports: Mapping[str, Any] | None = None,
+    sites: Sequence[str] | None = None,
+    group_by_chain: bool = False,
+    outgoing: Mapping[str, str] | None = None,
+    relabel: bool = True,
+    max_rhat: float | None = 1.1,
+    min_ess: float | None = 50,
+    seed: int = 0,
+    **kwargs: Any,
+) -> DrawsReading:
+    r"""Read draws from a posterior: the member of each site's family of maximum likelihood,
+    :math:`q_{site} = \arg\min KL(draws \| q)`, with the mean of the sufficient statistics.
+
+    Neither the draws, nor Pyro's parameter store, nor any random state is changed.
+
+    :param draws: a mapping from site to a tensor or an array, ``[draw, *shape]``; an ``MCMC`` of
+        Pyro or of NumPyro that was run; an ``InferenceData`` of ArviZ, or a ``DataTree`` or
+        ``Dataset`` of xarray with the dimensions "chain" and "draw".
+    :param model: of Pyro or NumPyro: it knows supports and plates. An ``MCMC`` brings its own.
+        Without one all supports are taken to be real, unless ``supports`` says otherwise, and the
+        leading labelled axes to be plates.
+    :param args: arguments of the model, as for inference.
+    :param axes: site name -> a label or None for each axis of the site's shape. By default each
+        plate labels its axis with its name; an entry here replaces the labels of its site, and
+        labels event axes.
+    :param families: a distribution's class, or its name, for all sites, or site name -> that:
+        ``Normal`` (by default) or ``MultivariateNormal`` in unconstrained space, or any registered
+        family in that of the values, such as ``Gamma``, ``Beta``, ``Dirichlet``, ``InverseGamma``.
+        A simplex whose axis is labelled is a Dirichlet, as its components have no order.
+    :param supports: site name -> a constraint, of Pyro or NumPyro, or a bijection onto the support;
+        before the model's.
+    :param sites: the sites to read; by default those that are latent in the model, or all.
+    :param group_by_chain: whether a mapping has ``[chain, draw, *shape]``. Without it all draws are
+        taken for one chain, whose halves are compared.
+    :param outgoing: site name -> the label whose components act through it by adding up; see
+        :class:`~pyro_fusion.Posterior`.
+    :param relabel: whether to look for label switching, within and between chains, and undo it: for
+        each label, the draws' components are matched to one another, if that pays; see
+        ``relabel.py``. Values are the same to the bit where nothing switched.
+    :param max_rhat: refuse chains that have not converged: rank-normalised split R-hat above this,
+        after relabelling. None to take them all the same.
+    :param min_ess: refuse fewer effective draws than this, of any number. None to take them.
+    :param seed: of what is random in relabelling, and of runs of the model.
+    :param kwargs: keyword arguments of the model.
+    :raises DrawsError: for draws that no posterior can be read from; the message says what is wrong
+        with which site, and what to do.
+    :raises GuideError: if the model cannot be run with these arguments.
+    :raises StructureError: for labels that do not fit; see :class:`~pyro_fusion.Posterior`.
+    :raises UnsupportedFamilyError: for a family that is not registered.
+
+    One warning tells of divergent transitions, of sites that lost more than 0.1 nats for each
+    number by their projection, of as much correlation between sites, and of components so close
+    that the order in a tenth of the draws is a toss-up.
+
+    Example::
+
+        reading = read_draws(mcmc, axes={"weights": ("component",)})
+        print(reading)
+        reading.posterior
+    """
+    _check_settings(max_rhat, min_ess, seed)
+    source = read_source(draws, group_by_chain)
+    if model is not None:
+        source = replace(source, model=model, args=args, kwargs=kwargs, library=None)
+    elif args or kwargs:
+        raise ParameterError(
+            f"arguments of a model came without a model: {[*map(_shown, args), *kwargs]}"
+        )
+    labels = labels_of(axes)
+    known = None if source.model is None else known_sites(source, seed)
+    names = _names(source, known, sites)
+    for what, mapping in (("families", families), ("supports", supports), ("axes", labels)):
+        if isinstance(mapping, Mapping):
+            _check_known(what, mapping, names)
+    arrays = _arrays(source, names)
+    chains, num_draws = next(iter(arrays.values())).shape[:2]
+    check_number(chains, num_draws, min_ess)
+    found = {
+        name: _site(name, x, source, known, labels.get(name), families, supports)
+        for name, x in arrays.items()
+    }
+    for s in found.values():
+        check_varies(s)
+    orders = _relabel(found, seed) if relabel else {}
+    for label, done in orders.items():
+        found = {
+            k: replace(s, value=permuted(s.value, s.labels, label, done.order))
+            for k, s in found.items()
+        }
+    rhat = {k: extreme(split_r_hat(x), math.inf) for k, x in columns(found)}
+    check_converged(rhat, max_rhat, relabel and bool(orders))
+    ess = {k: -extreme(-effective_sample_size(x), 0.0) for k, x in columns(found)}
+    check_enough(ess, min_ess, chains * num_draws)
+    factors = {k: Read(s.factor(), s.plates) for k, s in found.items()}
+    posterior = posterior_of(factors, {k: s.labels for k, s in found.items()}, outgoing)
+    lost, between = losses(posterior, found, ess)
+    named = {label: orders.get(label) for label in posterior.labels}
+    reading = DrawsReading(
+        posterior,
+        chains,
+        num_draws,
+        ess,
+        rhat,
+        lost,
+        between,
+        {label: done.share if done else 0.0 for label, done in named.items()},
+        {label: done.ambiguous if done else 0.0 for label, done in named.items()},
+        source.divergences,
+    )
+    warn_of(reading)
+    return reading
+
+
+# -- what to read ----------------------------------------------------------------------------------
+
+
+def _check_settings(max_rhat: float | None, min_ess: float | None, seed: int) -> None:
+    for name, value, least in (("max_rhat", max_rhat, 1), ("min_ess", min_ess, 0)):
+        if value is not None and not value >= least:
+            raise ParameterError(f"{name} must be None or at least {least}, got {value}")
+    if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+        raise ParameterError(f"seed must be a number from 0, got {seed!r}")
+
+
+def _shown(x: object) -> str:
+    return type(x).__name__
+
+
+def _check_known(what: str, named: Collection[str], there: Collection[str]) -> None:
+    unknown = sorted(set(named) - set(there), key=str)
+    if unknown:
+        raise DrawsError(f"{what} names {unknown}, but the sites to read are {sorted(there)}")
+
+
+def _names(
+    source: Source, known: Mapping[str, Known] | None, sites: Sequence[str] | None
+) -> list[str]:
+    there = list(source.values)
+    if not there:
+        raise DrawsError("there are no draws: the mapping is empty")
+    for name in there:
+        if not isinstance(name, str):
+            raise DrawsError(f"expected names of sites, got {name!r}")
+    if sites is not None:
+        if isinstance(sites, str):
+            raise DrawsError(f"sites must be a sequence of names, got {sites!r}")
+        missing = sorted(set(sites) - set(there))
+        if missing or not sites:
+            raise DrawsError(f"sites names {missing}, but there are draws of {sorted(there)}")
+        return list(dict.fromkeys(sites))
+    if known is None:
+        return there
+    latent = [name for name in known if name in source.values]
+    if not latent:
+        raise DrawsError(
+            f"there are draws of {sorted(there)}, but the latent sites of the model are "
+            f"{sorted(known)}"
+        )
+    return latent
+
+
+def _arrays(source: Source, names: Sequence[str]) -> dict[str, Tensor]:
+    """Site -> ``[chain, draw, *shape]``.
+
+    :raises DrawsError: if they are not all as many.
+    """
+    result: dict[str, Tensor] = {}
+    expected = "[chain, draw, *shape]" if source.chains else "[draw, *shape]"
+    for name in names:
+        x = to_tensor(name, source.values[name])
+        if x.dim() < 1 + source.chains or x.numel() == 0:
+            raise DrawsError(
+                f"site '{name}': expected draws of shape {expected}, got {tuple(x.shape)}"
+            )
+        result[name] = x if source.chains else x.unsqueeze(0)
+        first = names[0]
+        mine, others = result[name].shape[:2], result[first].shape[:2]
+        if mine != others:
+            raise DrawsError(
+                f"site '{name}' has {mine[0]} chains of {mine[1]} draws, site '{first}' "
+                f"{others[0]} of {others[1]}: expected as many of each, of shape {expected}"
+            )
+    for name, x in result.items():
+        check_finite(name, x)
+    return result
+
+
+def _site(
+    name: str,
+    draws: Tensor,
+    source: Source,
+    known: Mapping[str, Known] | None,
+    labels: Sequence[str | None] | None,
+    families: Families | None,
+    supports: Mapping[str, Any] | None,
+) -> SiteDraws:
+    shape = draws.shape[2:]
+    value = draws.double().flatten(0, 1)
+    kind = _kind(name, families)
+    info = (known or {}).get(name)
+    if info is not None and info.shape != shape:
+        raise DrawsError(
+            f"site '{name}' has draws of shape {tuple(shape)}, but in the model, with these "
+            f"arguments, it is of shape {tuple(info.shape)}. Pass the arguments that the draws "
+            "were made with, and group_by_chain=True if the draws are [chain, draw, *shape]"
+        )
+    if supports is not None and name in supports:
+        transform = transform_onto(name, supports[name])
+    elif info is not None:
+        transform = info.transform()
+    elif name in source.transforms:
+        transform = source.transforms[name]
+    else:
+        transform = transform_onto(name, constraints.real)
+        # A family other than the Gaussians knows its support.
+        if kind.gaussian and looks_like_simplex(value):
+            raise DrawsError(
+                f"site '{name}': all draws are on the simplex, but its support is not known. Pass "
+                f"supports={{'{name}': constraints.simplex}}, or the model; or, if it is no "
+                f"simplex, supports={{'{name}': constraints.real}}"
+            )
+    if labels is None:
+        labels = info.plates if info is not None else ()
+    full = labels_for(shape, labels)
+    if len(labels) > len(shape):
+        full = tuple(labels)  # refused by Posterior, with both
+    if info is not None:
+        plates = info.plates
+    else:
+        free = len(shape) - max(
+            transform.codomain.event_dim, kind.family.event_dim * (not kind.gaussian)
+        )
+        leading = 0
+        while leading < free and full[leading] is not None:
+            leading += 1
+        plates = full[:leading]
+    chains = draws.shape[0]
+    return SiteDraws(name, value, chains, transform, kind, tuple(plates), full, draws.dtype)
+
+
+def _kind(name: str, families: Families | None) -> Kind:
+    family = families.get(name, "Normal") if isinstance(families, Mapping) else families or "Normal"
+    if isinstance(family, str):
+        return Kind.named(family)
+    if isinstance(family, type):
+        return Kind.named(family.__name__)
+    raise DrawsError(
+        f"site '{name}': expected a family as the class of a distribution or its name, got "
+        f"{_shown(family)}"
+    )
+
+
+# -- label switching -------------------------------------------------------------------------------
+
+
+def _relabel(found: Mapping[str, SiteDraws], seed: int) -> dict[str, Relabelling]:
+    sizes = {
+        (x, n)
+        for s in found.values()
+        for x, n in zip(s.labels, s.value.shape[1:], strict=False)
+        if x
+    }
+    if len(sizes) > len({x for x, _ in sizes}):
+        return {}  # refused by Posterior, with both
+    return relabel(
+        {k: s.value for k, s in found.items()},
+        {k: s.labels for k, s in found.items()},
+        lambda name, value: replace(found[name], value=value).factor(),
+        seed,
+    )

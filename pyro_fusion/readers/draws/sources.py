@@ -1,0 +1,290 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Where draws come from: what they are called, their chains, and the model that knows their
+supports and plates. Nothing is imported that the draws do not come from."""
+
+# Neither library offers a public way to these. Checked with Pyro 1.9.2 and NumPyro 0.22.
+#   MCMC of both  _args, _kwargs
+#   Pyro's        _samples, _diagnostics
+#   NumPyro's     _states
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from pyro.infer.mcmc.api import MCMC, AbstractMCMC
+from torch import Tensor
+from torch.distributions import Transform
+
+from pyro_fusion.errors import DrawsError, FusionError, GuideError
+from pyro_fusion.families.transforms import describe, flatten
+from pyro_fusion.readers.pyro.program import Program, isolated
+from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
+from pyro_fusion.readers.sites import transform_of
+
+__all__ = ["Known", "Source", "known_sites", "read_source", "to_tensor", "transform_onto"]
+
+_ACCEPTED = (
+    "a mapping from site to draws, an MCMC of Pyro or NumPyro that was run, or an InferenceData "
+    "of ArviZ"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Draws as they came.
+
+    :ivar values: site -> ``[chain, draw, *shape]`` if :attr:`chains`, else ``[draw, *shape]``.
+    :ivar model: what was sampled, if that is known, with ``args`` and ``kwargs``.
+    :ivar library: of the model: "pyro", "numpyro", or None if that is not known.
+    :ivar transforms: site -> the bijection onto its support, where no model says it.
+    :ivar divergences: how many transitions diverged, or None if that is not known.
+    """
+
+    values: Mapping[str, Any]
+    chains: bool
+    model: Callable[..., Any] | None = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    library: str | None = None
+    transforms: Mapping[str, Transform] = field(default_factory=dict)
+    divergences: int | None = None
+
+
+def read_source(draws: Any, group_by_chain: bool) -> Source:
+    """Tell what the draws are.
+
+    :raises DrawsError: for anything else, or an MCMC that was not run.
+    """
+    if isinstance(draws, AbstractMCMC):
+        return _from_pyro(draws)
+    if _is_of(draws, "numpyro"):
+        return _from_numpyro(draws)
+    dataset = _group(draws, "posterior")
+    if dataset is not None:
+        return _from_xarray(draws, dataset)
+    if not isinstance(draws, Mapping):
+        raise DrawsError(f"expected {_ACCEPTED}; got {type(draws).__name__}")
+    return Source(draws, group_by_chain)
+
+
+def _is_of(x: object, library: str) -> bool:
+    return any(base.__module__.split(".")[0] == library for base in type(x).__mro__)
+
+
+def _from_pyro(mcmc: AbstractMCMC) -> Source:
+    if not isinstance(mcmc, MCMC):
+        raise DrawsError(
+            f"a {type(mcmc).__name__} keeps no draws; use pyro.infer.MCMC, or pass the draws "
+            "themselves"
+        )
+    if mcmc._samples is None:
+        raise DrawsError("the MCMC has no draws: call mcmc.run(...) first")
+    diagnostics: list[Any] = [d for d in mcmc._diagnostics if d is not None]
+    known = len(diagnostics) == mcmc.num_chains and all("divergences" in d for d in diagnostics)
+    return Source(
+        mcmc.get_samples(group_by_chain=True),
+        True,
+        model=getattr(mcmc.kernel, "model", None),
+        args=tuple(mcmc._args or ()),
+        kwargs=dict(mcmc._kwargs or {}),
+        library="pyro",
+        transforms={k: t.inv for k, t in (mcmc.transforms or {}).items()},
+        divergences=sum(len(d["divergences"]) for d in diagnostics) if known else None,
+    )
+
+
+def _from_numpyro(mcmc: Any) -> Source:
+    if not hasattr(mcmc, "get_samples"):
+        raise DrawsError(f"expected {_ACCEPTED}; got {type(mcmc).__name__} of NumPyro")
+    if mcmc._states is None:
+        raise DrawsError("the MCMC has no draws: call mcmc.run(rng_key, ...) first")
+    values = mcmc.get_samples(group_by_chain=True)
+    if not isinstance(values, Mapping):
+        raise DrawsError(
+            f"the MCMC has its draws as a {type(values).__name__}, without names of sites: pass "
+            "them by name, {'site': draws}"
+        )
+    diverging = mcmc.get_extra_fields().get("diverging")
+    return Source(
+        values,
+        True,
+        model=getattr(mcmc.sampler, "model", None),
+        args=tuple(mcmc._args),
+        kwargs=dict(mcmc._kwargs),
+        library="numpyro",
+        divergences=None if diverging is None else int(np.asarray(diverging).sum()),
+    )
+
+
+# -- ArviZ, by what its objects have ---------------------------------------------------------------
+
+
+def _group(draws: Any, name: str) -> Any:
+    """A group of an InferenceData or a DataTree; a Dataset is the posterior by itself."""
+    if not _is_of(draws, "arviz") and not _is_of(draws, "xarray") and isinstance(draws, Mapping):
+        return None
+    group = getattr(draws, name, None)
+    if hasattr(group, "data_vars"):
+        return group
+    alone = name == "posterior" and getattr(draws, "data_vars", None)
+    return draws if alone else None
+
+
+def _from_xarray(draws: Any, dataset: Any) -> Source:
+    values = {}
+    for name in dataset.data_vars:
+        x = dataset[name]
+        if not {"chain", "draw"} <= set(x.dims):
+            raise DrawsError(
+                f"site '{name}': expected the dimensions 'chain' and 'draw', got {tuple(x.dims)}"
+            )
+        values[str(name)] = x.transpose("chain", "draw", ...).values
+    stats = _group(draws, "sample_stats") if draws is not dataset else None
+    diverging = None
+    if stats is not None and "diverging" in stats.data_vars:
+        diverging = int(np.asarray(stats["diverging"].values).sum())
+    return Source(values, True, divergences=diverging)
+
+
+# -- numbers ---------------------------------------------------------------------------------------
+
+
+def to_tensor(site: str, value: Any) -> Tensor:
+    """Draws of one site as a tensor on their device; it may share memory, so leave it alone.
+
+    :raises DrawsError: for what is no floating-point array.
+    """
+    try:
+        if isinstance(value, Tensor):
+            result = value.detach()
+        elif hasattr(value, "__dlpack__") and not isinstance(value, np.ndarray):
+            if np.dtype(value.dtype).kind in "biu":  # not all of them cross
+                result = torch.zeros((), dtype=torch.long)
+            else:
+                result = torch.from_dlpack(value)
+        else:
+            result = torch.from_numpy(np.array(value))
+    except (TypeError, ValueError, RuntimeError, BufferError) as e:
+        raise DrawsError(
+            f"site '{site}': expected draws as an array of numbers, got {type(value).__name__}: "
+            f"{' '.join(str(e).split())[:200]}"
+        ) from e
+    if not result.is_floating_point():
+        raise DrawsError(
+            f"site '{site}': expected floating-point draws, got {getattr(value, 'dtype', 'int')}. "
+            "A discrete site has no posterior that could be fused: leave it out with sites=[...], "
+            "or sum it out of the model; if it is continuous, convert it"
+        )
+    return result
+
+
+# -- the model -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Known:
+    """What the model knows of a site.
+
+    :ivar transform: makes the bijection onto the support.
+    :ivar plates: the plate (or None) of each batch axis.
+    :ivar shape: of the value.
+    """
+
+    transform: Callable[[], Transform]
+    plates: tuple[str | None, ...]
+    shape: torch.Size
+
+
+def known_sites(source: Source, seed: int) -> dict[str, Known]:
+    """The latent sites of the source's model, of Pyro or of NumPyro.
+
+    :raises GuideError: if it cannot be run with its arguments, or has subsampled plates.
+    """
+    if source.library == "numpyro":
+        return _known_to_numpyro(source, seed)
+    try:
+        found = _known_to_pyro(source, seed)
+    except GuideError:
+        if source.library is not None or "numpyro" not in sys.modules:
+            raise
+        try:
+            other = _known_to_numpyro(source, seed)
+        except FusionError:
+            other = {}
+        if not other:
+            raise
+        return other
+    if found or source.library is not None or "numpyro" not in sys.modules:
+        return found
+    return _known_to_numpyro(source, seed)
+
+
+def _known_to_pyro(source: Source, seed: int) -> dict[str, Known]:
+    assert source.model is not None
+    program = Program(source.model, source.args, dict(source.kwargs), "model")
+    with isolated(source.model, seed):
+        first, second = latent_sites(program.trace()), latent_sites(program.trace())
+
+    def known(name: str, site: Any) -> Known:
+        def transform() -> Transform:
+            # As autoguides and samplers have it.
+            runs = (site, second.get(name, site))
+            t, other = (transform_of(name, s["fn"].support) for s in runs)
+            return _constant(name, t, other)
+
+        plates = plates_of(name, site, len(site["fn"].batch_shape))
+        return Known(transform, plates, site["value"].shape)
+
+    return {name: known(name, site) for name, site in first.items()}
+
+
+def _known_to_numpyro(source: Source, seed: int) -> dict[str, Known]:
+    from pyro_fusion.readers.numpyro import program as theirs
+
+    assert source.model is not None
+    program = theirs.Program(source.model, source.args, dict(source.kwargs), {}, "model", seed)
+    first, second = (theirs.latent_sites(program.trace()) for _ in range(2))
+
+    def known(name: str, site: Any) -> Known:
+        def transform() -> Transform:
+            t, other = (theirs.bijection(name, s["fn"]) for s in (site, second.get(name, site)))
+            return _constant(name, t, other)
+
+        plates = theirs.plates_of(name, site, len(site["fn"].batch_shape))
+        return Known(transform, plates, torch.Size(np.shape(site["value"])))
+
+    return {name: known(name, site) for name, site in first.items()}
+
+
+def _constant(name: str, t: Transform, other: Transform) -> Transform:
+    """``t``, if two runs of the model agree on it."""
+    try:
+        same = [describe(x) for x in flatten([t])] == [describe(x) for x in flatten([other])]
+    except FusionError:
+        return t  # of a kind that is refused later, or compared by itself
+    if not same:
+        raise DrawsError(
+            f"site '{name}': its support depends on other sites of the model, so no one bijection "
+            "takes its draws to unconstrained space. Leave it out with sites=[...], or rewrite the "
+            "model with a site that is scaled afterwards"
+        )
+    return t
+
+
+def transform_onto(name: str, support: Any) -> Transform:
+    """The bijection onto a support that the caller gave: a constraint of Pyro or of NumPyro, or the
+    bijection."""
+    if _is_of(support, "numpyro"):
+        from numpyro.distributions import biject_to
+
+        from pyro_fusion.readers.numpyro.convert import to_pyro_transform
+
+        return to_pyro_transform(biject_to(support))
+    return transform_of(name, support)
