@@ -88,7 +88,11 @@ def posterior_of(
     sites: Mapping[str, Read], labels: Labels, outgoing: Mapping[str, str] | None = None
 ) -> Posterior:
     """The posterior of sites that were read; ``labels`` take the place of plates."""
-    plates = {name: s.plates for name, s in sites.items()}
+    # Our guides call a plate so whose axis has no label.
+    plates = {
+        name: tuple(None if p == f"_{name}_axis{i}" else p for i, p in enumerate(s.plates))
+        for name, s in sites.items()
+    }
     return Posterior(
         {name: s.factor for name, s in sites.items()},
         # Names that are no sites stay in, so that they are reported.

@@ -299,7 +299,7 @@ def check_not_shared(
 
 
 def _check_is_pyro(guide: Any, who: str = "") -> None:
-    if type(guide).__module__.split(".")[0] == "numpyro":
+    if "numpyro" in type(guide).__module__.split("."):  # its own, or what to_numpyro made
         raise GuideError(
             f"{who}this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
             "Posterior.from_numpyro(guide, params, *args)"
