@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import functools
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -39,6 +41,7 @@ from numpyro.infer import SVI, Predictive, Trace_ELBO, autoguide  # noqa: E402
 
 from pyro_fusion.readers.numpyro import prior_from_numpyro  # noqa: E402
 from pyro_fusion.readers.numpyro.convert import (  # noqa: E402
+    constraint_of,
     to_array,
     to_numpyro_distribution,
     to_numpyro_transform,
@@ -232,6 +235,42 @@ class TestAutoguides:
         assert torch.equal(p.decomposed["loc"].params["loc"], to_tensor(params["loc_auto_loc"]))
         assert fresh.prototype_trace is None  # nothing of the caller's is changed
 
+    def test_whose_first_call_is_compiled(self) -> None:
+        """Their latent vector is in another order than that of a guide called outside."""
+
+        def two(scale: Any) -> None:
+            numpyro.sample("z", ndist.Normal(0.0, 1.0))
+            numpyro.sample("a", ndist.Uniform(0.0, scale))
+
+        joint = autoguide.AutoDiagonalNormal(functools.partial(two, 1.0))
+        normal = autoguide.AutoNormal(two)
+
+        @jax.jit
+        def first_calls(scale: Any) -> None:
+            handlers.seed(joint, 0)()
+            handlers.seed(normal, 0)(scale)
+
+        first_calls(2.0)
+        params = {"auto_loc": jnp.array([1.0, 2.0]), "auto_scale": jnp.array([0.1, 0.2])}
+        p = Posterior.from_numpyro(joint, params)
+        expected = joint._unpack_latent(params["auto_loc"])
+        for site, f in p.decomposed.items():
+            assert float(f.params["loc"]) == float(expected[site]), site
+        one = {f"{site}_auto_{x}": jnp.array(1.0) for site in "az" for x in ("loc", "scale")}
+        with pytest.raises(GuideError, match=r"called inside of jax\.jit"):
+            Posterior.from_numpyro(normal, one)
+
+    def test_handlers_outside_neither_change_nor_see_anything(self) -> None:
+        def one() -> None:
+            with numpyro.plate("component", 2):
+                numpyro.sample("z", ndist.Normal(jnp.zeros(2), 2.0))
+
+        guide = autoguide.AutoLaplaceApproximation(one)
+        with handlers.trace() as seen, handlers.scope(prefix="outer"), handlers.mask(mask=False):
+            p = Posterior.from_numpyro(guide, {"auto_loc": jnp.ones(2)})
+        assert not seen
+        assert p.decomposed["z"].params["scale"].tolist() == pytest.approx([2.0, 2.0])
+
     def test_values_are_copied_and_labels_replaced(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
         p = Posterior.from_numpyro(
@@ -302,6 +341,20 @@ class TestPrograms:
                 for s in (0, 0, 1)
             )
         assert torch.equal(one["loc"], two["loc"]) and not torch.equal(one["loc"], three["loc"])
+
+    def test_vectors_whose_location_is_one_number(self) -> None:
+        for loc, shape in ((3.0, ()), (jnp.full((4, 1), 3.0), (4,))):
+            ours = to_pyro_distribution(ndist.MultivariateNormal(loc, scale_tril=jnp.eye(2)))
+            assert ours.event_shape == (2,) and ours.batch_shape == shape
+            assert bool((ours.mean == 3.0).all())
+
+    def test_a_beta_by_another_name(self) -> None:
+        f = Factor.of(to_pyro_distribution(ndist.BetaProportion(0.25, 8.0)))
+        assert f.family.name == "Beta"
+        assert {k: float(v) for k, v in f.params.items()} == {
+            "concentration1": 2.0,
+            "concentration0": 6.0,
+        }
 
 
 class TestPriors:
@@ -419,6 +472,38 @@ class TestWayBack:
             for name, value in f.params.items():
                 assert torch.equal(again.decomposed[site].params[name], value)
 
+    def test_axes_without_a_label_have_none_again(self) -> None:
+        z = pyro.distributions.Normal(torch.zeros(4, 3), 1.0)
+        p = Posterior({"z": z}, {"z": (None, "component")})
+        back = p.to_numpyro()
+        for again in (
+            Posterior.from_numpyro(back, back.params),
+            Posterior.from_guide(p.to_guide()),
+        ):
+            assert again.axes == p.axes and again.plates == p.plates
+
+    def test_names_that_begin_alike(self) -> None:
+        """Neither parameters nor plates get in the way of sites, or of the model's parameters."""
+        dist = pyro.distributions
+        scale = dist.Gamma(torch.full((2,), 2.0), 2.0)
+        p = Posterior(
+            {"x": dist.Normal(torch.zeros(2), 1.0), "x_scale": scale}, {"x": "x", "x_scale": "x"}
+        )
+        back = p.to_numpyro()
+
+        def other() -> None:
+            numpyro.param("x_loc", 7.0)
+            with numpyro.plate("x_1", 2):
+                numpyro.sample("x", ndist.Normal(numpyro.sample("x_scale", ndist.Gamma(2.0)), 1.0))
+
+        svi = SVI(other, back, numpyro.optim.Adam(1e-3), Trace_ELBO())
+        params = svi.get_params(svi.init(jax.random.key(0)))
+        assert set(params) == {*back.params, "x_loc"} and float(params["x_loc"]) == 7.0
+
+    def test_degrees_of_freedom_stay_in_range(self) -> None:
+        d = torch.distributions.Wishart(torch.tensor(5.0), covariance_matrix=torch.eye(3))
+        assert constraint_of(Factor.of(d), "df").lower_bound == 2.0
+
     def test_svi_goes_on_from_there(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
         fusion = fuse([Posterior.from_numpyro(guide, params, axes={"weights": "component"})])
@@ -449,13 +534,29 @@ class TestWayBack:
         dist = pyro.distributions
         p = Posterior({"z": dist.Normal(torch.tensor(1 / 3, dtype=torch.float64), 1.0)})
         with pytest.warns(UserWarning, match="jax_enable_x64"):
-            assert p.to_numpyro().params["z_loc"].dtype == jnp.float32
+            assert p.to_numpyro().params["z$loc"].dtype == jnp.float32
         with jax.enable_x64(True):
-            assert float(p.to_numpyro().params["z_loc"]) == 1 / 3
+            assert float(p.to_numpyro().params["z$loc"]) == 1 / 3
+
+    def test_of_any_site_and_of_parameters(self) -> None:
+        dist = pyro.distributions
+        wide = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0)
+        p = Posterior({"a": dist.Normal(torch.tensor(0.0), 1.0), "z": wide})
+        with pytest.warns(UserWarning, match=r"sites \['z'\] are float64"):
+            p.to_numpyro()
+
+        def guide() -> None:
+            numpyro.sample("z", ndist.Normal(numpyro.param("m", 0.0), 1.0))
+
+        for value in (np.zeros(()), torch.zeros((), dtype=torch.float64)):
+            with pytest.warns(UserWarning, match=r"params \['m'\] are float64"):
+                Posterior.from_numpyro(guide, {"m": value})
+        with jax.enable_x64(True):
+            assert Posterior.from_numpyro(guide, {"m": np.zeros(())}).dtype == torch.float64
 
     def test_what_numpyro_has_not(self) -> None:
         d = pyro_fusion.distributions.NormalGamma(0.0, 1.0, 2.0, 2.0)
-        with pytest.raises(UnsupportedFamilyError, match="NumPyro has no NormalGamma"):
+        with pytest.raises(UnsupportedFamilyError, match="site 'z': NumPyro has no NormalGamma"):
             Posterior({"z": d}).to_numpyro()
 
 
@@ -563,6 +664,21 @@ def test_arrays_share_memory() -> None:
     assert to_array(t).unsafe_buffer_pointer() == t.data_ptr()
 
 
+def test_arrays_on_several_devices() -> None:
+    """Which have to be asked for before JAX is used."""
+    code = """if True:
+        import jax, jax.numpy as jnp, torch
+        jax.config.update("jax_num_cpu_devices", 2)
+        mesh = jax.make_mesh((2,), ("i",))
+        from pyro_fusion.readers.numpyro.convert import to_tensor
+        for spec in ("i", None):
+            where = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(spec))
+            x = jax.device_put(jnp.arange(4.0), where)
+            assert torch.equal(to_tensor(x), torch.arange(4.0))
+    """
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
 class TestErrors:
     def test_parameters(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
@@ -583,6 +699,27 @@ class TestErrors:
 
         with pytest.raises(GuideError, match=r"params lack \['m'\]"):
             Posterior.from_numpyro(by_hand, {})
+
+    def test_shapes_of_parameters(self) -> None:
+        guide, params = fitted(autoguide.AutoNormal)
+        one = {**params, "scale_auto_scale": jnp.array(0.5)}
+        p = Posterior.from_numpyro(guide, one)
+        assert p.decomposed["scale"].params["scale"].tolist() == [0.5] * K
+        message = r"params\['scale_auto_loc'\] has shape \(2,\), .* guide has \(3,\)"
+        with pytest.raises(GuideError, match=message):
+            Posterior.from_numpyro(guide, {**params, "scale_auto_loc": jnp.zeros(2)})
+        with pytest.raises(GuideError, match=r"\['scale_auto_loc'\] is no array, but NoneType"):
+            Posterior.from_numpyro(guide, {**params, "scale_auto_loc": None})
+        joint, params = fitted(autoguide.AutoDiagonalNormal)
+        lists = {k: v.tolist() for k, v in params.items()}  # as from a JSON file
+        loc = Posterior.from_numpyro(joint, lists).decomposed["loc"].params["loc"]
+        expected = Posterior.from_numpyro(joint, params).decomposed["loc"].params["loc"]
+        assert torch.equal(loc, expected)
+        longer = {k: jnp.ones(len(v) + 1) for k, v in params.items()}
+        with pytest.raises(GuideError, match=r"params\['auto_loc'\] has shape"):
+            Posterior.from_numpyro(joint, longer)
+        with pytest.raises(ParameterError, match=r"params\['auto_loc'\] must be finite"):
+            Posterior.from_numpyro(joint, {**params, "auto_loc": params["auto_loc"] * jnp.nan})
 
     def test_programs_that_cannot_be_read(self) -> None:
         def needs(x: Any) -> None:
@@ -638,6 +775,15 @@ class TestErrors:
             Posterior.from_numpyro(guide, params, axes={"nope": ("component",)})
         with pytest.raises(ParameterError, match="give a mapping"):
             Posterior.from_numpyro(guide, params, axes="auto")  # type: ignore[arg-type]
+
+    def test_guides_of_the_other_library(self) -> None:
+        with pytest.raises(GuideError, match=r"AutoNormal is a guide of Pyro: .*from_guide"):
+            Posterior.from_numpyro(PyroAutoNormal(pyro_model), {})
+        with pytest.raises(GuideError, match="got int"):
+            Posterior.from_numpyro(3, {})  # type: ignore[arg-type]
+        back = Posterior({"z": pyro.distributions.Normal(torch.tensor(0.0), 1.0)}).to_numpyro()
+        with pytest.raises(GuideError, match=r"is a NumPyro guide: .*from_numpyro"):
+            Posterior.from_guide(back)
 
     def test_a_guide_in_place_of_a_posterior(self) -> None:
         guide, _ = fitted(autoguide.AutoNormal)

@@ -13,6 +13,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as ndist
 import pyro.distributions as dist
 import torch
@@ -28,8 +29,9 @@ from pyro_fusion.families import Factor
 from pyro_fusion.families.wishart import Wishart
 
 __all__ = [
-    "CONSTRAINTS",
     "check_precision",
+    "constraint_of",
+    "on_one_device",
     "to_array",
     "to_numpyro_distribution",
     "to_pyro_distribution",
@@ -40,7 +42,15 @@ __all__ = [
 
 def to_tensor(x: Any) -> Tensor:
     """A JAX or NumPy array, or a number, as a tensor on the same device that may share memory."""
-    return torch.from_dlpack(jnp.asarray(x))
+    return torch.from_dlpack(on_one_device(jnp.asarray(x)))
+
+
+def on_one_device(x: Any) -> Any:
+    """An array that lies on several devices, in parts or as often, on the first of them."""
+    devices = x.sharding.device_set if isinstance(x, jax.Array) else ()
+    if len(devices) < 2:
+        return x
+    return jax.device_put(np.asarray(x), min(devices, key=lambda d: d.id))
 
 
 def to_array(x: Tensor) -> Any:
@@ -54,12 +64,17 @@ def _is_rounded(dtype: torch.dtype) -> bool:
     return dtype == torch.float64 and not jax.config.jax_enable_x64
 
 
-def check_precision(dtype: torch.dtype) -> None:
-    """Say so where JAX has no float64."""
-    if _is_rounded(dtype):
+def check_precision(what: str, found: Mapping[str, torch.dtype]) -> None:
+    """Say so where JAX has no float64.
+
+    :param found: name -> dtype, of what becomes JAX arrays.
+    """
+    rounded = sorted(name for name, dtype in found.items() if _is_rounded(dtype))
+    if rounded:
         warn_user(
-            "the posterior is float64, but JAX is not: its numbers are rounded to float32. Call "
-            'numpyro.enable_x64() or set jax.config.update("jax_enable_x64", True) first'
+            f"{what} {rounded[:5]} are float64, but JAX is not: their numbers are rounded to "
+            'float32. Call numpyro.enable_x64() or set jax.config.update("jax_enable_x64", True) '
+            "first"
         )
 
 
@@ -80,6 +95,7 @@ _FAMILIES: dict[type, tuple[Callable[..., Distribution], tuple[str, ...]]] = {
     ndist.Exponential: (dist.Exponential, ("rate",)),
     ndist.Poisson: (dist.Poisson, ("rate",)),
     ndist.Beta: (dist.Beta, ("concentration1", "concentration0")),
+    ndist.BetaProportion: (dist.Beta, ("concentration1", "concentration0")),
     ndist.Dirichlet: (dist.Dirichlet, ("concentration",)),
     ndist.BernoulliProbs: (dist.Bernoulli, ("probs",)),
     ndist.BernoulliLogits: (dist.Bernoulli, ("logits",)),
@@ -105,15 +121,22 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
 }
 
 # Of the parameters of all of these, by name.
-CONSTRAINTS: dict[str, Any] = {
+_CONSTRAINTS: dict[str, Any] = {
     "loc": constraints.real,
     "logits": constraints.real,
     "scale_tril": constraints.lower_cholesky,
     **dict.fromkeys(
-        ("concentration", "concentration0", "concentration1", "df", "rate", "scale"),
+        ("concentration", "concentration0", "concentration1", "rate", "scale"),
         constraints.positive,
     ),
 }
+
+
+def constraint_of(f: Factor, name: str) -> Any:
+    """What a parameter of a factor has to satisfy, in NumPyro."""
+    if name == "df":
+        return constraints.greater_than(f.params["scale_tril"].shape[-1] - 1.0)
+    return _CONSTRAINTS[name]
 
 
 def to_pyro_distribution(d: Any) -> Distribution:
@@ -125,6 +148,9 @@ def to_pyro_distribution(d: Any) -> Distribution:
     if kind in _FAMILIES:
         make, names = _FAMILIES[kind]
         params = {k: _parameter(getattr(d, _THEIRS.get(k, k))) for k in names}
+        if "loc" in params and d.event_shape:  # one number for all of the vector
+            loc = params["loc"]
+            params["loc"] = loc.expand(loc.shape[:-1] + torch.Size(d.event_shape))
         made = make(**params, validate_args=False)
         # Parameters may be narrower than the distribution.
         return made if made.batch_shape == d.batch_shape else made.expand(d.batch_shape)

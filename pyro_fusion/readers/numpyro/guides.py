@@ -32,12 +32,14 @@ NumPyro has the same bijections onto supports as Pyro, so that parties of both c
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from numpyro import handlers
 from numpyro.infer import autoguide as auto
@@ -48,16 +50,20 @@ from pyro_fusion.errors import GuideError, ParameterError
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.joint import Joint, Piece, marginals
 from pyro_fusion.readers.numpyro.convert import (
+    check_precision,
+    on_one_device,
     to_pyro_distribution,
     to_tensor,
 )
 from pyro_fusion.readers.numpyro.program import (
     Program,
     bijection,
+    fit,
     latent_sites,
     plates_of,
     read_program,
     require,
+    set_up_in_jit,
 )
 from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.sites import (
@@ -91,7 +97,9 @@ def from_numpyro(
     Values are copied, on the device and in the dtype that they have in JAX.
 
     :param guide: an autoguide, or any callable with NumPyro statements. An autoguide that was
-        never called, as one whose parameters were loaded, is set up with ``args``.
+        never called, as one whose parameters were loaded, is set up with ``args``. Not one that
+        was fitted inside of ``jax.jit``: there NumPyro puts the sites of a joint Normal in another
+        order than in a new guide, so give the guide that was fitted.
     :param params: of the guide: ``svi.get_params(state)``, or ``params`` of what ``svi.run``
         returned.
     :param args: arguments of the guide.
@@ -111,6 +119,7 @@ def from_numpyro(
         subsampled, the guide fails with these arguments or has no site to read, or a site has a
         support without a bijection that Pyro has too.
     :raises ParameterError: for a ``spread`` or ``num_samples`` out of range, or NaN parameters.
+    :warns UserWarning: for NumPy's or torch's float64 among ``params`` without ``jax_enable_x64``.
     :raises StructureError: for labels that do not fit; see :class:`~pyro_fusion.Posterior`.
     :raises ImportError: without NumPyro.
 
@@ -123,18 +132,21 @@ def from_numpyro(
         posterior = Posterior.from_numpyro(guide, result.params, data)
     """
     check_num_samples(num_samples)
+    _check_is_numpyro(guide)
     params = _checked_params(params)
     if isinstance(axes, str):
         raise ParameterError(f"axes={axes!r} is for Pyro's guides: give a mapping, site -> labels")
     labels = labels_of(axes)
     program = Program(guide, args, kwargs, params, "guide", seed)
     given = Spread(spread)
-    found = _read(program, given, labels)
-    if not found:
-        raise GuideError(
-            "the guide has no site to read: all of its sites are observed, enumerated or auxiliary"
-        )
-    sites = resolve(found, program.run, program.what, num_samples)
+    with handlers.block():  # nothing of this is for the handlers outside
+        found = _read(program, given, labels)
+        if not found:
+            raise GuideError(
+                "the guide has no site to read: all of its sites are observed, enumerated or "
+                "auxiliary. A guide of Pyro is read with Posterior.from_guide(guide, *args)"
+            )
+        sites = resolve(found, program.run, program.what, num_samples)
     given.check_used(set(sites))
     return posterior_of(sites, labels, outgoing)
 
@@ -162,17 +174,30 @@ def prior_from_numpyro(
     check_num_samples(num_samples)
     labels = labels_of(axes)
     program = Program(model, args, kwargs, _checked_params(params or {}), "model", seed)
-    there = set(program.run())
-    missing = set(sites or ()) - there
-    if missing:
+    with handlers.block():
+        there = set(program.run())
+        missing = set(sites or ()) - there
+        if missing:
+            raise GuideError(
+                f"the model has no latent sites {sorted(missing)}; its latent sites are "
+                f"{sorted(there)}"
+            )
+        found = read_program(program, Spread(None))
+        found = {k: v for k, v in found.items() if sites is None or k in sites}
+        if not found:
+            raise GuideError("the model has no latent site to read")
+        read = resolve(found, program.run, program.what, num_samples)
+    return posterior_of(read, labels)
+
+
+def _check_is_numpyro(guide: Any) -> None:
+    if isinstance(guide, torch.nn.Module):
         raise GuideError(
-            f"the model has no latent sites {sorted(missing)}; its latent sites are {sorted(there)}"
+            f"this {type(guide).__name__} is a guide of Pyro: read it with "
+            "Posterior.from_guide(guide, *args)"
         )
-    found = read_program(program, Spread(None))
-    found = {k: v for k, v in found.items() if sites is None or k in sites}
-    if not found:
-        raise GuideError("the model has no latent site to read")
-    return posterior_of(resolve(found, program.run, program.what, num_samples), labels)
+    if not callable(guide):
+        raise GuideError(f"expected a NumPyro guide, got {type(guide).__name__}")
 
 
 def _checked_params(params: Any) -> dict[str, Any]:
@@ -181,7 +206,21 @@ def _checked_params(params: Any) -> dict[str, Any]:
             "expected the parameters as a mapping, svi.get_params(state) or svi.run(...).params, "
             f"got {type(params).__name__}"
         )
-    return dict(params)
+    rounded: dict[str, torch.dtype] = {}
+
+    def array(name: str, x: Any) -> Any:
+        if isinstance(x, np.ndarray | Tensor):
+            if x.dtype in (np.float64, torch.float64):
+                rounded[name] = torch.float64
+            return jnp.asarray(x.detach().cpu().numpy() if isinstance(x, Tensor) else x)
+        if isinstance(x, jax.Array) and x.is_deleted():
+            raise ParameterError(f"params['{name}'] was given away (donated), so it has no value")
+        return on_one_device(x)
+
+    # A module's parameters are a tree of arrays.
+    result = {k: jax.tree.map(functools.partial(array, k), v) for k, v in params.items()}
+    check_precision("params", rounded)
+    return result
 
 
 # -- one guide at a time ---------------------------------------------------------------------------
@@ -220,15 +259,17 @@ def _prototypes(guide: Any) -> dict[str, Any]:
     return {k: s for k, s in latent_sites(guide.prototype_trace).items() if k in guide._init_locs}
 
 
-def _param(program: Program, name: str) -> Tensor:
+def _param(program: Program, name: str, init: Any) -> Tensor:
+    """A parameter, of the shape of what it started with."""
     require(program, [name])
-    return to_tensor(program.params[name])
+    return to_tensor(fit(name, program.params[name], jnp.shape(init)))
 
 
 def _read_normal(guide: Any, program: Program) -> Sites:
     result: Sites = {}
     for name, site in _prototypes(guide).items():
-        loc, scale = (_param(program, f"{name}_{guide.prefix}_{x}") for x in ("loc", "scale"))
+        init, prefix = guide._init_locs[name], f"{name}_{guide.prefix}"
+        loc, scale = (_param(program, f"{prefix}_{x}", init) for x in ("loc", "scale"))
         t = bijection(name, site["fn"])
         batch_dim = loc.dim() - guide._event_dims[name]
         factor = normal_factor(name, loc, scale, t, batch_dim)
@@ -240,7 +281,7 @@ def _read_normal(guide: Any, program: Program) -> Sites:
 def _read_delta(guide: Any, program: Program, spread: Spread) -> Sites:
     result: Sites = {}
     for name, site in _prototypes(guide).items():
-        value = _param(program, f"{name}_{guide.prefix}_loc")
+        value = _param(program, f"{name}_{guide.prefix}_loc", guide._init_locs[name])
         t = bijection(name, site["fn"])
         batch_dim = value.dim() - guide._event_dims[name]
         factor = spread.around(name, t.inv(value), t, batch_dim)
@@ -265,14 +306,11 @@ def _read_continuous(guide: Any, program: Program, labels: Labels) -> Sites:
 
 def _joint(guide: Any, program: Program) -> Joint | None:
     """The Gaussian of an AutoContinuous; None if it has another distribution."""
-    bare = replace(program, fn=guide, params={}, what="guide to be set up")
-    require(program, (k for k, s in bare.trace().items() if s["type"] == "param"))
+    params = program.checked_params()
     if isinstance(
         guide, auto.AutoBatchedMultivariateNormal | auto.AutoBatchedLowRankMultivariateNormal
     ):
-        batched = handlers.substitute(guide._get_batched_posterior, data=program.params)
-        with handlers.block():
-            d = batched()
+        d = handlers.substitute(guide._get_batched_posterior, data=params)()
         loc = to_tensor(d.loc).reshape(-1)
         blocks = to_tensor(d.scale_tril).flatten(0, -3)
         rows = torch.block_diag(*blocks.double())
@@ -285,8 +323,12 @@ def _joint(guide: Any, program: Program) -> Joint | None:
     )
     if not isinstance(guide, kinds):
         return None
-    # Compiled, since a Laplace approximation runs the model many times.
-    joint = Joint.of(to_pyro_distribution(jax.jit(guide.get_posterior)(program.params)))
+    try:
+        # Compiled, since a Laplace approximation runs the model many times.
+        d = jax.jit(guide.get_posterior)(params)
+    except jax.errors.UnexpectedTracerError as e:
+        raise set_up_in_jit(type(guide).__name__) from e
+    joint = Joint.of(to_pyro_distribution(d))
     if joint is not None and not bool((joint.scale() > 0).all()):
         raise GuideError(
             f"the {type(guide).__name__} has no spread: the curvature at its mode is singular. Fit "

@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from torch.distributions import Transform
 
-from pyro_fusion.errors import FusionError, GuideError, UnsupportedFamilyError
+from pyro_fusion.errors import FusionError, GuideError, ParameterError, UnsupportedFamilyError
 from pyro_fusion.families import Factor
 from pyro_fusion.readers.numpyro.convert import (
     to_pyro_distribution,
@@ -26,7 +26,16 @@ from pyro_fusion.readers.numpyro.convert import (
 from pyro_fusion.readers.projection import constant_axes, factor_of, same_factors
 from pyro_fusion.readers.sites import Draws, Read, Sites, Spread
 
-__all__ = ["Program", "bijection", "latent_sites", "plates_of", "read_program", "require"]
+__all__ = [
+    "Program",
+    "bijection",
+    "fit",
+    "latent_sites",
+    "plates_of",
+    "read_program",
+    "require",
+    "set_up_in_jit",
+]
 
 # Enough to see that a distribution changes from run to run.
 _COMPARED = 3
@@ -60,13 +69,39 @@ class Program:
 
         :raises GuideError: if it fails, or lacks a parameter.
         """
-        known = handlers.substitute(self.fn, data=self.params)
-        seeded = handlers.seed(known, self.next_key() if key is None else key)
+        return self._trace(handlers.substitute(self.fn, data=self.params), key)
+
+    def checked_params(self) -> dict[str, Any]:
+        """The parameters in the shapes that the guide starts them with.
+
+        :raises GuideError: for one that is not there or does not broadcast.
+        :raises ParameterError: for one that is not finite.
+        """
+        params = dict(self.params)
+
+        def given(site: Mapping[str, Any]) -> Any:
+            name = site["name"]
+            if site["type"] != "param":
+                return None
+            require(self, [name])
+            if site["args"] and hasattr(site["args"][0], "shape"):
+                params[name] = fit(name, params[name], site["args"][0].shape)
+                if not bool(jnp.isfinite(params[name]).all()):
+                    raise ParameterError(f"params['{name}'] must be finite")
+            return params[name]
+
+        # What the guide starts with is of no use where it was set up inside of jax.jit.
+        self._trace(handlers.substitute(self.fn, substitute_fn=given))
+        return params
+
+    def _trace(self, fn: Callable[..., Any], key: Any | None = None) -> dict[str, Any]:
+        seeded = handlers.seed(fn, self.next_key() if key is None else key)
         try:
-            with handlers.block():
-                trace = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
+            trace = handlers.trace(seeded).get_trace(*self.args, **self.kwargs)
         except FusionError:
             raise
+        except jax.errors.UnexpectedTracerError as e:
+            raise set_up_in_jit(self.what) from e
         except Exception as e:
             raise GuideError(
                 f"the {self.what} fails with these arguments: {type(e).__name__}: {e}"
@@ -115,6 +150,14 @@ def _pyro_or_none(fn: Any) -> Any:
         return None
 
 
+def set_up_in_jit(what: str) -> GuideError:
+    """For a guide that keeps what has a value only inside of ``jax.jit``."""
+    return GuideError(
+        f"the {what} was first called inside of jax.jit, with arguments that it depends on, and "
+        "these have no values outside. Call svi.init outside of jax.jit, and fit from there"
+    )
+
+
 def plates_of(
     name: str, site: Mapping[str, Any], batch_dim: int, sizes: Mapping[str, int] | None = None
 ) -> tuple[str | None, ...]:
@@ -146,6 +189,8 @@ def bijection(name: str, fn: Any) -> Transform:
     """From unconstrained space onto the support, as Pyro has it."""
     try:
         return to_pyro_transform(biject_to(fn.support))
+    except jax.errors.UnexpectedTracerError as e:
+        raise set_up_in_jit("guide") from e
     except (NotImplementedError, UnsupportedFamilyError) as e:
         raise GuideError(
             f"site '{name}': support {fn.support} has no bijection to unconstrained space that "
@@ -161,6 +206,24 @@ def require(program: Program, names: Iterable[str]) -> None:
         raise GuideError(
             f"params lack {missing}, which the guide has; there are {sorted(program.params)[:20]}"
         )
+
+
+def fit(name: str, value: Any, shape: tuple[int, ...]) -> Any:
+    """A parameter as an array of this shape.
+
+    :raises GuideError: if it is none, or does not broadcast.
+    """
+    try:
+        value = jnp.asarray(value)
+    except (TypeError, ValueError) as e:
+        raise GuideError(f"params['{name}'] is no array, but {type(value).__name__}") from e
+    try:
+        return jnp.broadcast_to(value, shape)
+    except ValueError as e:
+        raise GuideError(
+            f"params['{name}'] has shape {value.shape}, but that of this guide has {shape}. Give "
+            "the parameters that were fitted with this guide, and the guide the arguments of then"
+        ) from e
 
 
 def read_program(program: Program, spread: Spread) -> Sites:

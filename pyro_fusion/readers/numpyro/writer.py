@@ -5,15 +5,17 @@
 
 from __future__ import annotations
 
+import itertools
 from contextlib import ExitStack
 from typing import Any
 
 import numpyro
 
+from pyro_fusion.errors import UnsupportedFamilyError
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.readers.numpyro.convert import (
-    CONSTRAINTS,
     check_precision,
+    constraint_of,
     to_array,
     to_numpyro_distribution,
 )
@@ -34,15 +36,16 @@ class NumPyroGuide:
         warning says that the numbers are rounded.
     :raises UnsupportedFamilyError: for what NumPyro has not, as NormalWishart.
 
-    :ivar params: parameter name -> JAX array, as ``SVI`` names them.
+    :ivar params: parameter name -> JAX array, as ``SVI`` names them: ``z$loc`` of site ``z``, a
+        name that neither a site nor a parameter of the model has.
     """
 
     def __init__(self, posterior: Posterior) -> None:
         self._factors = {k: f.map(lambda v: v.clone()) for k, f in posterior.decomposed.items()}
         self._plates = dict(posterior.plates)
-        check_precision(posterior.dtype)
+        check_precision("sites", {k: f.dtype for k, f in self._factors.items()})
         self.params = {
-            f"{site}_{name}": to_array(value)
+            _name(site, name): to_array(value)
             for site, f in self._factors.items()
             for name, value in f.params.items()
         }
@@ -51,16 +54,20 @@ class NumPyroGuide:
 
     def _distribution(self, site: str, params: dict[str, Any]) -> Any:
         f = self._factors[site]
-        return to_numpyro_distribution(f, {k: params[f"{site}_{k}"] for k in f.params})
+        try:
+            return to_numpyro_distribution(f, {k: params[_name(site, k)] for k in f.params})
+        except UnsupportedFamilyError as e:
+            raise UnsupportedFamilyError(f"site '{site}': {e}") from e
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Sample every site; returns site name -> value, as autoguides do."""
         plates: dict[tuple[str, int], Any] = {}
+        taken = set(self._factors)
         result = {}
         for site, f in self._factors.items():
             params = {
-                f"{site}_{k}": numpyro.param(
-                    f"{site}_{k}", self.params[f"{site}_{k}"], constraint=CONSTRAINTS[k]
+                _name(site, k): numpyro.param(
+                    _name(site, k), self.params[_name(site, k)], constraint=constraint_of(f, k)
                 )
                 for k in f.params
             }
@@ -71,10 +78,15 @@ class NumPyroGuide:
                         continue  # stands to the right of another plate's axis
                     name = label or f"_{site}_axis{i}"
                     if (name, dim) not in plates:
-                        # One name at two depths needs two plates.
-                        taken = any(other == name for other, _ in plates)
-                        unique = f"{name}_{-dim}" if taken else name
+                        # One name at two depths needs two plates, and none is called as a site.
+                        more = (f"{name}_{n}" for n in itertools.count(-dim))
+                        unique = next(n for n in itertools.chain([name], more) if n not in taken)
+                        taken.add(unique)
                         plates[name, dim] = numpyro.plate(unique, size, dim=dim)
                     stack.enter_context(plates[name, dim])
                 result[site] = numpyro.sample(site, self._distribution(site, params))
         return result
+
+
+def _name(site: str, parameter: str) -> str:
+    return f"{site}${parameter}"
