@@ -54,17 +54,25 @@ def _r_hat(x: Tensor) -> Tensor:
 
 
 def _ess(x: Tensor) -> Tensor:
-    """Geyer's initial monotone sequence, as ``pyro.ops.stats.effective_sample_size``, whose running
-    minimum takes memory that grows with the square of the number of draws."""
+    """Geyer's initial monotone sequence. ``pyro.ops.stats.effective_sample_size`` has it too, in
+    memory that grows with the square of the number of draws, and of autocovariances that are noisy
+    at long lags: here they are those of the paper, sums over ``n``."""
     z = _scores(x)
     chains, n, _ = z.shape
     within = z.var(1).mean(0)
     total = (n - 1) / n * within + z.mean(1).var(0)
-    rho = (total - within + autocovariance(z, 1).mean(0)) / total
+    lags = torch.arange(n, dtype=z.dtype, device=z.device).unsqueeze(1)
+    covariance = autocovariance(z, 1).mean(0) * (1 - lags / n)
+    rho = 1 - (within - covariance) / total
     rho[0] = 1
     pairs = rho[: n - n % 2].unflatten(0, (-1, 2)).sum(1)
+    over = pairs <= 0
+    over[0] = False
+    # Of antithetic chains the even lag at which the sequence ends is not noise (as in Stan).
+    end = over.double().argmax(0, keepdim=True)
+    last = torch.where(over.any(0), rho.gather(0, 2 * end).squeeze(0).clamp(min=0), 0.0)
     pairs[1:] = pairs[1:].clamp(min=0).cummin(0).values
-    tau: Tensor = -1 + 2 * pairs.sum(0)
+    tau: Tensor = -1 + 2 * pairs.sum(0) + last
     return chains * n / tau
 
 

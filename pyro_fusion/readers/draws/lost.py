@@ -159,7 +159,7 @@ def dependence(z: Tensor) -> Tensor:
 def losses(
     posterior: Posterior, found: Mapping[str, SiteDraws], ess: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Of each site, and between them. Draws are thinned to the effective number."""
+    """Of each site, and between them. Draws are thinned to their effective number, ``ess``."""
     lost: dict[str, float] = {}
     every: list[Tensor] = []
     within = 0.0

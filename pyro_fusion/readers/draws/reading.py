@@ -168,11 +168,12 @@ def read_draws(
         }
     rhat = {k: extreme(split_r_hat(x), math.inf) for k, x in columns(found)}
     check_converged(rhat, max_rhat, relabel and bool(orders))
-    ess = {k: -extreme(-effective_sample_size(x), 0.0) for k, x in columns(found)}
+    sizes = {k: effective_sample_size(x) for k, x in columns(found)}
+    ess = {k: -extreme(-x, 0.0) for k, x in sizes.items()}
     check_enough(ess, min_ess, chains * num_draws)
     factors = {k: Read(s.factor(), s.plates) for k, s in found.items()}
     posterior = posterior_of(factors, {k: s.labels for k, s in found.items()}, outgoing)
-    lost, between = losses(posterior, found, ess)
+    lost, between = losses(posterior, found, {k: float(x.median()) for k, x in sizes.items()})
     named = {label: orders.get(label) for label in posterior.labels}
     reading = DrawsReading(
         posterior,
