@@ -37,8 +37,8 @@ def test_the_code_runs_as_printed(
                 assert main(shlex.split(line)[1:]) == 0
                 assert capsys.readouterr().err == ""
                 commands += 1
-    assert [language for language, _ in BLOCKS].count("python") == 9
-    assert (compared, commands) == (8, 2)
+    assert [language for language, _ in BLOCKS].count("python") == 10
+    assert (compared, commands) == (9, 2)
 
     # What the text says of the prior on the command line.
     fusion, posterior = namespace["fusion"], namespace["Posterior"]
