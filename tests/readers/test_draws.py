@@ -244,6 +244,28 @@ class TestLeavesAlone:
         assert posterior.factors["x"].loc == loc
 
 
+@pytest.mark.cuda
+def test_lands_where_the_draws_are() -> None:
+    centres = 10 * torch.arange(3.0).unsqueeze(1)
+    loc = centres + torch.randn(1000, 3, 2)
+    weights = dist.Dirichlet(torch.tensor([5.0, 6.0, 7.0])).sample([1000])
+    loc[:200], weights[:200] = loc[:200].roll(1, 1), weights[:200].roll(1, 1)
+    draws = {"loc": loc, "rate": dist.Gamma(9.0, 3.0).sample([1000]), "weights": weights}
+    options: dict[str, Any] = {
+        "axes": {"loc": ("c", None), "weights": "c"},
+        "families": {"rate": "Gamma", "weights": "Dirichlet", "loc": "MultivariateNormal"},
+    }
+    here = read_draws(draws, **options)
+    there = read_draws({k: v.cuda() for k, v in draws.items()}, **options)
+    assert there.relabelled == here.relabelled == {"c": 0.2}
+    for site, f in here.posterior.decomposed.items():
+        g = there.posterior.decomposed[site]
+        assert g.device.type == "cuda"
+        assert there.lost[site] == pytest.approx(here.lost[site], abs=1e-6)
+        for name, value in f.params.items():
+            torch.testing.assert_close(g.params[name].cpu(), value, rtol=1e-5, atol=1e-5)
+
+
 def normal(n: int = 1000, *shape: int) -> Tensor:
     return torch.randn(n, *shape)
 

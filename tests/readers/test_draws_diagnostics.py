@@ -55,6 +55,20 @@ class TestChains:
             assert float(rhat[d]) == pytest.approx(float(theirs[0]), abs=2e-4)
             assert float(ess[d]) == pytest.approx(float(theirs[1]), rel=0.02)
 
+    def test_as_arviz_was(self):
+        """Numbers of ArviZ 0.23.4, for where it is not installed."""
+        noise = np.random.default_rng(0)
+        noise.normal(size=(2, 200, 40))
+        x = noise.normal(size=(2, 200, 3))
+        for i in range(1, 200):
+            x[:, i] += np.array([0.0, 0.5, -0.5]) * x[:, i - 1]
+        x[0, :, 0] += 0.5
+        rhat, ess = split_r_hat(torch.tensor(x)), effective_sample_size(torch.tensor(x))
+        assert rhat.tolist() == pytest.approx([1.040999, 1.004419, 1.005289], abs=1e-6)
+        # The first chain is shifted, and its correlations last: ArviZ stops before the last lags.
+        assert ess.tolist() == pytest.approx([51.9947, 119.0388, 1040.8240], rel=0.03)
+        assert ess[1:].tolist() == pytest.approx([119.0388, 1040.8240], rel=1e-5)
+
     @pytest.mark.parametrize(("chains", "n", "rho"), CHAINS)
     def test_as_pyro(self, chains, n, rho):
         """Pyro's, of the normal scores of half chains."""

@@ -10,6 +10,7 @@ sections 3 and 4.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -73,7 +74,8 @@ def _ess(x: Tensor) -> Tensor:
     last = torch.where(over.any(0), rho.gather(0, 2 * end).squeeze(0).clamp(min=0), 0.0)
     pairs[1:] = pairs[1:].clamp(min=0).cummin(0).values
     tau: Tensor = -1 + 2 * pairs.sum(0) + last
-    return chains * n / tau
+    total_draws = chains * n
+    return total_draws / tau.clamp(min=1 / math.log10(total_draws))
 
 
 def _scores(x: Tensor) -> Tensor:

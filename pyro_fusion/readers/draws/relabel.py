@@ -48,8 +48,10 @@ _MOST_COMPONENTS = 200
 # are besides the order as given.
 _FEW, _LEAST_FEW, _FEW_NUMBERS = 400, 50, 1 << 19
 _PIVOTS = 4
-# E- and M-steps, and those for all draws where nothing pays among a few: draws that rarely switch.
-_ITERATIONS, _LAST_ITERATIONS = 30, 4
+# E- and M-steps for all draws, for a few, and for all where nothing pays among a few. Then draws
+# may yet switch rarely, unless most of the few would have another order: those just overlap.
+_ITERATIONS, _FEW_ITERATIONS, _LAST_ITERATIONS = 30, 10, 4
+_MOST_MOVED = 0.5
 _ROUNDS = 5  # through labels that are linked
 _BLOCK = 1 << 22  # costs that are held at a time
 # A draw is ambiguous if two components can change places in it at this loss of log-density.
@@ -208,6 +210,8 @@ def _orders(points: list[_Points], seed: int) -> tuple[Tensor, float] | None:
         best = min(starts, key=lambda order: _total(sample, order))
         if _total(sample, best) < _total(sample, _given(sample)):
             found.append(_descend(points, _cheapest(points, _atoms(sample, best)), _ITERATIONS))
+    if not found and _moved(sample) > _MOST_MOVED:
+        return None
     found.append(_descend(points, _given(points), _ITERATIONS if found else _LAST_ITERATIONS))
     order = min(found, key=lambda x: _total(points, x))
     if torch.equal(order, _given(points)) or not _pays(points, order):
@@ -218,6 +222,12 @@ def _orders(points: list[_Points], seed: int) -> tuple[Tensor, float] | None:
 def _given(points: list[_Points]) -> Tensor:
     n, size = points[0].statistics.shape[:2]
     return torch.arange(size).expand(n, size)
+
+
+def _moved(points: list[_Points]) -> float:
+    """The share of draws that would have another order."""
+    given = _given(points)
+    return float((_cheapest(points, _atoms(points, given)) != given).any(1).double().mean())
 
 
 def _total(points: list[_Points], order: Tensor) -> float:
@@ -236,7 +246,7 @@ def _pays(points: list[_Points], order: Tensor) -> bool:
 def _start(sample: list[_Points], pivot: int) -> Tensor | None:
     """The orders from a pivot; None where so few draws fit no member of the family."""
     try:
-        order = _descend(sample, _matched(sample, pivot), _ITERATIONS)
+        order = _descend(sample, _matched(sample, pivot), _FEW_ITERATIONS)
         loss = _loss(sample, order)
     except (FusionError, RuntimeError):
         return None

@@ -57,14 +57,12 @@ class DrawsReading:
             for site in self.lost
         ]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
-        lines = [
-            "  " + "  ".join([r[0].ljust(widths[0])] + [c.rjust(w) for c, w in zip(r, widths)][1:])  # noqa: B905
-            for r in rows
-        ]
+        lines = []
+        for site, *numbers in rows:
+            cells = [c.rjust(w) for c, w in zip(numbers, widths[1:], strict=True)]
+            lines.append("  ".join(["  " + site.ljust(widths[0]), *cells]))
         for label, share in self.relabelled.items():
-            note = (
-                f", of {self.ambiguous[label]:.0%} of all the order is ambiguous" if share else ""
-            )
+            note = f", ambiguous in {self.ambiguous[label]:.0%}" if share else ""
             lines.append(f"  relabelled along '{label}': {share:.0%} of the draws{note}")
         return "\n".join([repr(self), *lines])
 
