@@ -6,7 +6,8 @@
 What happens to what a module holds:
 
 ==========================================  ========================================================
-trainable parameters                        one site each, called like the parameter
+trainable parameters                        one site each, called like the parameter; none for
+                                            those without elements
 tied parameters                             one site, under the first of their names
 frozen parameters (``requires_grad=False``) no site: they count as known
 buffers (running means of a batch           no site: they count as known, at the values that they
@@ -17,7 +18,9 @@ normalisation)                              have; the module is run in evaluatio
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any, Literal
 
 import torch
@@ -31,8 +34,9 @@ from tqdm import tqdm
 
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.readers.curvature import CURVATURES, LOSSES, Loss, Network, diagonal, take
-from pyro_fusion.readers.modules import evaluating, module_axes
+from pyro_fusion.readers.curvature import Network, as_trained, diagonal
+from pyro_fusion.readers.losses import CURVATURES, LOSSES, Loss, take
+from pyro_fusion.readers.modules import evaluating, module_axes, unchanged
 
 __all__ = ["from_module", "to_module"]
 
@@ -87,7 +91,8 @@ def from_module(
     :param parameters: the names of those that get a site, the others being known; by default all
         that are trained.
     :param axes: labels of the parameters' axes, as of :class:`~pyro_fusion.Posterior`; ``"auto"``
-        finds those of hidden units, as :func:`~pyro_fusion.module_axes` does.
+        finds those of hidden units, as :func:`~pyro_fusion.module_axes` does; not of such as have
+        running statistics, which the posterior does not.
     :param outgoing: as of :class:`~pyro_fusion.Posterior`; ``axes="auto"`` does not set it, so that
         units are averaged as they are.
     :param floor: no precision is below it: the Fisher floor of Matena & Raffel (1e-6).
@@ -97,13 +102,14 @@ def from_module(
     :param num_data: N, by default the number of examples in ``data``; more, if that is a part of
         what the module was trained on.
     :param chunk_size: how many gradients of single examples are in memory at once; by default as
-        many as take 16 MiB in float32, on a GPU 256 MiB.
+        many as take 16 MiB in float32, on a GPU 256 MiB. The outputs of a batch are, too.
     :param seed: of the labels that are drawn.
     :param progress: show a progress bar over the batches.
     :raises StructureError: for parameters or labels that the module does not have.
     :raises ParameterError: for complex parameters or such without a shape, a batch normalisation
-        without running statistics, data that do not fit the module or the loss, arguments out of
-        range, and precisions of zero or that are not finite.
+        without running statistics, outputs that are random or depend on other examples, data that
+        do not fit the module or the loss, arguments out of range, and precisions of zero or that
+        are not finite.
 
     Source: Daxberger et al., *Laplace Redux* (NeurIPS 2021), sec. 2; Matena & Raffel, *Merging
     Models with Fisher-Weighted Averaging* (NeurIPS 2022), eq. 4. laplace-torch has more structures
@@ -118,10 +124,10 @@ def from_module(
     how = _loss(loss, likelihood)
     _check_numbers(curvature, floor, num_samples, num_data, chunk_size)
     prior = _prior_precision(prior_precision, trained)
-    total = {k: p.new_zeros(p.shape, dtype=torch.float64) for k, p in trained.items()}
     count, first = 0, None
-    with evaluating([module]), torch.random.fork_rng():
+    with as_trained(), unchanged(module), evaluating([module]), torch.random.fork_rng():
         torch.manual_seed(seed)
+        total = {k: p.new_zeros(p.shape, dtype=torch.float64) for k, p in trained.items()}
         network = Network(module, {k: p.detach() for k, p in trained.items()})
         place = next(iter(trained.values())).device
         for inputs, targets in _batches(data, place, progress):
@@ -143,6 +149,8 @@ def from_module(
         factors[name] = Normal(p.detach(), scale).to_event(p.dim())
     if axes == "auto":
         args = first if isinstance(first, tuple) else (first,)
+        if isinstance(first, Mapping):
+            args = inspect.signature(module.forward).bind(**first).args
         axes = {k: v for k, v in module_axes(module, *args).axes.items() if k in factors}
     return Posterior(factors, axes, outgoing=outgoing)
 
@@ -187,6 +195,9 @@ def _trained(module: nn.Module, names: Collection[str] | None) -> dict[str, nn.P
     result = {k: p for k, p in every.items() if p.requires_grad and (names is None or k in names)}
     if lazy := [k for k, p in result.items() if nn.parameter.is_lazy(p)]:
         raise ParameterError(f"parameters {lazy} have no shape yet: run the module once first")
+    if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        raise ParameterError(f"the {what} spreads a module over devices: pass that, its .module")
+    result = {k: p for k, p in result.items() if p.numel()}
     if strange := [f"{k} ({p.dtype})" for k, p in result.items() if not p.is_floating_point()]:
         raise ParameterError(
             f"parameters must be real floating-point numbers, got {', '.join(strange)}: write a "
@@ -240,7 +251,10 @@ def _prior_precision(
         )
     result = {}
     for name, p in parameters.items():
-        value = torch.as_tensor(named[name], dtype=torch.float64, device=p.device)
+        try:
+            value = torch.as_tensor(named[name], dtype=torch.float64, device=p.device)
+        except (TypeError, ValueError, RuntimeError):
+            value = torch.tensor(torch.nan)
         if not bool((value.isfinite() & (value >= 0)).all()):
             raise ParameterError(
                 f"parameter '{name}': prior_precision must be non-negative and finite, got "
@@ -273,11 +287,10 @@ def _batches(data: Any, device: torch.device, progress: bool) -> Iterator[tuple[
     """Pairs of inputs and targets, these None where there are none."""
     total = None
     batches: Iterable[Any]
-    if isinstance(data, DataLoader):
-        batches, total = data, len(data)
-    elif isinstance(data, Dataset):
-        batches = DataLoader(data, batch_size=_BATCH)
-        total = len(batches)
+    if isinstance(data, DataLoader | Dataset):
+        batches = data if isinstance(data, DataLoader) else DataLoader(data, batch_size=_BATCH)
+        with suppress(TypeError):  # an IterableDataset need not know its length
+            total = len(batches)
     elif isinstance(data, Tensor | Mapping) or (isinstance(data, tuple) and len(data) == 2):
         size = _size(data)
         batches = (take(data, slice(i, i + _BATCH)) for i in range(0, size, _BATCH))
@@ -307,8 +320,8 @@ def _size(batch: Any) -> int:
         len(t) if t.dim() else None for t in pytree.tree_leaves(batch) if isinstance(t, Tensor)
     }
     if len(sizes) != 1 or None in sizes:
+        found = f"first axes of {sorted(str(n) for n in sizes)}" if sizes else "no tensor"
         raise ParameterError(
-            "data must be tensors with one first axis for the examples, got "
-            + (f"first axes of {sorted(str(n) for n in sizes)}" if sizes else "no tensor")
+            f"data must be torch tensors with one first axis for the examples, got {found}"
         )
     return sizes.pop() or 0

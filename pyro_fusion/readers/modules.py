@@ -6,6 +6,7 @@ another makes, and confirmed by permuting units."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from pyro_fusion.errors import ParameterError, warn_user
 from pyro_fusion.readers.symmetries import Axis, Finder, FoundAxes, Probe, Proposal, Values
 
-__all__ = ["evaluating", "hidden_layers", "module_axes", "random_input"]
+__all__ = ["evaluating", "hidden_layers", "module_axes", "random_input", "unchanged"]
 
 _PROBES = 2
 _BATCH = 16
@@ -60,7 +61,7 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
         raise ParameterError(f"parameters {lazy} have no shape yet: run the module once first")
     parameters = {k: p for k, p in module.named_parameters() if p.is_floating_point()}
     shapes = {k: tuple(p.shape) for k, p in parameters.items()}
-    with torch.random.fork_rng(), torch.no_grad(), evaluating([module]):
+    with torch.random.fork_rng(), torch.no_grad(), unchanged(module), evaluating([module]):
         torch.manual_seed(seed)
         if not inputs and (x := random_input([module])) is not None:
             inputs = (x,)
@@ -149,6 +150,27 @@ def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     finally:
         for m, mode in modes:
             m.training = mode
+
+
+@contextmanager
+def unchanged(module: nn.Module) -> Iterator[None]:
+    """Leave a module as it was, whatever runs of it do to its attributes and to lists, sets and
+    mappings that are attributes. ``torch.func.functional_call`` leaves other parameters behind in
+    modules that have two names, and in recurrent ones; and some modules keep what they computed."""
+    before = []
+    for m in module.modules():
+        attributes = dict(vars(m))
+        held = [(v, copy.copy(v)) for v in attributes.values() if isinstance(v, (list, set, dict))]
+        before.append((m, attributes, held))
+    try:
+        yield
+    finally:
+        for m, attributes, held in before:
+            vars(m).clear()
+            vars(m).update(attributes)
+            for now, was in held:
+                now.clear()
+                now.extend(was) if isinstance(now, list) else now.update(was)
 
 
 def random_input(modules: Sequence[nn.Module]) -> Tensor | None:
