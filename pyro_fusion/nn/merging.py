@@ -13,13 +13,15 @@ and with one precision for all parameters the average.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from pyro.distributions import Normal
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_fusion.barycenter import Exclusive
 from pyro_fusion.errors import ParameterError, StructureError
@@ -60,9 +62,10 @@ def merge_modules(
     :param weights: λ, one non-negative weight for each module; equal by default.
         :func:`search_weights` finds them.
     :param axes: the hidden units of networks that did not begin alike are in different orders:
-        ``"auto"`` finds their labels and puts the units of each network in the order in which they
-        fit together best, before merging; or labels by parameter. By default units are merged with
-        those of their own number.
+        ``"auto"`` finds the labels of those between linear layers (not of what convolutions make)
+        and puts the units of each network in the order in which they fit together best, before
+        merging; or labels by parameter. Running statistics have the label of the weight beside
+        them, unless one is given. By default units are merged with those of their own number.
     :param inputs: arguments of the modules, where ``axes="auto"`` cannot make them; see
         :func:`~pyro_fusion.module_axes`.
     :param floor: no precision is below it: the Fisher floor of Matena & Raffel.
@@ -91,6 +94,18 @@ def merge_modules(
     return pooled(modules, ready, w, normalize)
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """A network that is ready to be merged.
+
+    :ivar posterior: of its parameters, without labels, float64.
+    :ivar statistics: its running means and variances by name, float64, on the CPU.
+    """
+
+    posterior: Posterior
+    statistics: Mapping[str, Tensor]
+
+
 def prepared(
     modules: Sequence[nn.Module],
     posteriors: Sequence[Posterior] | None,
@@ -98,27 +113,54 @@ def prepared(
     inputs: tuple[Any, ...],
     floor: float,
     seed: int,
-) -> list[Posterior]:
-    """One posterior for each module, checked, without labels, with the units in one order;
-    arguments as of :func:`merge_modules`."""
+) -> list[Prepared]:
+    """What there is to merge, checked, with the units in one order; arguments as of
+    :func:`merge_modules`."""
     ready = _posteriors(modules, posteriors, floor)
-    if axes is None:
-        return ready
-    found = module_axes(modules[0], *inputs, seed=seed).axes if axes == "auto" else axes
-    return align(ready, found, seed=seed)
+    statistics = [_statistics(m) for m in modules]
+    if axes is not None:
+        found = _axes(modules[0], inputs, seed) if axes == "auto" else axes
+        orders = _orders(ready, found, seed)
+        ready = [_permuted(p, found, order) for p, order in zip(ready, orders, strict=True)]
+        labels = {name: _label_of(name, found) for name in statistics[0]}
+        statistics = [
+            {k: v[order.get(labels[k], slice(None))] for k, v in values.items()}
+            for values, order in zip(statistics, orders, strict=True)
+        ]
+    return [Prepared(p, v) for p, v in zip(ready, statistics, strict=True)]
+
+
+def _label_of(statistic: str, axes: Axes) -> str:
+    """The label of a running mean or variance, "" if there is none."""
+    beside = f"{statistic.rpartition('.')[0]}.weight".strip(".")
+    labels = axes.get(statistic, axes.get(beside, ()))
+    return labels if isinstance(labels, str) else (*labels, None)[0] or ""
+
+
+def _axes(module: nn.Module, inputs: tuple[Any, ...], seed: int) -> Axes:
+    """Labels by parameter. Running statistics, which tell units apart, are at first values; those
+    without a weight get one, so that there is a label beside them."""
+    module = copy.deepcopy(module)
+    for m in _normalised(module).values():
+        m.reset_running_stats()
+        if m.weight is None:
+            m.weight = nn.Parameter(torch.ones_like(m.running_mean))
+            m.bias = nn.Parameter(torch.zeros_like(m.running_mean))
+    return module_axes(module, *inputs, seed=seed).axes
 
 
 def pooled(
-    modules: Sequence[nn.Module], posteriors: Sequence[Posterior], weights: Tensor, normalize: bool
+    modules: Sequence[nn.Module], ready: Sequence[Prepared], weights: Tensor, normalize: bool
 ) -> nn.Module:
     """Merge what :func:`prepared` has made."""
-    scaled = weights
+    posteriors, scaled = [one.posterior for one in ready], weights
     if normalize:
         scaled = weights / torch.stack([_norm(p) for p in posteriors])
     # What `fuse` does with sites that have no label.
     parties = Parties.of(posteriors, Exclusive(), scaled, None, None)
     values = {site: parties.share(site)[0].center() for site in posteriors[0].axes}
-    return to_module(modules[0], {**values, **_statistics(modules, weights / weights.sum())})
+    mixed = _mixed([one.statistics for one in ready], weights / weights.sum())
+    return to_module(modules[0], {**values, **mixed})
 
 
 def _norm(posterior: Posterior) -> Tensor:
@@ -132,22 +174,37 @@ def align(posteriors: Sequence[Posterior], axes: Axes, *, seed: int = 0) -> list
     :param axes: site -> labels; sites that a posterior does not have are passed over.
     :return: permuted posteriors, without labels.
     """
-    first = posteriors[0]
-    known = {site: labels for site, labels in axes.items() if site in first.axes}
-    labelled = [Posterior(p.decomposed, known) for p in posteriors]
-    if not labelled[0].labels:
+    every = zip(posteriors, _orders(posteriors, axes, seed), strict=True)
+    return [_permuted(p, axes, orders) for p, orders in every]
+
+
+def _orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[dict[str, Tensor]]:
+    """Of each posterior, by label, which of its components is which atom's."""
+    labelled = [_labelled(p, axes) for p in posteriors]
+    first = labelled[0]
+    if not first.labels:
         raise StructureError(
             f"axes have no label for any of the sites {list(first.axes)[:20]}, so there is nothing "
             "to align"
         )
-    priors = {label: Parametric(labelled[0].components(label)) for label in labelled[0].labels}
+    priors = {label: Parametric(first.components(label)) for label in first.labels}
     fusion = fuse(labelled, prior=priors, dispersion=1.0, seed=seed, restarts=_RESTARTS)
-    result = []
-    for s, p in enumerate(labelled):
-        for label, matching in fusion.matchings.items():
-            p = p.permute(label, matching.assignment[s].argsort())
-        result.append(Posterior(p.decomposed))
-    return result
+    return [
+        {label: found.assignment[s].argsort().cpu() for label, found in fusion.matchings.items()}
+        for s in range(len(posteriors))
+    ]
+
+
+def _labelled(posterior: Posterior, axes: Axes) -> Posterior:
+    known = {site: labels for site, labels in axes.items() if site in posterior.axes}
+    return Posterior(posterior.decomposed, known)
+
+
+def _permuted(posterior: Posterior, axes: Axes, orders: Mapping[str, Tensor]) -> Posterior:
+    result = _labelled(posterior, axes)
+    for label, order in orders.items():
+        result = result.permute(label, order)
+    return Posterior(result.decomposed)
 
 
 # -- what modules and posteriors must have in common -----------------------------------------------
@@ -162,16 +219,7 @@ def _posteriors(
     if not 0 <= floor < float("inf"):
         raise ParameterError(f"floor must be non-negative and finite, got {floor}")
     if posteriors is None:
-        return [
-            Posterior(
-                {
-                    k: Normal(p.detach().double(), 1.0).expand(p.shape).to_event(p.dim())
-                    for k, p in m.named_parameters()
-                    if p.requires_grad and p.is_floating_point()
-                }
-            )
-            for m in modules
-        ]
+        return [_equally_sure(m, s) for s, m in enumerate(modules)]
     if len(posteriors) != len(modules):
         raise StructureError(
             f"expected one posterior for each of {len(modules)} modules, got {len(posteriors)}"
@@ -186,10 +234,11 @@ def _posteriors(
             )
         for site, f in p.decomposed.items():
             if f.shape != own[site].shape or f.family.name != "Normal" or f.transforms:
+                behind = f" behind {type(f.transforms[-1]).__name__}" if f.transforms else ""
                 raise StructureError(
                     f"party {s}, site '{site}': expected a Normal of shape "
                     f"{tuple(own[site].shape)}, as the parameter has, got a {f.family.name} of "
-                    f"shape {tuple(f.shape)}"
+                    f"shape {tuple(f.shape)}{behind}"
                 )
         result.append(
             Posterior(
@@ -197,6 +246,25 @@ def _posteriors(
             )
         )
     return result
+
+
+def _equally_sure(m: nn.Module, party: int) -> Posterior:
+    """All parameters that are trained, with one precision."""
+    trained = {k: p.detach() for k, p in m.named_parameters() if p.requires_grad and p.numel()}
+    what = f"party {party}: the {type(m).__name__} has"
+    if not trained:
+        raise ParameterError(f"{what} no parameter that is trained (requires_grad)")
+    for k, p in trained.items():
+        if not p.is_floating_point():
+            raise ParameterError(
+                f"{what} the parameter '{k}' of {p.dtype}, expected a real one: write a complex "
+                "one as its real and imaginary part"
+            )
+        if not bool(p.isfinite().all()):
+            raise ParameterError(f"{what} NaN or inf in parameter '{k}'")
+    return Posterior(
+        {k: Normal(p.double(), 1.0).expand(p.shape).to_event(p.dim()) for k, p in trained.items()}
+    )
 
 
 def _floored(f: Factor, floor: float) -> Factor:
@@ -209,6 +277,11 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
         raise ParameterError(f"expected a sequence of torch modules, got {modules!r:.200}")
     if not modules:
         raise StructureError("expected at least one module, got none")
+    for s, m in enumerate(modules):
+        if lazy := [k for k, p in _tensors(m).items() if nn.parameter.is_lazy(p)]:
+            raise ParameterError(
+                f"party {s}: parameters {lazy} have no shape yet: run the module once first"
+            )
     first = dict(_described(modules[0]))
     for s, m in enumerate(modules):
         other = dict(_described(m))
@@ -219,8 +292,9 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
                     f"{other.get(name, 'not at all')}, party 0 {first.get(name, 'not at all')}"
                 )
     frozen = [k for k, p in modules[0].named_parameters() if not p.requires_grad]
-    moments = set(_moments(modules[0]))
-    fixed = [k for k, b in modules[0].named_buffers() if k not in moments and b.is_floating_point()]
+    running = tuple(f"{k}.".lstrip(".") for k in _normalised(modules[0]))
+    mixed = {f"{k}{x}" for k in running for x in (*_MOMENTS, "num_batches_tracked")}
+    fixed = [k for k, _ in modules[0].named_buffers() if k not in mixed]
     for s, m in enumerate(modules):
         mine, theirs = _tensors(modules[0]), _tensors(m)
         for kind, names in (("frozen parameter", frozen), ("buffer", fixed)):
@@ -246,31 +320,39 @@ def _described(m: nn.Module) -> Iterator[tuple[str, str]]:
         yield f"parameter '{name}'", f"of shape {tuple(p.shape)}{frozen}{as_well}"
     for name, b in m.named_buffers():
         yield f"buffer '{name}'", f"of shape {tuple(b.shape)}"
+    for name, part in m.named_modules():
+        yield f"module '{name}'", type(part).__name__
 
 
 # -- batch normalisation ---------------------------------------------------------------------------
 
+_MOMENTS = ("running_mean", "running_var")
 
-def _moments(module: nn.Module) -> dict[str, _BatchNorm]:
-    """Names of running means and variances, with their modules."""
+
+def _normalised(module: nn.Module) -> dict[str, _NormBase]:
+    """The modules with running means and variances, by name."""
+    every = module.named_modules()
+    return {k: m for k, m in every if isinstance(m, _NormBase) and m.running_mean is not None}
+
+
+def _statistics(module: nn.Module) -> dict[str, Tensor]:
+    """Running means and variances, float64, on the CPU."""
     return {
-        f"{name}.{moment}".strip("."): m
-        for name, m in module.named_modules()
-        if isinstance(m, _BatchNorm) and m.running_mean is not None
-        for moment in ("running_mean", "running_var")
+        f"{name}.{x}".strip("."): getattr(m, x).double().cpu()
+        for name, m in _normalised(module).items()
+        for x in _MOMENTS
     }
 
 
-def _statistics(modules: Sequence[nn.Module], weights: Tensor) -> dict[str, Tensor]:
+def _mixed(every: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
     """Running means and variances of the mixture of those of all modules."""
     result: dict[str, Tensor] = {}
-    every = [dict(m.named_buffers()) for m in modules]
-    for name in _moments(modules[0]):
+    for name in every[0]:
         if not name.endswith("running_mean"):
             continue
         other = name.removesuffix("mean") + "var"
-        mean = torch.stack([b[name].double().cpu() for b in every])
-        var = torch.stack([b[other].double().cpu() for b in every])
+        mean = torch.stack([values[name] for values in every])
+        var = torch.stack([values[other] for values in every])
         result[name] = torch.einsum("s,s...->...", weights, mean)
         deviation = (mean - result[name]).square()
         result[other] = torch.einsum("s,s...->...", weights, var + deviation)

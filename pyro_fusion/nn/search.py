@@ -11,7 +11,6 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -75,9 +74,10 @@ def search_weights(
     size = len(modules)
     if size < 2:
         raise StructureError(f"expected at least two modules, got {size}")
-    if num_evaluations < size + 1:
+    if not isinstance(num_evaluations, int) or num_evaluations < size + 1:
         raise ParameterError(
-            f"num_evaluations must be at least {size + 1} for {size} modules, got {num_evaluations}"
+            f"num_evaluations must be an integer of at least {size + 1} for {size} modules, got "
+            f"{num_evaluations}"
         )
     tried: list[np.ndarray] = []
     scores: list[float] = []
@@ -85,10 +85,14 @@ def search_weights(
     def evaluate(weights: np.ndarray) -> float:
         module = pooled(modules, ready, torch.as_tensor(weights), normalize)
         with torch.no_grad():
-            value = float(score(module))
+            given = score(module)
+        try:
+            value = float(given)
+        except (TypeError, ValueError, RuntimeError):
+            value = float("nan")
         if not np.isfinite(value):
             raise ParameterError(
-                f"score must be a finite number, got {value} at weights {weights.round(4).tolist()}"
+                f"score must be a finite number, got {given} at weights {weights.round(4).tolist()}"
             )
         tried.append(weights)
         scores.append(value)
@@ -134,6 +138,7 @@ _INSIDE, _STEP = 0.01, 1.0
 def _improve(evaluate: Callable[[np.ndarray], float], start: np.ndarray, number: int) -> None:
     if number < 1:
         return
+    from scipy.optimize import minimize  # slow to import: only when needed
 
     def loss(ratios: np.ndarray) -> float:
         weights = np.exp(np.append(ratios, 0.0) - max(0.0, ratios.max()))

@@ -9,9 +9,16 @@ import itertools
 import pytest
 import torch
 from torch import nn
-from torch.distributions import Gamma, Normal
+from torch.distributions import Gamma, LogNormal, Normal
 
-from pyro_fusion import ParameterError, Posterior, StructureError, fuse, merge_modules
+from pyro_fusion import (
+    ParameterError,
+    Posterior,
+    StructureError,
+    fuse,
+    merge_modules,
+    search_weights,
+)
 from pyro_fusion.nn import align
 
 SIZES = (5, 7, 4, 3)
@@ -203,10 +210,53 @@ class TestBatchNormalisation:
         torch.testing.assert_close(merged[0].running_var, x.var(0, correction=0))
         assert merged[0].num_batches_tracked == 1
 
+    @pytest.mark.parametrize("affine", [True, False])
+    @pytest.mark.parametrize("how", ["auto", "by hand"])
+    def test_statistics_go_with_the_units(self, affine, how):
+        norm = nn.BatchNorm1d(6, affine=affine)
+        module = nn.Sequential(nn.Linear(5, 6), norm, nn.ReLU(), nn.Linear(6, 2)).double()
+        for _ in range(30):
+            module(1 + 2 * torch.randn(50, 5).double())
+        state = module.eval().state_dict()
+        order = torch.randperm(6)
+        for k, v in state.items():
+            if v.shape[:1] == (6,):
+                state[k] = v[order]
+        state["3.weight"] = state["3.weight"][:, order]
+        other = copy.deepcopy(module)
+        other.load_state_dict(state)
+        axes = "auto"
+        if how == "by hand":
+            axes = {"0.weight": ("units",), "0.bias": "units", "3.weight": (None, "units")}
+            axes |= {f"1.{k}": ("units",) for k, v in norm.state_dict().items() if v.dim()}
+            if affine:  # statistics have the label of the weight beside them
+                axes = {k: v for k, v in axes.items() if "running" not in k}
+        x = torch.randn(10, 5).double()
+        merged = merge_modules([module, other], axes=axes)
+        torch.testing.assert_close(merged(x), module(x))
+        found = search_weights(
+            [module, other],
+            lambda m: -float((m(x) - module(x)).abs().max()),
+            axes=axes,
+            num_evaluations=5,
+        )
+        assert found.scores.min() > -1e-10
 
-def other_buffer():
+    def test_instance_normalisation(self):
+        modules = [nn.InstanceNorm1d(3, track_running_stats=True, affine=True) for _ in range(2)]
+        modules[1].running_mean += 2
+        torch.testing.assert_close(merge_modules(modules).running_mean, torch.ones(3))
+
+
+def other_buffer(make=torch.randn):
     m = network()
-    m.register_buffer("shift", torch.randn(3))
+    m.register_buffer("shift", make(3))
+    return m
+
+
+def squashed():
+    m = network()
+    m[1] = nn.Sigmoid()
     return m
 
 
@@ -243,6 +293,11 @@ class TestErrors:
             ([network(), frozen()], "party 1 has parameter '0.weight' .* frozen, party 0 of shape"),
             ([frozen(), frozen()], "frozen parameter '0.weight' of party 1 differs"),
             ([other_buffer(), other_buffer()], "buffer 'shift' of party 1 differs"),
+            (
+                [other_buffer(torch.arange), other_buffer(lambda n: torch.arange(n).flip(0))],
+                "buffer 'shift' of party 1 differs",
+            ),
+            ([network(), squashed()], "party 1 has module '1' Sigmoid, party 0 "),
         ],
     )
     def test_architectures(self, modules, match):
@@ -254,6 +309,28 @@ class TestErrors:
             merge_modules(network())
         with pytest.raises(ParameterError, match="expected a sequence of torch modules"):
             merge_modules([network(), posterior_of(network())])
+
+    def test_parameters(self):
+        def one(value, **kwargs):
+            m = nn.Linear(3, 2)
+            m.weight = nn.Parameter(value, **kwargs)
+            return m
+
+        good = torch.ones(2, 3)
+        for module, match in (
+            (one(good * 1j), "party 0: .* parameter 'weight' of torch.complex64"),
+            (one(good / 0), "party 0: .* NaN or inf in parameter 'weight'"),
+            (one(good).requires_grad_(False), "party 0: .* no parameter that is trained"),
+            (nn.LazyLinear(2), r"party 0: parameters \['weight', 'bias'\] have no shape yet"),
+        ):
+            with pytest.raises(ParameterError, match=match):
+                merge_modules([module, copy.deepcopy(module)])
+
+    def test_parameters_without_elements(self):
+        modules = [nn.Linear(2, 2) for _ in range(2)]
+        for m in modules:
+            m.none = nn.Parameter(torch.zeros(0))
+        assert merge_modules(modules).none.shape == (0,)
 
     def test_posteriors(self):
         modules = [network() for _ in range(2)]
@@ -272,6 +349,10 @@ class TestErrors:
             (
                 {"0.weight": Gamma(torch.ones(7, 5), 1.0)},
                 "party 1, site '0.weight': expected a Normal .* got a Gamma",
+            ),
+            (
+                {"0.weight": LogNormal(torch.zeros(7, 5), 1.0)},
+                "party 1, site '0.weight': .* got a Normal .* behind ExpTransform",
             ),
         ):
             with pytest.raises(StructureError, match=match):

@@ -78,6 +78,12 @@ class TestErrors:
     def test_score(self):
         with pytest.raises(ParameterError, match=r"got nan at weights \[1.0, 0.0\]"):
             search_weights(modules(2), lambda m: float("nan"))
+        with pytest.raises(ParameterError, match="a finite number, got None"):
+            search_weights(modules(2), lambda m: None)
+
+    def test_no_integer(self):
+        with pytest.raises(ParameterError, match="must be an integer of at least 3"):
+            search_weights(modules(2), nearness(0.5, 0.5), num_evaluations=10.0)
 
     @pytest.mark.parametrize("size, number, least", [(2, 2, 3), (4, 4, 5)])
     def test_too_few(self, size, number, least):
