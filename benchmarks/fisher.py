@@ -10,7 +10,8 @@
 2. *Different initialisations*: two parties train networks of their own, each on half of the images;
    their hidden units are in different orders.
 3. *Robust fine-tuning*: a network that has seen images of all kinds is trained further on images of
-   one kind, and merged with what it was.
+   one kind, and merged with what it was. Here no λ is chosen on validation images: rows are at
+   fixed ones, and "best sum" is at that which is best on the test images, for each method.
 
 Run ``python benchmarks/fisher.py``, on scikit-learn's digits, or ``--data FOLDER``, where FOLDER
 has ``mnist.npz`` (arrays ``x_train``, ``y_train``, ``x_test``, ``y_test``). ``--out FOLDER`` draws
@@ -390,7 +391,8 @@ def robustness(
             if round(10 * x, 6) in (2, 4, 5, 6, 8):
                 rows[f"{name}, λ = {x:.1f}"] = along[-1]
         curves[name] = np.array([[r["in"], r["shifted"]] for r in along])
-        # The most that is to be had at the shifts, by what it costs in distribution.
+        # The most that is to be had at the shifts, by what it costs in distribution. The λ is the
+        # best one on the test images, so a bound for all three, and no choice one could have made.
         best = max(range(GRID), key=lambda i, a=along: a[i]["in"] + a[i]["shifted"])  # type: ignore[misc]
         rows[f"{name}, best sum"] = along[best]
     return rows, curves
