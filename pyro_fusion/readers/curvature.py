@@ -151,7 +151,7 @@ def _square(g: Tensor) -> Tensor:
 
 
 def _summed(gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: _square(g).sum(0) for k, g in gradients.items()}
+    return {k: _square(g[0]) if len(g) == 1 else _square(g).sum(0) for k, g in gradients.items()}
 
 
 def diagonal(
