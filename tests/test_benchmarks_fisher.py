@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyro_fusion.nn import merging
+from pyro_fusion.nn import alignment
 from tests.test_benchmarks import load
 
 
@@ -68,7 +68,7 @@ def test_prints_a_row_for_every_method(
 ) -> None:
     pytest.importorskip("matplotlib")
     fisher.main(["--small", "--seeds", "2", "--only", "1a", "1d", "3", "--out", str(tmp_path)])
-    monkeypatch.setattr(merging, "_RESTARTS", 0)
+    monkeypatch.setattr(alignment, "_RESTARTS", 0)
     fisher.main(["--small", "--seeds", "1", "--only", "2"])
     printed = capsys.readouterr().out
     for title, rows in (

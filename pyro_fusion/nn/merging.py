@@ -26,18 +26,14 @@ from torch.nn.modules.batchnorm import _NormBase
 from pyro_fusion.barycenter import Exclusive
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
-from pyro_fusion.fuse import fuse
+from pyro_fusion.nn.alignment import permuted, unit_orders
 from pyro_fusion.parties import Parties
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import Parametric
 from pyro_fusion.readers.laplace import to_module
 from pyro_fusion.readers.modules import module_axes
 from pyro_fusion.structure import check_weights
 
-__all__ = ["align", "merge_modules", "pooled", "prepared"]
-
-# More are hardly better, and each costs as much: units that fit together are found from any start.
-_RESTARTS = 3
+__all__ = ["merge_modules", "pooled", "prepared"]
 
 
 def merge_modules(
@@ -81,8 +77,7 @@ def merge_modules(
     ``torch.optim.swa_utils.update_bn(loader, module)`` makes them so, if there are data.
 
     Source: Matena & Raffel, *Merging Models with Fisher-Weighted Averaging* (NeurIPS 2022), eq. 4;
-    for the order of the units Ainsworth, Hayase & Srinivasa, *Git Re-Basin* (ICLR 2023), sec. 3.2,
-    here with Fisher-weighted distances.
+    for the order of the units see :func:`~pyro_fusion.nn.align`.
 
     Example::
 
@@ -120,8 +115,8 @@ def prepared(
     statistics = [_statistics(m) for m in modules]
     if axes is not None:
         found = _axes(modules[0], inputs, seed) if axes == "auto" else axes
-        orders = _orders(ready, found, seed)
-        ready = [_permuted(p, found, order) for p, order in zip(ready, orders, strict=True)]
+        orders = unit_orders(ready, found, seed)
+        ready = [permuted(p, found, order) for p, order in zip(ready, orders, strict=True)]
         labels = {name: _label_of(name, found) for name in statistics[0]}
         statistics = [
             {k: v[order.get(labels[k], slice(None))] for k, v in values.items()}
@@ -165,46 +160,6 @@ def pooled(
 
 def _norm(posterior: Posterior) -> Tensor:
     return torch.stack([f.precision.norm() for f in posterior.decomposed.values()]).norm().cpu()
-
-
-def align(posteriors: Sequence[Posterior], axes: Axes, *, seed: int = 0) -> list[Posterior]:
-    """Networks' posteriors with their hidden units in one order: that of the atoms which they have
-    in common, as many as each network has units.
-
-    :param axes: site -> labels; sites that a posterior does not have are passed over.
-    :return: permuted posteriors, without labels.
-    """
-    every = zip(posteriors, _orders(posteriors, axes, seed), strict=True)
-    return [_permuted(p, axes, orders) for p, orders in every]
-
-
-def _orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[dict[str, Tensor]]:
-    """Of each posterior, by label, which of its components is which atom's."""
-    labelled = [_labelled(p, axes) for p in posteriors]
-    first = labelled[0]
-    if not first.labels:
-        raise StructureError(
-            f"axes have no label for any of the sites {list(first.axes)[:20]}, so there is nothing "
-            "to align"
-        )
-    priors = {label: Parametric(first.components(label)) for label in first.labels}
-    fusion = fuse(labelled, prior=priors, dispersion=1.0, seed=seed, restarts=_RESTARTS)
-    return [
-        {label: found.assignment[s].argsort().cpu() for label, found in fusion.matchings.items()}
-        for s in range(len(posteriors))
-    ]
-
-
-def _labelled(posterior: Posterior, axes: Axes) -> Posterior:
-    known = {site: labels for site, labels in axes.items() if site in posterior.axes}
-    return Posterior(posterior.decomposed, known)
-
-
-def _permuted(posterior: Posterior, axes: Axes, orders: Mapping[str, Tensor]) -> Posterior:
-    result = _labelled(posterior, axes)
-    for label, order in orders.items():
-        result = result.permute(label, order)
-    return Posterior(result.decomposed)
 
 
 # -- what modules and posteriors must have in common -----------------------------------------------

@@ -155,7 +155,7 @@ class TestAlignment:
     def parties(self):
         module = network()
         modules = [module, shuffled(module, 1), shuffled(module, 2)]
-        return modules, [posterior_of(m, 0.02, spread=0.3) for m in modules]
+        return modules, [posterior_of(m) for m in modules]
 
     @pytest.mark.parametrize("how", ["average", "fisher"])
     def test_one_network_in_several_orders(self, how):

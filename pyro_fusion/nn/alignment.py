@@ -1,0 +1,79 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The hidden units of several networks in one order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from pyro.distributions import Normal
+from torch import Tensor
+
+from pyro_fusion.errors import StructureError
+from pyro_fusion.fuse import fuse
+from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.priors import Parametric
+
+__all__ = ["align", "permuted", "unit_orders"]
+
+# More are hardly better, and each costs as much: units that fit together are found from any start.
+_RESTARTS = 3
+
+
+def align(posteriors: Sequence[Posterior], axes: Axes, *, seed: int = 0) -> list[Posterior]:
+    r"""Networks' posteriors with their hidden units in one order, in which their means are nearest:
+
+    .. math:: \min_{\pi, a} \sum_s \| \pi_s(\theta_s) - a \|^2
+
+    over a permutation of each network's units for each label. It is fusion with as many atoms as
+    each network has units, of Normals of one width: the widths of the posteriors themselves say how
+    little the data tell of a parameter, rather than which unit it belongs to, and led astray in
+    ``benchmarks/fisher.py``.
+
+    :param axes: site -> labels; sites that a posterior does not have are passed over.
+    :param seed: of the starts.
+    :return: permuted posteriors, without labels.
+    :raises StructureError: if no site has a label.
+
+    Source: Ainsworth, Hayase & Srinivasa, *Git Re-Basin* (ICLR 2023), sec. 3.2, of any number of
+    networks.
+    """
+    every = zip(posteriors, unit_orders(posteriors, axes, seed), strict=True)
+    return [permuted(p, axes, orders) for p, orders in every]
+
+
+def unit_orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[dict[str, Tensor]]:
+    """Of each posterior, by label, which of its components is which atom's: LongTensor ``[L]``."""
+    means = [_labelled(_at_mean(p), axes) for p in posteriors]
+    first = means[0]
+    if not first.labels:
+        raise StructureError(
+            f"axes have no label for any of the sites {list(first.axes)[:20]}, so there is nothing "
+            "to align"
+        )
+    priors = {label: Parametric(first.components(label)) for label in first.labels}
+    fusion = fuse(means, prior=priors, dispersion=1.0, seed=seed, restarts=_RESTARTS)
+    return [
+        {label: found.assignment[s].argsort().cpu() for label, found in fusion.matchings.items()}
+        for s in range(len(posteriors))
+    ]
+
+
+def permuted(posterior: Posterior, axes: Axes, orders: Mapping[str, Tensor]) -> Posterior:
+    """A posterior with its components in these orders, without labels."""
+    result = _labelled(posterior, axes)
+    for label, order in orders.items():
+        result = result.permute(label, order)
+    return Posterior(result.decomposed)
+
+
+def _at_mean(posterior: Posterior) -> Posterior:
+    means = {site: f.center() for site, f in posterior.decomposed.items()}
+    return Posterior({k: Normal(x, torch.ones_like(x)).to_event(x.dim()) for k, x in means.items()})
+
+
+def _labelled(posterior: Posterior, axes: Axes) -> Posterior:
+    known = {site: labels for site, labels in axes.items() if site in posterior.axes}
+    return Posterior(posterior.decomposed, known)
