@@ -189,6 +189,23 @@ class TestLost:
             reading = read_draws({"x": x})
         assert reading.lost["x"] == pytest.approx(0.555, abs=0.05)  # by quadrature
 
+    def test_ties(self):
+        """Rounded, or repeated as where proposals are refused, draws lose no more than they did."""
+        x = torch.randn(4000, dtype=torch.float64)
+        for draws in (0.05 * (2 * x).round(), (1000 + x).half(), x[:200].repeat_interleave(20)):
+            assert read_draws({"x": draws}).lost["x"] < 0.05
+        skewed = -torch.rand(4000, dtype=torch.float64).log()
+        with pytest.warns(UserWarning, match=r"loses 0.\d nats of 'x'"):
+            exact, rounded = (
+                read_draws({"x": y}).lost["x"] for y in (skewed, (10 * skewed).round() / 10)
+            )
+        assert rounded == pytest.approx(exact, abs=0.05)
+
+    def test_constant_after_thinning(self):
+        x = torch.randn(400, 2, dtype=torch.float64)
+        x[:, 1] = 0
+        assert abs(float(dependence(x))) < 0.02
+
     def test_between_sites(self):
         a = torch.randn(4000, 2)
         b = 0.9 * a + math.sqrt(1 - 0.81) * torch.randn(4000, 2)

@@ -9,7 +9,8 @@ transform), :math:`z`. KL does not change under a bijection, so
 .. math:: KL(p \| q) = \sum_i KL(p_{z_i} \| N(0, 1)) + KL(p_z \| \prod_i p_{z_i}).
 
 The first terms are estimated from m-spacings, ``m = √n``: without bias where the factor is right,
-and a little low elsewhere, as the density is averaged over m draws. The last is that of the
+and low elsewhere, as the density is averaged over m draws: a little for most shapes, and much for
+tails heavier than the factor's, which are in the outermost m. The last is that of the
 Gaussian copula, :math:`-\frac{1}{2} \log \det R` with ``R`` the correlations of the normal scores,
 less what it is on average for independent draws: a lower bound, exact for Gaussian dependence.
 
@@ -37,6 +38,8 @@ __all__ = ["dependence", "losses", "marginal_losses", "standard_normals"]
 
 # So many draws for each number are needed to look for correlations.
 _DRAWS_PER_NUMBER = 4
+# Standard deviations: beyond, the probability is no number.
+_FARTHEST = 37.5
 
 
 # -- draws that would be standard Normals ----------------------------------------------------------
@@ -127,7 +130,11 @@ def marginal_losses(z: Tensor) -> Tensor:
     n = len(z)
     m = max(1, round(math.sqrt(n)))
     end = z.new_full((1, z.shape[1]), math.inf)
-    ordered = torch.cat([-end, z.sort(0).values, end])
+    ordered = z.clamp(-_FARTHEST, _FARTHEST).sort(0).values
+    tied = (ordered[1:] == ordered[:-1]).any(0)
+    for i in tied.nonzero().flatten().tolist():
+        ordered[:, i] = _untied(ordered[:, i])
+    ordered = torch.cat([-end, ordered, end])
     a, b = ordered[:-m], ordered[m:]
     # The probability of the gap under N(0, 1), by the tail in which it has digits.
     ndtr = torch.special.ndtr
@@ -135,6 +142,20 @@ def marginal_losses(z: Tensor) -> Tensor:
     gap = gap.clamp(min=torch.finfo(gap.dtype).tiny)
     expected = torch.digamma(gap.new_tensor(float(m))) - torch.digamma(gap.new_tensor(n + 1.0))
     return expected - gap.log().mean(0)
+
+
+def _untied(ordered: Tensor) -> Tensor:
+    """Equal numbers, of rounding or of proposals that a sampler refused, spread over what is
+    between their neighbours: they are no sign of a density without bounds."""
+    distinct, counts = ordered.unique_consecutive(return_counts=True)
+    if len(distinct) == 1:
+        return ordered
+    rank = torch.arange(len(ordered), dtype=ordered.dtype, device=ordered.device)
+    mean_rank = counts.cumsum(0) - (counts + 1) / 2
+    right = torch.searchsorted(mean_rank.to(rank), rank).clamp(1, len(distinct) - 1)
+    left = right - 1
+    share = (rank - mean_rank[left]) / (mean_rank[right] - mean_rank[left])
+    return torch.lerp(distinct[left], distinct[right], share.to(ordered))
 
 
 def dependence(z: Tensor) -> Tensor:
@@ -146,8 +167,11 @@ def dependence(z: Tensor) -> Tensor:
     if size == 1 or n < _DRAWS_PER_NUMBER * size:
         return zero
     scores = normal_scores(z.reshape(n, -1)).reshape(z.shape).movedim(0, -2)
-    scores = scores / scores.square().sum(-2, keepdim=True).sqrt()
-    log_det = torch.linalg.slogdet(scores.mT @ scores).logabsdet
+    # Numbers that thinning left constant depend on nothing.
+    length = scores.square().sum(-2, keepdim=True).sqrt().clamp(min=torch.finfo(z.dtype).tiny)
+    correlation = (scores / length).mT @ (scores / length)
+    correlation.diagonal(dim1=-2, dim2=-1).fill_(1)
+    log_det = torch.linalg.slogdet(correlation).logabsdet
     i = torch.arange(2, size + 1, dtype=z.dtype, device=z.device)
     expected = (torch.digamma((n - i) / 2) - torch.digamma((z.new_tensor(n) - 1) / 2)).sum()
     return (expected - log_det) / 2
