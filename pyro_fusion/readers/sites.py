@@ -69,13 +69,18 @@ Sites = dict[str, Read | Draws]
 def labels_of(axes: Axes | None) -> Labels:
     """Labels by site, a lone one as a tuple.
 
-    :raises ParameterError: for axes that are no mapping.
+    :raises ParameterError: for axes that are no mapping, or labels that are no sequence.
     """
     if axes is not None and not isinstance(axes, Mapping):
         raise ParameterError(
             f'axes must be a mapping from site to labels, or for guides "auto", got {axes!r}'
         )
-    return {k: (v,) if isinstance(v, str) else tuple(v) for k, v in (axes or {}).items()}
+    result: dict[str, Sequence[str | None]] = {}
+    for site, labels in (axes or {}).items():
+        if not isinstance(labels, Sequence):
+            raise ParameterError(f"site '{site}': expected a sequence of labels, got {labels!r}")
+        result[site] = (labels,) if isinstance(labels, str) else tuple(labels)
+    return result
 
 
 def check_num_samples(num_samples: int) -> None:

@@ -224,6 +224,37 @@ class TestStructure:
         assert reading.ess["L"] > 0.8 * N  # what is constant by its support does not count
 
 
+class TestSupports:
+    def test_bounds_that_are_tensors(self):
+        """Of one interval for all components, as a model with as many bounds has it."""
+
+        def uniform() -> None:
+            with pyro.plate("component", 3):
+                pyro.sample("x", dist.Uniform(torch.zeros(3), 2 * torch.ones(3)))
+
+        draws = {"x": 2 * torch.rand(1000, 3)}
+        mine = Posterior.from_draws(draws, uniform).decomposed["x"]
+        guide = AutoNormal(uniform)
+        guide()
+        assert mine.structure() == Posterior.from_guide(guide).decomposed["x"].structure()
+
+    def test_a_family_knows_its_own(self):
+        """Though nobody knows a bijection onto it, or it depends on other sites."""
+        root = torch.randn(1000, 2, 9)
+        posterior = Posterior.from_draws(
+            {"x": root @ root.mT}, families="Wishart", supports={"x": constraints.positive_definite}
+        )
+        assert posterior.decomposed["x"].family.name == "Wishart"
+
+        def nested() -> None:
+            a = pyro.sample("a", dist.Uniform(0.5, 1.0))
+            pyro.sample("b", dist.Uniform(0.0, a))
+
+        draws = {"b": (0.5 + 0.5 * torch.rand(1000)) * torch.rand(1000)}
+        f = Posterior.from_draws(draws, nested, families=dist.Beta).decomposed["b"]
+        assert f.family.name == "Beta"
+
+
 class TestLeavesAlone:
     def test_random_states_store_and_draws(self):
         pyro.param("a", torch.ones(2))
@@ -324,6 +355,22 @@ class TestBadDraws:
                 {},
                 r"all draws are on the simplex.*supports=\{'x': constraints.simplex\}",
             ),
+            (
+                {"x": torch.rand(1000)},
+                {"supports": {"x": constraints.interval(0, 0.5)}},
+                "between 0 and 1, and not at the ends",
+            ),
+            (
+                {"x": torch.rand(1000, 3)},
+                {"supports": {"x": constraints.interval(torch.zeros(3), torch.arange(1.0, 4.0))}},
+                "'x': .* fit no Normal: AffineTransform with arguments that differ",
+            ),
+            (
+                {"x": torch.eye(2).expand(1000, 2, 2) * torch.rand(1000, 1, 1)},
+                {"supports": {"x": constraints.positive_definite}},
+                r"'x': no bijection onto its support is known: .*families=\{'x': ...\}",
+            ),
+            ({"x": torch.eye(3).repeat(20, 1)}, {"families": "Dirichlet"}, "that of a Dirichlet"),
             ({"x": normal(1000, 2).cumsum(0)}, {}, "R-hat of site 'x' is .* and 1.1 is allowed"),
         ],
     )
@@ -397,7 +444,14 @@ class TestBadDraws:
             Posterior.from_draws({"x": normal()}, families=dist.StudentT)
 
     @pytest.mark.parametrize(
-        "options", [{"max_rhat": 0.9}, {"min_ess": -1}, {"seed": -1}, {"max_rhat": math.nan}]
+        "options",
+        [
+            {"max_rhat": 0.9},
+            {"max_rhat": math.nan},
+            {"min_ess": -1},
+            {"min_ess": math.inf},
+            {"seed": -1},
+        ],
     )
     def test_settings(self, options):
         with pytest.raises(ParameterError, match=next(iter(options))):
@@ -406,6 +460,8 @@ class TestBadDraws:
     def test_labels_that_do_not_fit(self):
         with pytest.raises(StructureError, match="2 labels"):
             Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": ("a", "b")})
+        with pytest.raises(ParameterError, match="'x': expected a sequence of labels, got 3"):
+            Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": 3})
 
 
 class TestBadModels:

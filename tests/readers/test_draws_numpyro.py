@@ -95,6 +95,13 @@ def test_supports_of_numpyro():
     assert theirs.decomposed["x"].structure() == mine.decomposed["x"].structure()
 
 
+def test_support_that_pyro_has_not():
+    x = np.eye(2) * np.random.default_rng(0).gamma(9.0, size=(100, 1, 1))
+    positive = {"x": ndist.constraints.positive_definite}
+    with pytest.raises(DrawsError, match=r"'x': no bijection onto .*families=\{'x': ...\}"):
+        Posterior.from_draws({"x": x}, supports=positive)
+
+
 def test_deterministic_sites_by_name(mcmc):
     assert list(Posterior.from_draws(mcmc, sites=["mean"]).factors) == ["mean"]
 

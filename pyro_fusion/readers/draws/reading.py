@@ -26,9 +26,9 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
-from torch.distributions import constraints
+from torch.distributions import Transform, constraints
 
-from pyro_fusion.errors import DrawsError, ParameterError
+from pyro_fusion.errors import DrawsError, GuideError, ParameterError, UnsupportedFamilyError
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.draws.checks import (
     check_converged,
@@ -104,7 +104,8 @@ def read_draws(
         labels event axes.
     :param families: a distribution's class, or its name, for all sites, or site name -> that:
         ``Normal`` (by default) or ``MultivariateNormal`` in unconstrained space, or any registered
-        family in that of the values, such as ``Gamma``, ``Beta``, ``Dirichlet``, ``InverseGamma``.
+        family in that of the values, such as ``Gamma``, ``Beta``, ``Dirichlet``, ``InverseGamma``,
+        whatever the support of the site.
         A simplex whose axis is labelled is a Dirichlet, as its components have no order.
     :param supports: site name -> a constraint, of Pyro or NumPyro, or a bijection onto the support;
         before the model's.
@@ -198,6 +199,8 @@ def _check_settings(max_rhat: float | None, min_ess: float | None, seed: int) ->
     for name, value, least in (("max_rhat", max_rhat, 1), ("min_ess", min_ess, 0)):
         if value is not None and not value >= least:
             raise ParameterError(f"{name} must be None or at least {least}, got {value}")
+    if min_ess == math.inf:
+        raise ParameterError("min_ess must be finite, got inf")
     if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
         raise ParameterError(f"seed must be a number from 0, got {seed!r}")
 
@@ -284,21 +287,9 @@ def _site(
             f"arguments, it is of shape {tuple(info.shape)}. Pass the arguments that the draws "
             "were made with, and group_by_chain=True if the draws are [chain, draw, *shape]"
         )
-    if supports is not None and name in supports:
-        transform = transform_onto(name, supports[name])
-    elif info is not None:
-        transform = info.transform()
-    elif name in source.transforms:
-        transform = source.transforms[name]
-    else:
-        transform = transform_onto(name, constraints.real)
-        # A family other than the Gaussians knows its support.
-        if kind.gaussian and looks_like_simplex(value):
-            raise DrawsError(
-                f"site '{name}': all draws are on the simplex, but its support is not known. Pass "
-                f"supports={{'{name}': constraints.simplex}}, or the model; or, if it is no "
-                f"simplex, supports={{'{name}': constraints.real}}"
-            )
+    transform = transform_onto(name, constraints.real)
+    if kind.gaussian:  # any other family knows its support
+        transform = _bijection(name, value, source, info, supports)
     if labels is None:
         labels = info.plates if info is not None else ()
     full = labels_for(shape, labels)
@@ -316,6 +307,36 @@ def _site(
         plates = full[:leading]
     chains = draws.shape[0]
     return SiteDraws(name, value, chains, transform, kind, tuple(plates), full, draws.dtype)
+
+
+def _bijection(
+    name: str,
+    value: Tensor,
+    source: Source,
+    info: Known | None,
+    supports: Mapping[str, Any] | None,
+) -> Transform:
+    try:
+        if supports is not None and name in supports:
+            return transform_onto(name, supports[name])
+        if info is not None:
+            return info.transform()
+    except (GuideError, UnsupportedFamilyError) as e:
+        reason = str(e).removeprefix(f"site '{name}': ").split(". ")[0]
+        raise DrawsError(
+            f"site '{name}': no bijection onto its support is known: {reason}. Pass one, "
+            f"supports={{'{name}': ...}}, or a family that has this support, "
+            f"families={{'{name}': ...}}, or leave the site out with sites=[...]"
+        ) from e
+    if name in source.transforms:
+        return source.transforms[name]
+    if looks_like_simplex(value):
+        raise DrawsError(
+            f"site '{name}': all draws are on the simplex, but its support is not known. Pass "
+            f"supports={{'{name}': constraints.simplex}}, or the model; or, if it is no "
+            f"simplex, supports={{'{name}': constraints.real}}"
+        )
+    return transform_onto(name, constraints.real)
 
 
 def _kind(name: str, families: Families | None) -> Kind:

@@ -6,8 +6,10 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +65,7 @@ class SiteDraws:
 
     :ivar value: ``[n, *shape]``, float64, the chains one after the other.
     :ivar chains: how many.
-    :ivar transform: the bijection onto the support.
+    :ivar transform: the bijection onto the support; of no matter to a family that knows its own.
     :ivar plates: the plate (or None) of each batch axis.
     :ivar labels: a label or None for each axis of ``shape``.
     :ivar dtype: of the factor.
@@ -104,6 +106,11 @@ class SiteDraws:
         gaussian = self.on_simplex and self.kind.family.name != "Dirichlet"
         return gaussian and self.labels[-1] is not None
 
+    @property
+    def _support(self) -> str:
+        gaussian = self.kind.gaussian
+        return str(self.transform.codomain) if gaussian else f"that of a {self.kind.family.name}"
+
     def base(self) -> Tensor:
         """The draws in the coordinates of the family, ``[n, *base_shape]``.
 
@@ -118,7 +125,7 @@ class SiteDraws:
         finite = torch.isfinite(value)
         if self.on_simplex:
             finite = self.value > 0
-        self.refuse(~finite, f"inside the support, {self.transform.codomain}, not on its border")
+        self.refuse(~finite, f"inside the support, {self._support}, not on its border")
         self._check_image(value)
         return value
 
@@ -128,7 +135,7 @@ class SiteDraws:
         for t in self.transforms:
             again = t(again)
         far = ~((again - self.value).abs() <= _SLACK * (1 + self.value.abs()))
-        self.refuse(far, f"in the support, {self.transform.codomain}")
+        self.refuse(far, f"in the support, {self._support}")
 
     def refuse(self, bad: Tensor, expected: str) -> None:
         """:raises DrawsError: if an entry of ``bad``, ``[n, ...]``, is set."""
@@ -205,13 +212,14 @@ class SiteDraws:
 
 def _ends(t: Transform) -> tuple[float, float]:
     """Between which numbers an elementwise bijection has its values."""
-    if t.domain.event_dim or t.codomain.event_dim:
-        return -float("inf"), float("inf")
-    ends = torch.tensor([-float("inf"), float("inf")], dtype=torch.float64)
-    if isinstance(t, tt._InverseTransform | tt.PowerTransform):
-        return -float("inf"), float("inf")
-    low, high = sorted(t(ends).tolist())
-    return low, high
+    onto: Any = t.codomain
+    low, high = (getattr(onto, x, None) for x in ("lower_bound", "upper_bound"))
+    if onto.event_dim:
+        low = high = None
+    return (
+        low if isinstance(low, int | float) else -math.inf,
+        high if isinstance(high, int | float) else math.inf,
+    )
 
 
 def check_finite(name: str, draws: Tensor) -> None:
