@@ -171,6 +171,16 @@ class TestInferenceData:
         with pytest.raises(DrawsError, match=r"'x': expected the dimensions 'chain' and 'draw'"):
             Posterior.from_draws(data)
 
+    def test_without_a_posterior(self):
+        """An InferenceData is a mapping, too, of its groups."""
+
+        class InferenceData(dict):  # type: ignore[type-arg]
+            pass
+
+        InferenceData.__module__ = "arviz.data.inference_data"
+        with pytest.raises(DrawsError, match="with the group 'posterior'; got InferenceData"):
+            Posterior.from_draws(InferenceData(prior=self.dataset()))
+
     def test_of_arviz_itself(self):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -195,6 +205,18 @@ class TestArrays:
         posterior = Posterior.from_draws({"x": x})
         assert str(posterior.dtype) == f"torch.{dtype}"
         assert np.allclose(posterior.factors["x"].mean.numpy(), x.mean(0), atol=1e-6)
+
+    @pytest.mark.parametrize(("dtype", "read"), [(">f4", "float32"), (np.longdouble, "float64")])
+    def test_as_files_have_them(self, dtype, read):
+        x = np.random.default_rng(0).normal(size=(300, 2)).astype(dtype)
+        posterior = Posterior.from_draws({"x": x})
+        assert str(posterior.dtype) == f"torch.{read}"
+        assert np.allclose(posterior.factors["x"].mean.numpy(), x.mean(0).astype(float), atol=1e-6)
+
+    def test_masked(self):
+        x = np.ma.masked_array(np.random.default_rng(0).normal(size=300), np.arange(300) < 5)
+        with pytest.raises(DrawsError, match="got 5 draws of 300 with NaN"):
+            Posterior.from_draws({"x": x})
 
     def test_chains_by_hand(self):
         x = torch.randn(4, 100, 2)

@@ -32,7 +32,7 @@ __all__ = ["Known", "Source", "known_sites", "read_source", "to_tensor", "transf
 
 _ACCEPTED = (
     "a mapping from site to draws, an MCMC of Pyro or NumPyro that was run, or an InferenceData "
-    "of ArviZ"
+    "of ArviZ with the group 'posterior'"
 )
 
 
@@ -69,7 +69,7 @@ def read_source(draws: Any, group_by_chain: bool) -> Source:
     dataset = _group(draws, "posterior")
     if dataset is not None:
         return _from_xarray(draws, dataset)
-    if not isinstance(draws, Mapping):
+    if _is_of(draws, "arviz") or _is_of(draws, "xarray") or not isinstance(draws, Mapping):
         raise DrawsError(f"expected {_ACCEPTED}; got {type(draws).__name__}")
     return Source(draws, group_by_chain)
 
@@ -143,7 +143,8 @@ def _from_xarray(draws: Any, dataset: Any) -> Source:
         x = dataset[name]
         if not {"chain", "draw"} <= set(x.dims):
             raise DrawsError(
-                f"site '{name}': expected the dimensions 'chain' and 'draw', got {tuple(x.dims)}"
+                f"site '{name}': expected the dimensions 'chain' and 'draw', got {tuple(x.dims)}. "
+                "Do not select or stack them; expand_dims('chain') brings back one that is lost"
             )
         values[str(name)] = x.transpose("chain", "draw", ...).values
     stats = _group(draws, "sample_stats") if draws is not dataset else None
@@ -170,7 +171,7 @@ def to_tensor(site: str, value: Any) -> Tensor:
             else:
                 result = torch.from_dlpack(value)
         else:
-            result = torch.from_numpy(np.array(value))
+            result = torch.from_numpy(_native(np.ma.array(value)))
     except (TypeError, ValueError, RuntimeError, BufferError) as e:
         raise DrawsError(
             f"site '{site}': expected draws as an array of numbers, got {type(value).__name__}: "
@@ -183,6 +184,15 @@ def to_tensor(site: str, value: Any) -> Tensor:
             "or sum it out of the model; if it is continuous, convert it"
         )
     return result
+
+
+def _native(x: Any) -> Any:
+    """A copy as files would not have it: NaN where it is masked, in the machine's order of bytes,
+    and no wider than float64."""
+    if x.dtype.kind != "f":
+        return np.array(x)
+    dtype = x.dtype.newbyteorder("=") if x.dtype.itemsize <= 8 else np.float64
+    return np.array(x.filled(np.nan), dtype=dtype)
 
 
 # -- the model -------------------------------------------------------------------------------------
