@@ -170,6 +170,17 @@ def same_bits(a: Posterior, b: Posterior) -> bool:
         for name, value in f.params.items()
     )
 
+    def test_two_labels_of_one_site(self):
+        """Along only one did it switch, and the site that has it alone does not tell."""
+        n = 800
+        centres = torch.tensor([[0.0, 4.0], [0.0, 4.0], [4.0, 0.0]])
+        x, chosen = centres + 0.3 * torch.randn(n, 3, 2), orders("always", n, 2)
+        draws = {"x": shuffled(x, chosen, 1), "y": torch.randn(n, 2)}
+        reading = read_draws(draws, axes={"x": ("feature", "c"), "y": "c"})
+        assert 0.4 < reading.relabelled["c"] < 0.6
+        assert reading.relabelled["feature"] == 0
+        assert reading.posterior.factors["x"].stddev.max() < 0.35
+
 
 class TestLeavesAlone:
     @pytest.mark.parametrize("separation", [0.0, 0.5, 1.0, 3.0, 30.0])

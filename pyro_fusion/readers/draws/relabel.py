@@ -96,32 +96,46 @@ def relabel(
     :return: label -> what to do; labels along which nothing switched are left out.
 
     A label is told by the sites that have it once, on an axis of independent components; others
-    follow. Of several labels that a site has, each is settled given the others, until none changes.
+    follow. First come labels that are told by sites without others, or with those that were put in
+    order; then, given the rest as it is, time and again the label along which it pays most.
     """
     now = dict(values)
     names = dict.fromkeys(x for site in values for x in labels[site] if x is not None)
     orders: dict[str, Tensor] = {}
     ambiguous: dict[str, float] = {}
-    settled: set[str] = set()
-    for _ in range(_ROUNDS):
-        changed = False
-        for label in sorted(names, key=lambda x: len(_others(labels, x, settled))):
-            ready = _telling(labels, label, settled | {label}) or _telling(labels, label, None)
+    known: dict[tuple[str, ...], _Found | None] = {}
+
+    def find(label: str, sites: list[str]) -> _Found | None:
+        key = (label, *sites)
+        if key not in known:
             points = [
-                p for s in ready if (p := _points(fit(s, now[s]), now[s], labels[s].index(label)))
+                p for s in sites if (p := _points(fit(s, now[s]), now[s], labels[s].index(label)))
             ]
+            known[key] = _orders(points, seed) if points else None
+        return known[key]
+
+    def apply(label: str, found: _Found) -> None:
+        changed = {s for s, axes in labels.items() if label in axes}
+        for s in changed:
+            now[s] = permuted(now[s], labels[s], label, found.order)
+        before = orders.get(label)
+        orders[label] = found.order if before is None else before.gather(1, found.order)
+        ambiguous[label] = found.ambiguous
+        for key in [key for key in known if not changed.isdisjoint(key[1:])]:
+            del known[key]
+
+    settled: set[str] = set()
+    for label in sorted(names, key=lambda x: len(_others(labels, x))):
+        found = find(label, _telling(labels, label, settled | {label}))
+        if found is not None:
+            apply(label, found)
             settled.add(label)
-            found = _orders(points, seed) if points else None
-            if found is None:
-                continue
-            order, ambiguous[label] = found
-            changed = True
-            for site, axes in labels.items():
-                now[site] = permuted(now[site], axes, label, order)
-            before = orders.get(label)
-            orders[label] = order if before is None else before.gather(1, order)
-        if not changed or len(names) == 1:
+    for _ in range(_ROUNDS * len(names) if len(names) > 1 else 0):
+        every = [(label, find(label, _telling(labels, label, None))) for label in names]
+        pays = [(label, found) for label, found in every if found is not None]
+        if not pays:
             break
+        apply(*max(pays, key=lambda x: x[1].gain))
     result = {}
     for label, order in orders.items():
         order = _as_most(order)
@@ -131,9 +145,9 @@ def relabel(
     return result
 
 
-def _others(labels: Labels, label: str, settled: set[str]) -> set[str | None]:
-    """Labels not yet settled that all the sites with this one have beside it."""
-    sets = [set(axes) - {None, label} - settled for axes in labels.values() if label in axes]
+def _others(labels: Labels, label: str) -> set[str | None]:
+    """The fewest labels that a site with this one has beside it."""
+    sets = [set(axes) - {None, label} for axes in labels.values() if label in axes]
     return min(sets, key=len, default=set())
 
 
@@ -147,6 +161,15 @@ def _telling(labels: Labels, label: str, settled: set[str] | None) -> list[str]:
 
 
 # -- one label -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Orders along one label that pay, by ``gain`` nats."""
+
+    order: Tensor
+    ambiguous: float
+    gain: float
 
 
 @dataclass(frozen=True)
@@ -193,9 +216,8 @@ def _by_rank(points: _Points) -> _Points:
     return _Points(statistics, scores, like)
 
 
-def _orders(points: list[_Points], seed: int) -> tuple[Tensor, float] | None:
-    """The orders along one label, and the share of ambiguous draws; None if none but that of most
-    draws pays."""
+def _orders(points: list[_Points], seed: int) -> _Found | None:
+    """The orders along one label; None if none but that of most draws pays."""
     n, size = points[0].statistics.shape[:2]
     if not 1 < size <= _MOST_COMPONENTS:
         return None
@@ -216,7 +238,8 @@ def _orders(points: list[_Points], seed: int) -> tuple[Tensor, float] | None:
     order = min(found, key=lambda x: _total(points, x))
     if torch.equal(order, _given(points)) or not _pays(points, order):
         return None
-    return order, _ambiguous(points, order)
+    gain = _total(points, _given(points)) - _total(points, order)
+    return _Found(order, _ambiguous(points, order), gain)
 
 
 def _given(points: list[_Points]) -> Tensor:
