@@ -4,6 +4,7 @@
 """What every test shares: a clean parameter store, seeds, validation, one thread, a Hypothesis
 profile."""
 
+import os
 from collections.abc import Iterator
 
 import hypothesis
@@ -34,6 +35,19 @@ hypothesis.settings.register_profile(
     "pyro_fusion", deadline=None, derandomize=True, max_examples=50
 )
 hypothesis.settings.load_profile("pyro_fusion")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep what JAX compiles, beside pytest's cache: most of the time of NumPyro's tests."""
+    cache = getattr(config, "cache", None)
+    if cache is None:
+        return
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache.mkdir("jax")))
+    # All of it, however quick it was; with a bound there is a lock, too.
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(1 << 28))
+    ignored = "ignore:Error (reading|writing) persistent compilation cache:UserWarning"
+    config.addinivalue_line("filterwarnings", ignored)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
