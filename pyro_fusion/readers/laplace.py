@@ -95,12 +95,14 @@ def from_module(
         running statistics, which the posterior does not.
     :param outgoing: as of :class:`~pyro_fusion.Posterior`; ``axes="auto"`` does not set it, so that
         units are averaged as they are.
-    :param floor: no precision is below it: the Fisher floor of Matena & Raffel (1e-6).
+    :param floor: no precision is below it: the Fisher floor of Matena & Raffel, 1e-6 of the mean
+        over examples (``num_data=1``, ``prior_precision=0``).
     :param num_samples: how many labels to draw for each example, for ``"fisher"``. By default the
         expectation where the loss is named, which takes as many gradients as there are numbers in
         an output, and one label for a likelihood of one's own.
     :param num_data: N, by default the number of examples in ``data``; more, if that is a part of
-        what the module was trained on.
+        what the module was trained on; 1 for the mean curvature, so that in a merge a module counts
+        alike whatever its number of examples.
     :param chunk_size: how many gradients of single examples are in memory at once; by default as
         many as take 16 MiB in float32, on a GPU 256 MiB. The outputs of a batch are, too.
     :param seed: of the labels that are drawn.
