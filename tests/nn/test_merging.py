@@ -189,6 +189,17 @@ class TestAlignment:
         expected = fuse(align(posteriors, axes), weights=[1, 2, 3]).posterior.to_module(modules[0])
         assert_same(merged, dict(expected.named_parameters()))
 
+    @pytest.mark.cuda
+    def test_on_a_gpu(self):
+        modules, posteriors = self.parties()
+        expected = merge_modules(modules, posteriors, axes="auto")
+        moved = merge_modules(
+            [m.cuda() for m in modules], [p.to("cuda") for p in posteriors], axes="auto"
+        )
+        for p, q in zip(moved.parameters(), expected.parameters(), strict=True):
+            assert p.device.type == "cuda"
+            torch.testing.assert_close(p.cpu(), q)
+
     def test_no_label(self):
         _, posteriors = self.parties()
         with pytest.raises(StructureError, match="nothing to align"):

@@ -320,6 +320,16 @@ class TestModules:
             found = read(module, x)
         torch.testing.assert_close(found, read(doubled, x))
 
+    @pytest.mark.cuda
+    @pytest.mark.parametrize("curvature", ["fisher", "empirical_fisher", "ggn"])
+    def test_on_a_gpu(self, curvature):
+        module, x, y = network(), torch.randn(6, 3).double(), torch.randint(2, (6,))
+        expected = read(module, (x, y), curvature=curvature)
+        found = Posterior.from_module(module.cuda(), (x, y), curvature=curvature)
+        assert found.device.type == "cuda"
+        for k, v in precision(found).items():
+            torch.testing.assert_close(v.cpu() - 1, expected[k])
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_precision_of_the_numbers(self, dtype):
         module, x = network(dtype=dtype), torch.randn(6, 3, dtype=dtype)
