@@ -123,6 +123,7 @@ class PosteriorGuide(FactorParams):
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; returns site name -> value, as autoguides do."""
         plates: dict[tuple[str, int], pyro.plate] = {}
+        taken = set(self._factors)
         result = {}
         for site, f in self._factors.items():
             with ExitStack() as stack:
@@ -131,9 +132,10 @@ class PosteriorGuide(FactorParams):
                     if name is None:
                         continue
                     if (name, dim) not in plates:
-                        # One name at two depths needs two plates.
-                        taken = any(other == name for other, _ in plates)
-                        unique = f"{name}_{-dim}" if taken else name
+                        # One name at two depths needs two plates, and none is called as a site.
+                        more = (f"{name}_{n}" for n in itertools.count(-dim))
+                        unique = next(n for n in itertools.chain([name], more) if n not in taken)
+                        taken.add(unique)
                         plates[name, dim] = pyro.plate(unique, f.batch_shape[i], dim=dim)
                     stack.enter_context(plates[name, dim])
                 result[site] = pyro.sample(site, self.distribution(site))

@@ -66,6 +66,11 @@ class TestSampling:
             assert (frame.name, frame.dim, frame.size) == ("component", -1, 3)
         assert trace.nodes["weights"]["cond_indep_stack"] == ()
 
+    def test_a_label_may_be_called_as_a_site_is(self):
+        d = dist.Dirichlet(torch.ones(3, 4))
+        guide = Posterior({"topic": d}, {"topic": ("topic",)}).to_guide()
+        assert guide()["topic"].shape == (3, 4)
+
     def test_plates_without_a_name_and_at_two_depths(self):
         p = Posterior(
             {
