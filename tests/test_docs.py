@@ -36,6 +36,22 @@ def test_what_it_links_to_is_there(page: Path) -> None:
         assert (DOCS / target).exists(), target
 
 
+def test_what_contributors_are_told_is_there() -> None:
+    root = DOCS.parent
+    text = (root / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!http)(\S+?)\)", text):
+        assert (root / target.partition("#")[0]).exists(), target
+    named = re.findall(r"`([a-z_/]+(?:/|\.py))`", text)
+    assert len(named) > 8
+    for path in named:
+        places = (root, root / "pyro_fusion", root / "pyro_fusion" / "readers")
+        assert any((place / path).exists() for place in places), path
+    makefile = (root / "Makefile").read_text(encoding="utf-8")
+    for line in re.findall(r"^make ([a-z ]+?)(?: +#.*)?$", text, flags=re.M):
+        for target in line.split():
+            assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
 def test_pyro_draws_a_model_with_what_it_depends_on() -> None:
     pytest.importorskip("graphviz")
     parties = [
