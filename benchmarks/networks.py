@@ -42,6 +42,7 @@ from torch.distributions import Distribution
 
 import pyro_fusion
 from pyro_fusion import Fusion, IndianBuffet, Parametric, Posterior, fuse
+from pyro_fusion.diagnostics import reliability
 
 NUM_PARTIES = 5
 # Draws of the weights in a prediction, in all: of an ensemble each party has its share of them.
@@ -203,14 +204,10 @@ class Score:
     @classmethod
     def of(cls, p: Tensor, y: Tensor, units: float, seconds: float = np.nan) -> Score:
         """Of class probabilities."""
-        confidence, guess = p.max(-1)
-        right = (guess == y).double()
+        right = (p.argmax(-1) == y).double()
         nll = -p.gather(1, y.unsqueeze(1)).clamp(min=1e-30).log().mean()
-        bins = (confidence * BINS).long().clamp(max=BINS - 1)
-        gap = torch.zeros(BINS, dtype=torch.float64).index_add(0, bins, right - confidence)
-        return cls(
-            100 * float(right.mean()), float(nll), float(gap.abs().sum() / len(y)), units, seconds
-        )
+        ece = reliability(p, y, BINS).error
+        return cls(100 * float(right.mean()), float(nll), ece, units, seconds)
 
 
 # -- rows ------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_fusion import FusionGuide, FusionModel, Posterior, fuse
+from pyro_fusion.diagnostics import heterogeneity
 
 
 class RandomEffects(FusionModel):
@@ -27,9 +28,7 @@ class RandomEffects(FusionModel):
 
 def i_squared(loc, scale):
     """Of the components of one atom, ``[m, D]``."""
-    mean = (loc / scale**2).sum(0) / (1 / scale**2).sum(0)
-    q, df = ((loc - mean) / scale).square().sum().item(), loc[1:].numel()
-    return max(0.0, (q - df) / q)
+    return heterogeneity(loc, scale).i_squared
 
 
 def main(true_tau=0.5, num_parties=50, seed=0):
