@@ -48,7 +48,8 @@ def test_import_takes_little_longer_than_pyro() -> None:
 
 def test_import_leaves_optional_packages_alone() -> None:
     loaded = run(
-        f"import sys, pyro_fusion; print(*(name for name in {OPTIONAL!r} if name in sys.modules))"
+        "import sys, pyro_fusion, pyro_fusion.plotting; "
+        f"print(*(name for name in {OPTIONAL!r} if name in sys.modules))"
     )
     assert loaded == ""
 

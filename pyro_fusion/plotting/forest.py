@@ -1,0 +1,123 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""A number of each party, and of the atom that they became."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from pyro_fusion.diagnostics import heterogeneity
+from pyro_fusion.plotting.common import (
+    BLUE,
+    EMPTY,
+    FONT_SIZE,
+    GREY,
+    MIN_FONT_SIZE,
+    cell_points,
+    chosen_atoms,
+    new_axes,
+    require_matplotlib,
+)
+from pyro_fusion.plotting.components import axis_names, contributions
+from pyro_fusion.plotting.marginals import Dims
+from pyro_fusion.posterior import Posterior
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pyro_fusion.result import Fusion
+
+__all__ = ["plot_forest"]
+
+_INTERVAL = (0.025, 0.5, 0.975)
+_INCHES = 0.19  # of a row
+_INK = "#444444"
+
+
+def plot_forest(
+    posteriors: Sequence[Posterior],
+    fusion: Fusion,
+    site: str,
+    *,
+    label: str | None = None,
+    dims: Dims | None = None,
+    atoms: Sequence[int] | None = None,
+    ax: Axes | None = None,
+) -> Axes:
+    """A forest plot of one number of a component: for each atom a row for each party that has it,
+    its median and its central 95 % interval; below them the atom's as a diamond, and beside it I²,
+    the share of the parties' variation that is heterogeneity. The interval is in the coordinates of
+    the site, I² is of unconstrained ones; see :func:`~pyro_fusion.diagnostics.heterogeneity`. Names
+    are left out where there is no room. A site that all parties share is one atom.
+
+    :param posteriors: what was fused, in that order.
+    :param fusion: the result of :func:`~pyro_fusion.fuse`.
+    :param site: whose components to draw.
+    :param label: that of the site; may be left out.
+    :param dims: which number of a component, ``(i,)``, or ``((i, j),)`` where it has two axes; may
+        be left out if there is one.
+    :param atoms: which to draw, from the top; by default all, in their order.
+    :param ax: axes to draw into; a new figure by default.
+    :raises StructureError: for another number of parties or components than were fused, an unknown
+        site or label, a site with several labels, or dims or atoms that are not there.
+    :raises UnsupportedFamilyError: if the number is not Normal, Gamma, Beta or of a Dirichlet,
+        behind transforms of single numbers.
+    :raises ImportError: without matplotlib.
+    """
+    fused, local, members = contributions(posteriors, fusion, site, label, dims, most=1)
+    chosen = chosen_atoms(atoms, len(members))
+    require_matplotlib()
+
+    # A row for each party, one for the atom, and half of one between atoms.
+    num_rows = sum(len(members[k]) + 1.5 for k in chosen)
+    ax = new_axes(ax, 6, 1.0 + _INCHES * num_rows)
+    room = cell_points(ax, math.ceil(num_rows), 1)
+    font_size = min(FONT_SIZE + 1, 0.8 * room)
+    named = font_size >= MIN_FONT_SIZE
+    of_party = [m.quantiles(_INTERVAL)[..., 0] for m in local]
+    of_atom = fused.quantiles(_INTERVAL)[..., 0]
+    unconstrained = [torch.stack(m.unconstrained())[..., 0] for m in local]
+    ticks: dict[float, str] = {}
+    half, y = max(0.35, 2.5 / room), 0.0  # of a diamond; of the next row
+    for k in chosen:
+        low, centre, high = of_atom[:, k].tolist()
+        below = y + len(members[k])
+        ax.fill_betweenx([y - 0.6, below], low, high, color=EMPTY, linewidth=0, zorder=0)
+        for s, i in members[k]:
+            left, median, right = of_party[s][:, i].tolist()
+            ax.plot([left, right], [y, y], color=_INK, linewidth=min(1.2, 0.3 * room))
+            ax.plot(median, y, color=_INK, marker="s", markersize=min(4.0, 0.6 * room))
+            if named:
+                ticks[y] = fusion.party_names[s]
+            y += 1
+        ax.axhline(y, color=GREY, linewidth=0.4, zorder=0.5)  # leads from name to I²
+        ax.fill(
+            [low, centre, high, centre],
+            [y, y - half, y, y + half],
+            facecolor=BLUE,
+            edgecolor=BLUE,
+            linewidth=0.8,
+            zorder=3,
+        )
+        ticks[y] = f"atom {k}" if any(fusion.posterior.axes[site]) else "fused"
+        share = heterogeneity(*torch.stack([unconstrained[s][:, i] for s, i in members[k]], 1))
+        text = "" if math.isnan(share.i_squared) else f"I² = {share.i_squared:.0%}"
+        ax.annotate(
+            text,
+            (1.01, y),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=FONT_SIZE,
+            annotation_clip=False,
+        )
+        y += 1.5
+    ax.set_yticks(list(ticks), list(ticks.values()), fontsize=font_size if named else FONT_SIZE)
+    ax.set_ylim(y - 1.2 + half, -0.9)
+    ax.tick_params(axis="y", length=0)
+    ax.set_xlabel(axis_names(site, fusion, dims, 1)[0] + ", 95 % interval")
+    return ax

@@ -1,0 +1,66 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Fusions to draw."""
+
+import numpy as np
+import pyro.distributions as dist
+import torch
+
+from pyro_fusion import Fusion, Matching, Posterior
+from pyro_fusion.priors import Parametric
+
+
+def fusion(
+    assignment: list[list[int]],
+    names: list[str] | None = None,
+    posterior: Posterior | None = None,
+) -> Fusion:
+    """A fusion with this assignment, of atoms at 0, 1, ... unless others are given."""
+    num_atoms = 1 + max(map(max, assignment))
+    atoms = torch.arange(float(num_atoms))
+    tensors = [torch.tensor(a) for a in assignment]
+    matching = Matching(
+        label="component",
+        assignment=tensors,
+        num_atoms=num_atoms,
+        popularity=torch.bincount(torch.cat(tensors), minlength=num_atoms),
+        objective=[5.0, 3.0, 2.5],
+        dispersion=1.0,
+        prior=Parametric(num_atoms),
+        converged=True,
+        restarts=[2.5],
+    )
+    if posterior is None:
+        posterior = Posterior({"loc": dist.Normal(atoms, 1.0)}, {"loc": "component"})
+    party_names = tuple(names or map(str, range(len(assignment))))
+    trace = matching.objective
+    return Fusion(posterior, "inclusive", {"component": matching}, trace, 0.0, party_names)
+
+
+def many(num_parties: int, num_atoms: int, size: int) -> Fusion:
+    rng = np.random.default_rng(0)
+    return fusion([rng.permutation(num_atoms)[:size].tolist() for _ in range(num_parties)])
+
+
+THREE = [[0, 1], [2, 0], [1]]
+
+
+def images(counts: list[int]) -> list[np.ndarray]:
+    """Constant images, 3 by 2 pixels: of party s (the fused one is -1), component l, 10 s + l."""
+    return [
+        np.ones((n, 3, 2)) * (10 * s + np.arange(n))[:, None, None]
+        for s, n in enumerate(counts, start=-1)
+    ]
+
+
+def normals(
+    assignment: list[list[int]], offset: float = 0.5, scale: float = 2.0
+) -> list[Posterior]:
+    """Posteriors for :func:`fusion`: of party s, each component ``offset * s`` above its atom."""
+    return [
+        Posterior(
+            {"loc": dist.Normal(torch.tensor(a).double() + offset * s, scale)}, {"loc": "component"}
+        )
+        for s, a in enumerate(assignment)
+    ]
