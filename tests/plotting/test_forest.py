@@ -63,6 +63,15 @@ def test_i_squared_is_beside_each_atom_that_several_have() -> None:
     assert [t.get_text() for t in ax.texts if t.get_text()] == []
 
 
+def test_each_atom_has_its_own_i_squared() -> None:
+    parties = [
+        Posterior({"loc": dist.Normal(torch.tensor([0.0, 3.0 * s]), 1.0)}, {"loc": "component"})
+        for s in range(3)
+    ]
+    ax = plot_forest(parties, fusion([[0, 1]] * 3, posterior=parties[1]), "loc")
+    assert [(t.get_text(), t.xy[1]) for t in ax.texts] == [("I² = 0%", 3), ("I² = 89%", 7.5)]
+
+
 def test_a_positive_number_has_a_positive_interval_and_the_i_squared_of_its_log() -> None:
     parties = [
         Posterior({"s": dist.LogNormal(torch.tensor([3.0 * s]), 1.0)}, {"s": "component"})

@@ -40,14 +40,15 @@ def test_number_of_atoms_is_drawn_with_its_probability() -> None:
     assert "8 draws" in ax.get_title() and "dashed" not in ax.get_title()
 
 
-def test_the_number_that_was_fused_is_marked_even_if_never_drawn() -> None:
-    result = GibbsResult({"component": draws([5, 6, 6])})
-    ax = plot_num_atoms(result, fusion(THREE))
+@pytest.mark.parametrize("num_atoms", [3, 40])
+def test_the_number_that_was_fused_is_marked_even_if_never_drawn(num_atoms: int) -> None:
+    result = GibbsResult({"component": draws([10, 11, 11])})
+    ax = plot_num_atoms(result, fusion([list(range(num_atoms))]))
     (line,) = ax.lines
-    assert set(line.get_xdata()) == {3}
+    assert set(line.get_xdata()) == {num_atoms}
     low, high = ax.get_xlim()
-    assert low < 3 and high > 6
-    assert "dashed: 3, as fused" in ax.get_title()
+    assert low < min(num_atoms, 10) and high > max(num_atoms, 11)
+    assert f"dashed: {num_atoms}, as fused" in ax.get_title()
 
 
 def test_rare_and_missing_numbers_are_told_apart() -> None:
