@@ -40,6 +40,8 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from networks import Images, show
+from networks import load as load_mnist
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
@@ -51,18 +53,6 @@ FLOOR = 1e-6
 GRID = 21  # weights that are tried for two networks
 SIMPLEX = 60  # and for more
 SHIFTS = ("rotated", "moved", "noisy", "blurred", "faint")
-
-
-@dataclass(frozen=True)
-class Images:
-    """``[N, 1, side, side]``, pixels between 0 and 1, and their digits."""
-
-    x: Tensor
-    y: Tensor
-
-    def take(self, index: Any) -> Images:
-        """Some of them."""
-        return Images(self.x[index], self.y[index])
 
 
 @dataclass(frozen=True)
@@ -402,22 +392,15 @@ def robustness(
 
 
 def load(folder: Path | None) -> tuple[Images, Images | None]:
-    """Training images and test images, or all images and None."""
+    """Training images and test images, ``[N, 1, side, side]``, or all images and None."""
     if folder is None:
         digits = load_digits()
         return Images(
             torch.tensor(digits.images / 16, dtype=torch.float32).unsqueeze(1),
             torch.tensor(digits.target),
         ), None
-    with np.load(folder / "mnist.npz") as file:
-        parts = [
-            Images(
-                torch.tensor(file[f"x_{part}"]).float().div(255).reshape(-1, 1, 28, 28),
-                torch.tensor(file[f"y_{part}"]).long(),
-            )
-            for part in ("train", "test")
-        ]
-    return parts[0], parts[1]
+    train, test = (Images(i.x.unflatten(1, (1, 28, 28)), i.y) for i in load_mnist(folder))
+    return train, test
 
 
 def deal(images: Images, test: Images | None, setting: Setting, seed: int) -> Data:
@@ -431,19 +414,13 @@ def deal(images: Images, test: Images | None, setting: Setting, seed: int) -> Da
     return Data(images.take(common), images.take(rest), images.take(validation), test)
 
 
-def show(values: Sequence[float]) -> str:
-    """Mean and standard deviation."""
-    x = np.array(values)
-    return f"{x.mean():.2f}" + (f" ± {x.std(ddof=1):.2f}" if len(x) > 1 else "")
-
-
 def print_table(title: str, table: Mapping[str, Sequence[Row]]) -> None:
     """One experiment, accuracies in percent."""
     columns = list(next(iter(table.values()))[0])
     wide = max(len(name) for name in table) + 2
     print(f"\n{title}\n{'':{wide}}{''.join(c.rjust(15) for c in columns)}")
     for name, rows in table.items():
-        cells = [show([r[c] for r in rows]).rjust(15) for c in columns]
+        cells = [show([r[c] for r in rows], 2).rjust(15) for c in columns]
         print(f"{name:{wide}}{''.join(cells)}")
 
 

@@ -16,6 +16,7 @@ from tests.test_benchmarks import load
 
 @pytest.fixture
 def fisher(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    load("networks", monkeypatch)  # which it imports from
     module = load("fisher", monkeypatch)
     monkeypatch.setattr(module, "GRID", 3)
     monkeypatch.setattr(module, "SIMPLEX", 8)

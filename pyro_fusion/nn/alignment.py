@@ -16,7 +16,7 @@ from pyro_fusion.fuse import fuse
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import Parametric
 
-__all__ = ["align", "permuted", "unit_orders"]
+__all__ = ["align", "equally_sure", "permuted", "unit_orders"]
 
 # More are hardly better, and each costs as much: units that fit together are found from any start.
 _RESTARTS = 3
@@ -46,7 +46,10 @@ def align(posteriors: Sequence[Posterior], axes: Axes, *, seed: int = 0) -> list
 
 def unit_orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[dict[str, Tensor]]:
     """Of each posterior, by label, which of its components is which atom's: LongTensor ``[L]``."""
-    means = [_labelled(_at_mean(p), axes) for p in posteriors]
+    means = [
+        _labelled(equally_sure({k: f.center() for k, f in p.decomposed.items()}), axes)
+        for p in posteriors
+    ]
     first = means[0]
     if not first.labels:
         raise StructureError(
@@ -69,8 +72,8 @@ def permuted(posterior: Posterior, axes: Axes, orders: Mapping[str, Tensor]) -> 
     return Posterior(result.decomposed)
 
 
-def _at_mean(posterior: Posterior) -> Posterior:
-    means = {site: f.center() for site, f in posterior.decomposed.items()}
+def equally_sure(means: Mapping[str, Tensor]) -> Posterior:
+    """Normals of one width around the numbers of each site."""
     return Posterior({k: Normal(x, torch.ones_like(x)).to_event(x.dim()) for k, x in means.items()})
 
 

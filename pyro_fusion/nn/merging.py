@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pyro.distributions import Normal
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from pyro_fusion.barycenter import Exclusive
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
-from pyro_fusion.nn.alignment import permuted, unit_orders
+from pyro_fusion.nn.alignment import equally_sure, permuted, unit_orders
 from pyro_fusion.parties import Parties
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.laplace import to_module
@@ -174,7 +173,7 @@ def _posteriors(
     if not 0 <= floor < float("inf"):
         raise ParameterError(f"floor must be non-negative and finite, got {floor}")
     if posteriors is None:
-        return [_equally_sure(m, s) for s, m in enumerate(modules)]
+        return [_trained(m, s) for s, m in enumerate(modules)]
     if len(posteriors) != len(modules):
         raise StructureError(
             f"expected one posterior for each of {len(modules)} modules, got {len(posteriors)}"
@@ -203,7 +202,7 @@ def _posteriors(
     return result
 
 
-def _equally_sure(m: nn.Module, party: int) -> Posterior:
+def _trained(m: nn.Module, party: int) -> Posterior:
     """All parameters that are trained, with one precision."""
     trained = {k: p.detach() for k, p in m.named_parameters() if p.requires_grad and p.numel()}
     what = f"party {party}: the {type(m).__name__} has"
@@ -217,9 +216,7 @@ def _equally_sure(m: nn.Module, party: int) -> Posterior:
             )
         if not bool(p.isfinite().all()):
             raise ParameterError(f"{what} NaN or inf in parameter '{k}'")
-    return Posterior(
-        {k: Normal(p.double(), 1.0).expand(p.shape).to_event(p.dim()) for k, p in trained.items()}
-    )
+    return equally_sure({k: p.double() for k, p in trained.items()})
 
 
 def _floored(f: Factor, floor: float) -> Factor:

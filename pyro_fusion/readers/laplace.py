@@ -221,15 +221,11 @@ def _loss(
 ) -> Loss:
     if likelihood is not None:
         return Loss(getattr(likelihood, "__name__", "likelihood"), likelihood)
-    if isinstance(loss, str):
-        if loss not in LOSSES:
-            raise ParameterError(
-                f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}"
-            )
-        return LOSSES[loss]
-    if not callable(loss):
+    if callable(loss):
+        return Loss(getattr(loss, "__name__", type(loss).__name__), value=loss)
+    if not isinstance(loss, str) or loss not in LOSSES:
         raise ParameterError(f"loss must be one of {sorted(LOSSES)} or a function, got {loss!r}")
-    return Loss(getattr(loss, "__name__", type(loss).__name__), value=loss)
+    return LOSSES[loss]
 
 
 def _check_numbers(curvature: str, floor: float, *counts: int | None) -> None:
