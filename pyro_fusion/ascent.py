@@ -94,7 +94,7 @@ class Ascent:
         settings = {"moves": False} if self.solver is coordinate else {}
         result = self._solve(self.solver, **settings)
         self.bound = result.bound + self.state.prior.constant(self.problem.num_parties)
-        return torch.cat(result.atoms)
+        return self.state.e_step.join(result.atoms)  # a solver of the user's own is checked
 
     def _move(self) -> Tensor:
         return torch.cat(self._solve(coordinate).atoms)

@@ -36,7 +36,8 @@ __all__ = ["FusionEM", "check_own", "check_run"]
 _Search = Callable[[Labelled, Tensor | None], tuple[EMResult, list[float]]]
 _Found = tuple[Tensor, EMResult, list[float]]
 
-_SOLVERS: dict[str, Callable[..., Assignment]] = {
+_Solver = Callable[..., Assignment]
+_SOLVERS: dict[str, _Solver] = {
     "coordinate": coordinate,
     "relaxed": relaxed,
     "sinkhorn": sinkhorn,
@@ -52,6 +53,16 @@ _AGREEING = 3
 def _same(a: float, b: float) -> bool:
     """Whether two objectives are those of one assignment, up to rounding."""
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+
+
+def _solver_named(solver: str | _Solver) -> _Solver:
+    if callable(solver):
+        return solver
+    if not isinstance(solver, str) or solver not in _SOLVERS:
+        raise ParameterError(
+            f"solver must be one of {sorted(_SOLVERS)} or a function, got {solver!r}"
+        )
+    return _SOLVERS[solver]
 
 
 def check_run(restarts: int, max_iterations: int, seed: int) -> None:
@@ -104,19 +115,18 @@ class FusionEM:
         model: FusionModel,
         guide: FusionGuide,
         *,
-        solver: Literal["coordinate", "relaxed", "sinkhorn"] = "coordinate",
+        solver: Literal["coordinate", "relaxed", "sinkhorn"] | _Solver = "coordinate",
     ) -> None:
         check_own(model, guide)
-        if solver not in _SOLVERS:
-            raise ParameterError(f"solver must be one of {sorted(_SOLVERS)}, got {solver!r}")
+        chosen = _solver_named(solver)
         for part in model.parts.values():
             convex = isinstance(part.prior, (GroupNorm, Parametric))
-            if solver == "relaxed" and (model.pooling.needs_base or not convex):
+            if chosen is relaxed and (model.pooling.needs_base or not convex):
                 raise ParameterError(
                     "solver 'relaxed' needs prior GroupNorm or Parametric and pooling 'inclusive' "
                     f"or 'exclusive', got {part.prior!r} and {model.pooling.name!r}"
                 )
-        self.model, self.guide, self.solver = model, guide, solver
+        self.model, self.guide, self.solver = model, guide, chosen
         self._ascents: dict[str, Ascent] = {}
         self._shared = {site: model.parties.share(site) for site in model.shared}
 
@@ -152,7 +162,7 @@ class FusionEM:
             or ascent.problem is not part.ordered
             or not torch.equal(ascent.state.groups, start)
         ):
-            ascent = Ascent(part.ordered, part.prior, start, solver=_SOLVERS[self.solver])
+            ascent = Ascent(part.ordered, part.prior, start, solver=self.solver)
             self._ascents[part.label] = ascent
         return ascent
 
@@ -195,7 +205,7 @@ class FusionEM:
     ) -> tuple[dict[str, _Found], list[float]]:
         """Labels that share sites: each is assigned in turn, given the others, until none changes;
         also the objective after each round, which never rises."""
-        model, solver = self.model, _SOLVERS[self.solver]
+        model, solver = self.model, self.solver
         objective = partial(model.linked_objective, group)
         parties = model.parties
         begin = [{x: self.guide.assignment[x].cpu() for x in group}]
@@ -265,7 +275,7 @@ class FusionEM:
         takes longer; the best result and where each start ended."""
         from tqdm import tqdm
 
-        problem, prior, solver = part.ordered, part.prior, _SOLVERS[self.solver]
+        problem, prior, solver = part.ordered, part.prior, self.solver
         begin = starts(problem, prior, restarts, seed, first)
         bar = tqdm(begin, total=restarts + 1, desc="fusing", disable=not progress)
         results: list[EMResult] = []

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from pyro_fusion.assignment import Assignment
 from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.base import Base
 from pyro_fusion.dispersion import pairwise_spread
@@ -37,7 +38,7 @@ def fuse(
     seed: int = 0,
     restarts: int = 9,
     max_iterations: int = 100,
-    solver: Literal["coordinate", "relaxed", "sinkhorn"] = "coordinate",
+    solver: Literal["coordinate", "relaxed", "sinkhorn"] | Callable[..., Assignment] = "coordinate",
     progress: bool = False,
 ) -> Fusion:
     r"""Fuse local posteriors into one, without the data.
@@ -77,7 +78,9 @@ def fuse(
     :param solver: of the E-steps. ``"coordinate"``: one party at a time, exactly. ``"relaxed"``:
         the paper's convex programme, rounded; ``fusion.only_matching().gap`` then says within how
         much of optimal the assignment to these atoms is (``GroupNorm`` or ``Parametric``, not
-        ``product``). ``"sinkhorn"``: starts from soft E- and M-steps at falling temperatures.
+        ``product``). ``"sinkhorn"``: starts from soft E- and M-steps at falling temperatures. Or a
+        function like those of :mod:`pyro_fusion.assignment`, called as ``solver(problem, prior,
+        start=...)`` with an :class:`~pyro_fusion.assignment.AssignmentProblem`.
     :param progress: show a progress bar over the starts.
     :raises StructureError: if parties do not fit together; names both, the site and what differs.
     :raises ParameterError: for weights, base or other arguments out of range, and where ``product``

@@ -23,6 +23,7 @@ from pyro_fusion import (
     fuse,
 )
 from pyro_fusion.ascent import expectation_maximization
+from pyro_fusion.assignment import NEW, Assignment
 from tests.test_fuse import BASE, HOLDS, parties, same_grouping
 from tests.test_model import NOISELESS, base, by_hand, loss, pair, perturb, posteriors
 
@@ -207,6 +208,39 @@ class TestSolvers:
             FusionEM(model, guide, solver="relaxed")
         with pytest.raises(ParameterError, match=r"solver must be one of .*got 'exact'"):
             FusionEM(model, guide, solver="exact")
+
+    def test_of_the_users_own(self):
+        seen = []
+
+        def mine(problem, prior, *, start):
+            """All assignments of one party at a time, given the others."""
+            best = problem.join(start)
+            ends = torch.tensor([0, *SIZES]).cumsum(0).tolist()
+            for first, last in itertools.pairwise(ends):
+                choices = itertools.product(range(NEW, problem.num_atoms), repeat=last - first)
+                for choice in choices:
+                    taken = [k for k in choice if k != NEW]
+                    if len(set(taken)) < len(taken):
+                        continue
+                    other = best.clone()
+                    other[first:last] = torch.tensor(choice)
+                    best = min(best, other, key=problem.objective)
+            seen.append(problem.objective(best))
+            return Assignment(problem.split(best), seen[-1], 1, True)
+
+        fusion = fuse(parties(), solver=mine)
+        expected = fuse(parties())
+        assert seen
+        assert same_grouping(fusion.assignment, HOLDS)
+        assert fusion.objective[-1] == pytest.approx(expected.objective[-1], rel=1e-12)
+
+    def test_of_the_users_own_that_is_wrong(self):
+        def mine(problem, prior, *, start):
+            atoms = [torch.zeros(size, dtype=torch.long) for size in problem.sizes]
+            return Assignment(atoms, 0.0, 1, True)
+
+        with pytest.raises(ParameterError, match=r"party \d: expected each atom at most once"):
+            fuse(parties(), solver=mine)
 
 
 class TestSvi:
