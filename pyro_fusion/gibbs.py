@@ -159,7 +159,7 @@ class FusionGibbs:
     :param learn_dispersion: whether to draw T, or its prior, a scalar distribution over positive
         numbers; ``True`` is ``LogNormal(log T, 1)`` about the model's T.
     :param block: a party of at most so many components is matched as a block, exactly; larger ones
-        go on from where they are, by :func:`~pyro_fusion.kernels.match_anew`.
+        go on from where they are, by ``kernels.match_anew``.
     :raises ParameterError: for another model, a prior that weighs atoms by their rank, or arguments
         out of range.
     :raises StructureError: if the assignment does not fit.

@@ -4,9 +4,13 @@
 """The code of a Markdown page: runs as printed, and prints what stands below it."""
 
 import re
+import shlex
+from pathlib import Path
 from typing import Any
 
 import pytest
+
+from pyro_fusion.cli import main
 
 Blocks = list[tuple[str, str]]
 
@@ -16,19 +20,41 @@ def blocks(text: str) -> Blocks:
     return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S)
 
 
-def run(
-    page: str,
-    content: Blocks,
-    i: int,
-    namespace: dict[str, Any],
-    capsys: pytest.CaptureFixture[str],
-) -> bool:
-    """Run block ``i``, of Python; whether it printed what the next block, of text, says."""
-    exec(compile(content[i][1], f"{page}, block {i}", "exec"), namespace)
-    out = capsys.readouterr().out
-    following = content[i + 1] if i + 1 < len(content) else ("", "")
-    if following[0] != "text":
-        assert out == ""
-        return False
-    assert out == following[1]
-    return True
+def run(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
+    """Run a page from top to bottom, in the present folder: its Python, and the commands
+    ``pyro-fusion`` but for the demo. What is printed must be what stands in the block of text below
+    the code, and nothing where there is none. The names that the page has defined."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    content = blocks(path.read_text(encoding="utf-8"))
+    for i, (language, code) in enumerate(content):
+        if language == "python":
+            exec(compile(code, f"{path.name}, block {i}", "exec"), namespace)
+            below, text = content[i + 1] if i + 1 < len(content) else ("", "")
+            assert capsys.readouterr().out == (text if below == "text" else "")
+        for line in code.splitlines() if language == "sh" else ():
+            if line.startswith("pyro-fusion ") and line != "pyro-fusion demo":
+                assert main(shlex.split(line)[1:]) == 0
+                assert capsys.readouterr().err == ""
+    return namespace
+
+
+def links(text: str) -> list[str]:
+    """The targets of links and pictures that are no web addresses."""
+    return re.findall(r"\]\((?!http)(\S+?)\)", text)
+
+
+def anchors(path: Path) -> set[str]:
+    """What a link may have behind its ``#``: the headings, as GitHub and MyST name them."""
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
+
+
+def check_links(path: Path) -> None:
+    """Every link of a page leads to a file that there is, and to a heading in it."""
+    for target in links(path.read_text(encoding="utf-8")):
+        name, _, anchor = target.partition("#")
+        there = path.parent / name if name else path
+        assert there.exists(), f"{path.name}: {target}"
+        if anchor and there.suffix == ".md":
+            assert anchor in anchors(there), f"{path.name}: {target}"

@@ -5,14 +5,14 @@
 
 What happens to what a module holds:
 
-==========================================  ========================================================
-trainable parameters                        one site each, called like the parameter; none for
-                                            those without elements
-tied parameters                             one site, under the first of their names
-frozen parameters (``requires_grad=False``) no site: they count as known
-buffers (running means of a batch           no site: they count as known, at the values that they
-normalisation)                              have; the module is run in evaluation mode
-==========================================  ========================================================
+===========================================  ======================================================
+trainable parameters                         one site each, called like the parameter; none for
+                                             those without elements
+tied parameters                              one site, under the first of their names
+frozen parameters (``requires_grad=False``)  no site: they count as known
+buffers (running means of a batch            no site: they count as known, at the values that they
+normalisation)                               have; the module is run in evaluation mode
+===========================================  ======================================================
 """
 
 from __future__ import annotations
