@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NoReturn, TextIO
 
@@ -174,40 +172,34 @@ def _fuse(arguments: argparse.Namespace) -> None:
         raise ParameterError("--base needs --pooling product")
     if arguments.base is None and arguments.pooling == "product":
         raise ParameterError("--pooling product needs --base, a file with the prior")
-    posteriors = [Posterior.load(file) for file in arguments.files]
+    loaded = [Posterior.load(file) for file in arguments.files]
+    posteriors = dict(zip(_names(arguments.files), loaded, strict=True))
     base = None if arguments.base is None else Posterior.load(arguments.base)
-    try:
-        fusion = fuse(
-            posteriors,
-            pooling=arguments.pooling,
-            prior=prior,
-            weights=arguments.weights,
-            base=base,
-            dispersion=arguments.dispersion,
-            seed=arguments.seed,
-            restarts=arguments.restarts,
-            solver=arguments.solver,
-            progress=not arguments.quiet and sys.stderr.isatty(),
-        )
-    except FusionError as e:
-        raise type(e)(_with_files(str(e), arguments.files)) from e
+    fusion = fuse(
+        posteriors,
+        pooling=arguments.pooling,
+        prior=prior,
+        weights=arguments.weights,
+        base=base,
+        dispersion=arguments.dispersion,
+        seed=arguments.seed,
+        restarts=arguments.restarts,
+        solver=arguments.solver,
+        progress=not arguments.quiet and sys.stderr.isatty(),
+    )
     fusion.posterior.save(output)
     if not arguments.quiet:
-        _print(replace(fusion, party_names=_names(arguments.files)).summary())
+        _print(fusion.summary())
         _print(f"\nwrote {output}")
 
 
-def _with_files(message: str, files: Sequence[Path]) -> str:
-    """The message, and which file each party in it is."""
-    parties = sorted({int(s) for s in re.findall(r"\bparty (\d+)", message)})
-    named = [f"party {s} is {files[s]}" for s in parties if s < len(files)]
-    return f"{message} ({', '.join(named)})" if named else message
-
-
-def _names(files: Sequence[Path]) -> tuple[str, ...]:
-    """What to call the parties: the files' names, or their whole paths where names are the same."""
-    names = tuple(file.stem for file in files)
-    return names if len(set(names)) == len(names) else tuple(str(file) for file in files)
+def _names(files: Sequence[Path]) -> list[str]:
+    """What to call the parties: the files' names; where some are alike, their whole paths; and
+    where even these are, with their numbers."""
+    for names in ([file.stem for file in files], [str(file) for file in files]):
+        if len(set(names)) == len(names):
+            return names
+    return [f"{file} ({s})" for s, file in enumerate(files)]
 
 
 def _show(arguments: argparse.Namespace) -> None:

@@ -319,9 +319,8 @@ class FusionEM:
             factors[site] = parties.carry(site, matchings[label].assignment, counts[label])
         ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
         posterior = Posterior(ordered, first.axes, plates=first.plates, outgoing=first.outgoing)
-        names = tuple(str(s) for s in range(len(parties.posteriors)))
         shared = self._shared_objective
         trace = [shared]
         for own in traces:
             trace = [f + own[0] for f in trace] + [trace[-1] + f for f in own[1:]]
-        return Fusion(posterior, self.model.pooling.name, matchings, trace, shared, names)
+        return Fusion(posterior, self.model.pooling.name, matchings, trace, shared, parties.names)

@@ -4,8 +4,11 @@
 """The exceptions and warnings of the package. Every message names the party, the site, what was
 expected and what came."""
 
+import re
 import sys
 import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 __all__ = [
     "DrawsError",
@@ -15,6 +18,7 @@ __all__ = [
     "ParameterError",
     "StructureError",
     "UnsupportedFamilyError",
+    "naming",
     "warn_user",
 ]
 
@@ -45,6 +49,21 @@ class DrawsError(FusionError, ValueError):
 
 class FileFormatError(FusionError, ValueError):
     """A file that is not a posterior, is damaged, or is not to be trusted."""
+
+
+@contextmanager
+def naming(names: Sequence[str]) -> Iterator[None]:
+    """Errors number the parties: let those from here also say what their names are."""
+    try:
+        yield
+    except FusionError as e:
+        numbers = sorted({int(s) for s in re.findall(r"\bparty (\d+)", str(e))})
+        said = [
+            f"party {s} is {names[s]}" for s in numbers if s < len(names) and names[s] != str(s)
+        ]
+        if not said:
+            raise
+        raise type(e)(f"{e} ({', '.join(said)})") from e
 
 
 def warn_user(message: str) -> None:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from pyro_fusion.barycenter import Pooling, pooling_named
 from pyro_fusion.base import Base
 from pyro_fusion.dispersion import pairwise_spread
 from pyro_fusion.em import FusionEM, check_run
+from pyro_fusion.errors import naming
 from pyro_fusion.fusion_guide import FusionGuide
 from pyro_fusion.model import FusionModel
-from pyro_fusion.parties import Parties
-from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.parties import Inputs, Parties
+from pyro_fusion.posterior import Axes
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.result import Fusion, Matching
 
@@ -27,7 +28,7 @@ __all__ = ["fuse"]
 
 
 def fuse(
-    posteriors: Sequence[Posterior | Callable[..., Any]],
+    posteriors: Inputs,
     pooling: str | Pooling = "exclusive",
     prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
     *,
@@ -55,7 +56,8 @@ def fuse(
     that. Effects of components (``outgoing`` of a posterior) are averaged over the parties.
 
     :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
-        no arguments (else ``Posterior.from_guide(guide, *args)``).
+        no arguments (else ``Posterior.from_guide(guide, *args)``). A list, or a mapping from the
+        names of the parties, which tables, plots and errors then use.
     :param pooling: ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool: the paper's
         barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread)
         or ``"product"`` (Bayes' rule for independent data; needs the prior).
@@ -91,12 +93,13 @@ def fuse(
     """
     check_run(restarts, max_iterations, seed)
     parties = Parties.of(posteriors, pooling_named(pooling), weights, base, axes)
-    priors = parties.priors(prior)
-    if len(parties.posteriors) == 1:
-        return _alone(parties, priors)
-    model = FusionModel(parties, priors, parties.pooling, dispersion=dispersion)
-    em = FusionEM(model, FusionGuide(model), solver=solver)
-    return em.run(restarts, max_iterations, seed=seed, progress=progress)
+    with naming(parties.names):
+        priors = parties.priors(prior)
+        if len(parties.posteriors) == 1:
+            return _alone(parties, priors)
+        model = FusionModel(parties, priors, parties.pooling, dispersion=dispersion)
+        em = FusionEM(model, FusionGuide(model), solver=solver)
+        return em.run(restarts, max_iterations, seed=seed, progress=progress)
 
 
 def _alone(parties: Parties, priors: Mapping[str, AssignmentPrior]) -> Fusion:
@@ -114,4 +117,4 @@ def _alone(parties: Parties, priors: Mapping[str, AssignmentPrior]) -> Fusion:
             label, [every], size, popularity, [objective], 1.0, own, True, [objective]
         )
     total = sum(m.objective[0] for m in matchings.values())
-    return Fusion(posterior, parties.pooling.name, matchings, [total], 0.0, ("0",))
+    return Fusion(posterior, parties.pooling.name, matchings, [total], 0.0, parties.names)

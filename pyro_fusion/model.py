@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -44,8 +44,8 @@ from pyro_fusion.families.distribution import FactorDistribution
 from pyro_fusion.guide import AtomParams, unique_name
 from pyro_fusion.links import Link
 from pyro_fusion.matchings import JointMatching
-from pyro_fusion.parties import Labelled, Parties, locating
-from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.parties import Inputs, Labelled, Parties, locating
+from pyro_fusion.posterior import Axes
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
@@ -87,7 +87,7 @@ class FusionModel(PyroModule):
 
     def __init__(
         self,
-        posteriors: Sequence[Posterior | Callable[..., Any]] | Parties,
+        posteriors: Inputs | Parties,
         prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
         pooling: str | Pooling = "exclusive",
         *,

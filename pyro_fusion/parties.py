@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_fusion.barycenter import Pooling
 from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
 from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread, temper
-from pyro_fusion.errors import FusionError, ParameterError, StructureError
+from pyro_fusion.errors import FusionError, ParameterError, StructureError, naming
 from pyro_fusion.families import Factor
 from pyro_fusion.links import Link, averaged, entries
 from pyro_fusion.posterior import Axes, Posterior
@@ -33,7 +33,9 @@ from pyro_fusion.structure import (
     warn_unlabelled_simplex,
 )
 
-__all__ = ["Labelled", "Parties", "locating", "tempered"]
+__all__ = ["Inputs", "Labelled", "Parties", "locating", "tempered"]
+
+Inputs = Sequence[Posterior | Callable[..., Any]] | Mapping[str, Posterior | Callable[..., Any]]
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class Parties:
     :ivar pooling: the divergence and its barycentre.
     :ivar base: site -> the prior of the local models, where the pooling needs it.
     :ivar roles: what happens to each site.
+    :ivar names: of the parties.
     """
 
     posteriors: list[Posterior]
@@ -83,26 +86,33 @@ class Parties:
     pooling: Pooling
     base: dict[str, Factor]
     roles: Roles
+    names: tuple[str, ...]
 
     @classmethod
     def of(
         cls,
-        inputs: Sequence[Posterior | Callable[..., Any]],
+        inputs: Inputs,
         pooling: Pooling,
         weights: Sequence[float] | Tensor | None,
         base: Base | None,
         axes: Axes | Literal["auto"] | None,
     ) -> Parties:
         """Read and check what was given; arguments as for :func:`~pyro_fusion.fuse`."""
-        posteriors, guides = _read(inputs, axes)
-        w = check_weights(weights, len(posteriors))
-        check_parties(posteriors)
-        roles = site_roles(posteriors[0])
-        warn_unlabelled_simplex(posteriors[0], roles)
-        given: dict[str, Factor] = {}
-        if pooling.needs_base and (base is not None or len(posteriors) > 1):
-            given = resolve_base(base, guides, sorted(posteriors[0].axes))
-        return cls(posteriors, w, pooling, given, roles)
+        if isinstance(inputs, Posterior) or callable(inputs):
+            raise StructureError("expected a list of posteriors or guides, got a single one")
+        if not isinstance(inputs, Mapping):
+            inputs = {str(s): x for s, x in enumerate(inputs)}
+        names = tuple(map(str, inputs))
+        with naming(names):
+            posteriors, guides = _read(list(inputs.values()), axes)
+            w = check_weights(weights, len(posteriors))
+            check_parties(posteriors)
+            roles = site_roles(posteriors[0])
+            warn_unlabelled_simplex(posteriors[0], roles)
+            given: dict[str, Factor] = {}
+            if pooling.needs_base and (base is not None or len(posteriors) > 1):
+                given = resolve_base(base, guides, sorted(posteriors[0].axes))
+        return cls(posteriors, w, pooling, given, roles, names)
 
     def priors(
         self, prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None
@@ -317,11 +327,8 @@ def locating(problem: MatchingProblem) -> Iterator[None]:
 
 
 def _read(
-    inputs: Sequence[Any], axes: Axes | Literal["auto"] | None
+    inputs: list[Any], axes: Axes | Literal["auto"] | None
 ) -> tuple[list[Posterior], list[Any]]:
-    if isinstance(inputs, Posterior) or callable(inputs):
-        raise StructureError("expected a list of posteriors or guides, got a single one")
-    inputs = list(inputs)
     if not inputs:
         raise StructureError("expected at least one posterior or guide, got an empty list")
     guides = [g for g in inputs if not isinstance(g, Posterior)]

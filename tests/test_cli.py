@@ -242,6 +242,14 @@ def test_damaged_file(content: bytes | str, files: list[str], refused: Callable[
     assert not Path("x").exists()
 
 
+def test_a_file_may_be_given_twice(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fuse", files[0], files[0], "-o", "x"]) == 0
+    out, err = capsys.readouterr()
+    assert "Fusion of 2 parties" in out
+    assert "north.safetensors (0):0" in out and "north.safetensors (1):0" in out
+    assert "identical parameters" in err
+
+
 def test_parties_that_do_not_fit_are_named_by_their_files(
     files: list[str], refused: Callable[..., str]
 ) -> None:
@@ -255,7 +263,7 @@ def test_parties_that_do_not_fit_are_named_by_their_files(
     ).save("wide.safetensors")
     message = refused("fuse", files[0], "wide.safetensors", "-o", "x")
     assert "site 'loc'" in message and "(2, 3)" in message and "(3, 2)" in message
-    assert "party 0 is north.safetensors, party 1 is wide.safetensors" in message
+    assert "party 0 is north, party 1 is wide" in message
     assert not Path("x").exists()
 
 
@@ -267,13 +275,13 @@ def test_parties_that_do_not_fit_are_named_by_their_files(
         (["--prior", "group-norm", "--alpha", "1"], "--alpha needs --prior indian-buffet"),
         (["--prior", "parametric"], "--prior parametric needs --num-atoms"),
         (["--prior", "parametric", "--num-atoms", "0"], "num_atoms must be positive"),
-        (["--prior", "parametric", "--num-atoms", "2"], "party 0 is north.safetensors"),
+        (["--prior", "parametric", "--num-atoms", "2"], "party 0 is north"),
         (["--alpha", "-1"], "alpha must be positive"),
         (["--alpha", "nan"], "alpha must be positive"),
         (["--pooling", "product"], "--pooling product needs --base"),
         (["--base", "north.safetensors"], "--base needs --pooling product"),
         (["--weights", "1", "2"], "expected 3 weights"),
-        (["--weights", "1", "2", "-1"], "party 2 is west.safetensors"),
+        (["--weights", "1", "2", "-1"], "party 2 is west"),
         (["--dispersion", "0"], "dispersion must be positive"),
         (["--dispersion", "inf"], "dispersion must be positive"),
     ],

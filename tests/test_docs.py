@@ -83,7 +83,13 @@ def test_the_families_are_those_that_are_known() -> None:
 
 # Modules for users, and the directive by which the API pages have all of their names.
 MODULES = ["assignment", "diagnostics", "distributions", "errors", "families", "nn", "plotting"]
-MODULES += ["readers.draws", "readers.laplace", "readers.numpyro", "readers.pyro", "readers.sklearn"]
+MODULES += [
+    "readers.draws",
+    "readers.laplace",
+    "readers.numpyro",
+    "readers.pyro",
+    "readers.sklearn",
+]
 
 
 @pytest.mark.parametrize("module", MODULES)
@@ -94,7 +100,9 @@ def test_the_api_has_every_module(module: str) -> None:
 
 def test_the_api_has_every_public_name() -> None:
     pages = "".join(p.read_text(encoding="utf-8") for p in (DOCS / "api").glob("*.rst"))
-    named = set(re.findall(r"^\.\. auto(?:class|function):: (?:[\w.]+\.)?(\w+)$", pages, flags=re.M))
+    named = set(
+        re.findall(r"^\.\. auto(?:class|function):: (?:[\w.]+\.)?(\w+)$", pages, flags=re.M)
+    )
     for module in MODULES:
         named |= set(importlib.import_module(f"pyro_fusion.{module}").__all__)
     assert pyro_fusion.__all__ == sorted(pyro_fusion.__all__)

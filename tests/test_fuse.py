@@ -690,3 +690,40 @@ def test_axes_are_for_guides_alone():
     for axes in ({"loc": (None,)}, "auto"):
         with pytest.raises(StructureError, match="all parties are posteriors"):
             fuse([p, p], axes=axes)
+
+
+class TestNames:
+    """A mapping from names."""
+
+    NAMES = ("north", "east", "south", "west", "centre")
+
+    def named(self):
+        return dict(zip(self.NAMES, parties(), strict=False))
+
+    def test_same_result(self):
+        fusion, plain = fuse(self.named()), fuse(list(self.named().values()))
+        assert fusion.party_names == tuple(self.named())
+        assert plain.party_names == tuple(map(str, range(len(self.named()))))
+        for a, b in zip(fusion.assignment, plain.assignment, strict=True):
+            assert torch.equal(a, b)
+        assert "north:" in fusion.summary()
+
+    def test_one_party(self):
+        (name, posterior), *_ = self.named().items()
+        assert fuse({name: posterior}).party_names == (name,)
+
+    def test_errors_name_the_parties(self):
+        named = self.named() | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)})}
+        with pytest.raises(
+            StructureError, match=r"party 1 .*\(party 0 is north, party 1 is east\)"
+        ):
+            fuse(named)
+        with pytest.raises(StructureError, match=r"party 0 has 3 .*\(party 0 is north\)"):
+            fuse(
+                {"north": Posterior({"z": dist.Normal(torch.zeros(3), 1.0)}, {"z": "k"})}
+                | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)}, {"z": "k"})},
+                prior=Parametric(2),
+            )
+        with pytest.raises(StructureError, match="party 1: expected a Posterior") as error:
+            fuse([*parties()[:1], 3])
+        assert " is " not in str(error.value)

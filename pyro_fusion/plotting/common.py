@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyro_fusion.errors import StructureError
@@ -97,11 +97,14 @@ def chosen_atoms(atoms: Sequence[int] | None, num_atoms: int) -> list[int]:
     return chosen
 
 
-def check_posteriors(posteriors: Sequence[Posterior], fusion: Fusion) -> None:
-    """Are these the posteriors that were fused?
+def check_posteriors(
+    posteriors: Sequence[Posterior] | Mapping[str, Posterior], fusion: Fusion
+) -> list[Posterior]:
+    """The posteriors, if they are those that were fused.
 
     :raises StructureError: naming the party, its label, and both numbers of components.
     """
+    posteriors = list(posteriors.values() if isinstance(posteriors, Mapping) else posteriors)
     expected = len(fusion.party_names)
     if len(posteriors) != expected:
         raise StructureError(
@@ -114,3 +117,4 @@ def check_posteriors(posteriors: Sequence[Posterior], fusion: Fusion) -> None:
                     f"party {s} has {p.components(label)} components along '{label}', but "
                     f"{len(a)} were fused: give the posteriors in the order of the fusion"
                 )
+    return posteriors

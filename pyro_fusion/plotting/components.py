@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -41,7 +41,7 @@ _HEIGHT = 0.85
 
 
 def plot_components(
-    posteriors: Sequence[Posterior],
+    posteriors: Sequence[Posterior] | Mapping[str, Posterior],
     fusion: Fusion,
     site: str,
     *,
@@ -57,8 +57,8 @@ def plot_components(
     of the site, so that a positive number is drawn as a positive one. A site that all parties share
     is one atom, which all have.
 
-    :param posteriors: what was fused, in that order; see
-        :attr:`Fusion.party_names <pyro_fusion.Fusion>`.
+    :param posteriors: what was fused, a list or a mapping as it was for
+        :func:`~pyro_fusion.fuse`.
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param site: whose components to draw.
     :param label: that of the site; may be left out.
@@ -88,7 +88,7 @@ def plot_components(
 
 
 def contributions(
-    posteriors: Sequence[Posterior],
+    posteriors: Sequence[Posterior] | Mapping[str, Posterior],
     fusion: Fusion,
     site: str,
     label: str | None,
@@ -99,7 +99,7 @@ def contributions(
 
     :raises StructureError: as :func:`plot_components` does.
     """
-    check_posteriors(posteriors, fusion)
+    posteriors = check_posteriors(posteriors, fusion)
     own = label_of(fusion.posterior, site, label)
     for p in posteriors:
         label_of(p, site, own)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -40,7 +40,7 @@ _INK = "#444444"
 
 
 def plot_forest(
-    posteriors: Sequence[Posterior],
+    posteriors: Sequence[Posterior] | Mapping[str, Posterior],
     fusion: Fusion,
     site: str,
     *,
@@ -55,7 +55,8 @@ def plot_forest(
     the site, I² is of unconstrained ones; see :func:`~pyro_fusion.diagnostics.heterogeneity`. Names
     are left out where there is no room. A site that all parties share is one atom.
 
-    :param posteriors: what was fused, in that order.
+    :param posteriors: what was fused, a list or a mapping as it was for
+        :func:`~pyro_fusion.fuse`.
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param site: whose components to draw.
     :param label: that of the site; may be left out.

@@ -52,6 +52,13 @@ def test_intervals_and_diamonds_are_95_per_cent_wide() -> None:
     assert ax.yaxis_inverted()
 
 
+def test_posteriors_may_have_names() -> None:
+    result = fusion(THREE, ["north", "south", "west"])
+    named = dict(zip(result.party_names, normals(THREE), strict=True))
+    expected = plot_forest(normals(THREE), result, "loc")
+    assert intervals(plot_forest(named, result, "loc")) == intervals(expected)
+
+
 def test_i_squared_is_beside_each_atom_that_several_have() -> None:
     parties = normals([[0], [0], [0]], offset=3.0, scale=1.0)
     ax = plot_forest(parties, fusion([[0], [0], [0]]), "loc")
