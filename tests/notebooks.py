@@ -47,7 +47,7 @@ def main(names: list[str]) -> None:
         if not names or path.stem in names:
             notebook = run(path)
             nbformat.write(notebook, path)
-            print(path.relative_to(ROOT))
+            sys.stdout.write(f"{path.relative_to(ROOT)}\n")
 
 
 if __name__ == "__main__":

@@ -242,6 +242,7 @@ def test_damaged_file(content: bytes | str, files: list[str], refused: Callable[
     assert not Path("x").exists()
 
 
+@pytest.mark.filterwarnings("default:party 0 and party 1 have identical")
 def test_a_file_may_be_given_twice(files: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["fuse", files[0], files[0], "-o", "x"]) == 0
     out, err = capsys.readouterr()
