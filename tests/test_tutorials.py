@@ -22,7 +22,7 @@ from torch.distributions import kl_divergence
 from pyro_fusion import Posterior
 
 FOLDER = Path(__file__).parent.parent / "tutorials"
-NAMES = {"across_tools", "counts", "learn_alpha", "random_effects", "trust"}
+NAMES = {"counts", "learn_alpha", "random_effects", "trust"}
 
 
 def load(name: str) -> ModuleType:
@@ -210,20 +210,3 @@ class TestCounts:
         assert worst > 1  # standard deviations, of the rough messages
         out = capsys.readouterr().out.splitlines()
         assert [line.split(":")[0] for line in out] == ["rough messages", "exact messages"]
-
-
-class TestAcrossTools:
-    def test_fused_is_as_good_as_pooled(self, capsys):
-        pytest.importorskip("numpyro")
-        load("across_tools").main()
-        *reading, table = capsys.readouterr().out.partition("Pyro ")
-        assert "relabelled along 'component'" in reading[0]
-        rows = [line.split() for line in (reading[1] + table).splitlines()]
-        names, densities, off = zip(*rows, strict=True)
-        assert names == ("Pyro", "NumPyro", "scikit-learn", "fused", "pooled")
-        *alone, fused, pooled = map(float, densities)
-        # Each party lacks a cultivar, and with it a third of the wines.
-        assert max(alone) < pooled - 1
-        assert abs(fused - pooled) < 0.3
-        assert min(map(float, off[:3])) > 2
-        assert float(off[3]) < 0.6
