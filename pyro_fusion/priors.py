@@ -106,6 +106,12 @@ class IndianBuffet(AssignmentPrior):
         alpha = None if self.alpha is None else self.mass
         return hash((alpha, self.concentration, self.rate, self._estimate))
 
+    def __str__(self) -> str:
+        if isinstance(self.alpha, Tensor) and self.alpha.numel() != 1:
+            return repr(self)
+        learned = ", learned" if self.alpha is None else ""
+        return f"IndianBuffet(alpha={self.mass:.4g}{learned})"
+
     @property
     def mass(self) -> float:
         """The value of alpha in use: given, or the present estimate."""
@@ -172,6 +178,10 @@ class GroupNorm(AssignmentPrior):
             raise ParameterError(
                 f"scale must be non-negative and finite, or 'auto', got {self.scale!r}"
             )
+
+    def __str__(self) -> str:
+        scale = self.scale if isinstance(self.scale, str) else f"{self.scale:.4g}"
+        return f"GroupNorm(scale={scale}{', ranked=True' if self.ranked else ''})"
 
     def calibrated(self, spread: Callable[[], float]) -> GroupNorm:
         return replace(self, scale=spread() / 2) if self.scale == "auto" else self

@@ -190,3 +190,13 @@ class TestOneForEachLabel:
         for wrong in ("buffet", {"a": 3}, 0):
             with pytest.raises(ParameterError, match="prior must be"):
                 assignment_priors(wrong, ["a"], False)
+
+
+def test_tables_have_what_is_in_use():
+    assert str(GroupNorm()) == "GroupNorm(scale=1.707)"
+    assert str(GroupNorm("auto", ranked=True)) == "GroupNorm(scale=auto, ranked=True)"
+    assert str(IndianBuffet(2.0)) == "IndianBuffet(alpha=2)"
+    # The mode of Gamma(1 + 3, 1 + 1.5).
+    assert str(IndianBuffet().update(3, 2)) == "IndianBuffet(alpha=1.2, learned)"
+    assert str(IndianBuffet(torch.tensor(0.5))) == "IndianBuffet(alpha=0.5)"
+    assert "tensor" in str(IndianBuffet(torch.tensor([0.5, 1.0])))
