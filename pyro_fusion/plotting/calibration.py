@@ -65,7 +65,7 @@ def plot_calibration(
     ax.set_aspect("equal")
     ax.set_xlabel("confidence")
     ax.set_ylabel("accuracy")
-    ax.legend(loc="upper left", fontsize=9)
+    ax.legend(loc="best", fontsize=9)
     return ax
 
 
