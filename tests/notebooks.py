@@ -9,7 +9,10 @@ import sys
 from pathlib import Path
 
 import nbformat
+import numpy as np  # noqa: F401  (so that its linear algebra is among the libraries)
+import torch
 from nbclient import NotebookClient
+from threadpoolctl import threadpool_info
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "tutorials"
@@ -18,6 +21,13 @@ NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
 
 def read(path: Path) -> nbformat.NotebookNode:
     return nbformat.read(path, as_version=4)
+
+
+def arithmetic() -> str:
+    """The instructions that torch, and the linear algebra of numpy, use here. With others, sums are
+    rounded otherwise, and chains and orders of components come out differently."""
+    kinds = {str(x["architecture"]) for x in threadpool_info() if "architecture" in x}
+    return ", ".join([torch.backends.cpu.get_cpu_capability(), *sorted(kinds)])
 
 
 def run(path: Path) -> nbformat.NotebookNode:
@@ -33,6 +43,7 @@ def run(path: Path) -> nbformat.NotebookNode:
         cell.metadata = {}
         if cell.cell_type == "code":
             cell.outputs = _tidied(cell.outputs)
+    notebook.metadata["arithmetic"] = arithmetic()
     return notebook
 
 

@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The notebooks: each runs from a clean kernel and prints what is kept in it, up to rounding."""
+"""The notebooks: each runs from a clean kernel and prints what is kept in it, up to rounding; on
+another kind of processor than it was kept on, the same words."""
 
 import re
 from pathlib import Path
@@ -13,6 +14,7 @@ from tests import markdown
 from tests.notebooks import FOLDER, NOTEBOOKS, read, run
 
 NUMBER = re.compile(r"-?\d+\.\d+")
+WORD = re.compile(r"[A-Za-z]{3,}")
 
 
 def printed(notebook: nbformat.NotebookNode) -> list[str]:
@@ -46,7 +48,12 @@ def test_is_kept_as_it_ran(path: Path):
 def test_runs_from_a_clean_kernel(path: Path):
     if "import numpyro" in path.read_text(encoding="utf-8"):
         pytest.importorskip("numpyro")
-    for mine, kept in zip(printed(run(path)), printed(read(path)), strict=True):
+    new, old = run(path), read(path)
+    exact = old.metadata.get("arithmetic") in (None, new.metadata["arithmetic"])
+    for mine, kept in zip(printed(new), printed(old), strict=True):
+        if not exact:
+            assert set(WORD.findall(mine)) == set(WORD.findall(kept))
+            continue
         assert NUMBER.sub("#", mine) == NUMBER.sub("#", kept)
         numbers = ([float(x) for x in NUMBER.findall(text)] for text in (mine, kept))
         assert next(numbers) == pytest.approx(next(numbers), rel=0.02, abs=0.02)
