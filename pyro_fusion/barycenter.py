@@ -325,5 +325,7 @@ def pooling_named(pooling: str | Pooling) -> Pooling:
     if isinstance(pooling, Pooling):
         return pooling
     if not isinstance(pooling, str) or pooling not in _POOLINGS:
-        raise ParameterError(f"pooling must be one of {sorted(_POOLINGS)}, got {pooling!r}")
+        shown = repr(pooling) if isinstance(pooling, str) else type(pooling).__name__
+        remedy = ": are the parties in a list?" if not isinstance(pooling, str) else ""
+        raise ParameterError(f"pooling must be one of {sorted(_POOLINGS)}, got {shown}{remedy}")
     return _POOLINGS[pooling]

@@ -78,6 +78,11 @@ def _base_factors(
     no arguments."""
     if isinstance(base, Posterior | Mapping):
         given = base.decomposed if isinstance(base, Posterior) else base
+        if missing := sorted(set(sites) - set(given)):
+            raise StructureError(
+                f"pooling 'product' needs the prior of site '{missing[0]}'; `base` has "
+                f"{sorted(map(str, given))}"
+            )
         return {site: _prior_factor(site, given[site]) for site in sites if site in given}
     if not callable(base):
         raise ParameterError(

@@ -53,17 +53,19 @@ class FileFormatError(FusionError, ValueError):
 
 @contextmanager
 def naming(names: Sequence[str]) -> Iterator[None]:
-    """Errors number the parties: let those from here also say what their names are."""
+    """Errors number the parties: let those from here also have their names."""
+
+    def named(found: re.Match[str]) -> str:
+        s = int(found[1])
+        return f"party {s} ({names[s]})" if s < len(names) and names[s] != str(s) else found[0]
+
     try:
         yield
     except FusionError as e:
-        numbers = sorted({int(s) for s in re.findall(r"\bparty (\d+)", str(e))})
-        said = [
-            f"party {s} is {names[s]}" for s in numbers if s < len(names) and names[s] != str(s)
-        ]
-        if not said:
+        text = re.sub(r"\bparty (\d+)\b", named, str(e))
+        if text == str(e):
             raise
-        raise type(e)(f"{e} ({', '.join(said)})") from e
+        raise type(e)(text) from e
 
 
 def warn_user(message: str) -> None:

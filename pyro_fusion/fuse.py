@@ -5,11 +5,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from pyro_fusion.assignment import Assignment
 from pyro_fusion.barycenter import Pooling, pooling_named
@@ -18,11 +17,13 @@ from pyro_fusion.dispersion import pairwise_spread
 from pyro_fusion.em import FusionEM, check_run
 from pyro_fusion.errors import naming
 from pyro_fusion.fusion_guide import FusionGuide
+from pyro_fusion.inputs import Inputs
 from pyro_fusion.model import FusionModel
-from pyro_fusion.parties import Inputs, Parties
+from pyro_fusion.parties import Parties
 from pyro_fusion.posterior import Axes
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.result import Fusion, Matching
+from pyro_fusion.structure import Weights
 
 __all__ = ["fuse"]
 
@@ -32,7 +33,7 @@ def fuse(
     pooling: str | Pooling = "exclusive",
     prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
     *,
-    weights: Sequence[float] | Tensor | None = None,
+    weights: Weights = None,
     base: Base | None = None,
     axes: Axes | Literal["auto"] | None = None,
     dispersion: float | None = None,
@@ -64,7 +65,8 @@ def fuse(
     :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default for ``product``,
         whose evidence it belongs to), :class:`~pyro_fusion.GroupNorm` (default for the others) or
         :class:`~pyro_fusion.Parametric`; one for all labels, or a mapping from label to prior.
-    :param weights: one non-negative weight per party, used relative to their mean.
+    :param weights: one non-negative weight per party, used relative to their mean; a list, or by
+        name.
     :param base: the prior of the local models, for ``product``: a mapping of sites to
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
         that needs no arguments. By default that of the first guide's own model.

@@ -102,11 +102,13 @@ class PosteriorGuide(FactorParams):
     its own, of which Pyro warns if the model has none there.
 
     :param posterior: the factors and their plates; copied.
+    :ivar axes, outgoing: of the posterior: what ``Posterior.from_guide`` takes for granted.
     """
 
     def __init__(self, posterior: Posterior) -> None:
         factors = posterior.decomposed
         super().__init__(factors, name=unique_name(type(self)))
+        self.axes, self.outgoing = dict(posterior.axes), dict(posterior.outgoing)
         self._plate_names = {
             # An axis of size one needs no plate: it stands to the right of another plate's axis.
             site: [

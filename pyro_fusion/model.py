@@ -42,14 +42,15 @@ from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
 from pyro_fusion.guide import AtomParams, unique_name
+from pyro_fusion.inputs import Inputs
 from pyro_fusion.links import Link
 from pyro_fusion.matchings import JointMatching
-from pyro_fusion.parties import Inputs, Labelled, Parties, locating
+from pyro_fusion.parties import Labelled, Parties, locating
 from pyro_fusion.posterior import Axes
 from pyro_fusion.priors import AssignmentPrior
 from pyro_fusion.problem import MatchingProblem, compact
 from pyro_fusion.seeding import starts
-from pyro_fusion.structure import check_dispersion, check_names, warn_identical
+from pyro_fusion.structure import Weights, check_dispersion, check_names, warn_identical
 
 __all__ = ["FusionModel", "atoms_at", "atoms_of", "pairs"]
 
@@ -91,7 +92,7 @@ class FusionModel(PyroModule):
         prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
         pooling: str | Pooling = "exclusive",
         *,
-        weights: Sequence[float] | Tensor | None = None,
+        weights: Weights = None,
         base: Base | None = None,
         axes: Axes | None = None,
         dispersion: float | None = None,
@@ -128,7 +129,10 @@ class FusionModel(PyroModule):
 
     def local(self, site: str, index: Tensor) -> pyro.distributions.TorchDistribution:
         """The local posteriors of a labelled site, of the components ``index``: batch shape
-        ``[len(index)]``. For ``product`` they are tempered by weight and dispersion."""
+        ``[len(index)]``; of a site without a label, of the parties ``index``. For ``product`` they
+        are tempered by weight and dispersion. It is called in their plate: what is drawn here is
+        drawn for each of them. Draw what all share in ``forward``, before
+        ``super().forward()``."""
         return FactorDistribution(self._problem(site).local[site].index_select(0, index))
 
     def scale(self, label: str | None) -> Tensor:

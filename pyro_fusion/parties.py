@@ -7,11 +7,11 @@ for the sites that need no assignment of their own."""
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -19,23 +19,23 @@ from torch import Tensor
 from pyro_fusion.barycenter import Pooling
 from pyro_fusion.base import Base, atom_base, base_fill, located, resolve_base
 from pyro_fusion.dispersion import estimate_dispersion, pairwise_spread, temper
-from pyro_fusion.errors import FusionError, ParameterError, StructureError, naming
+from pyro_fusion.errors import ParameterError, StructureError, naming
 from pyro_fusion.families import Factor
+from pyro_fusion.inputs import Inputs, by_name, read_parties
 from pyro_fusion.links import Link, averaged, entries
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.priors import AssignmentPrior, assignment_priors
 from pyro_fusion.problem import MatchingProblem, canonical_order, compact
 from pyro_fusion.structure import (
     Roles,
+    Weights,
     check_parties,
     check_weights,
     site_roles,
     warn_unlabelled_simplex,
 )
 
-__all__ = ["Inputs", "Labelled", "Parties", "locating", "tempered"]
-
-Inputs = Sequence[Posterior | Callable[..., Any]] | Mapping[str, Posterior | Callable[..., Any]]
+__all__ = ["Labelled", "Parties", "locating", "tempered"]
 
 
 @dataclass(frozen=True)
@@ -93,19 +93,15 @@ class Parties:
         cls,
         inputs: Inputs,
         pooling: Pooling,
-        weights: Sequence[float] | Tensor | None,
+        weights: Weights,
         base: Base | None,
         axes: Axes | Literal["auto"] | None,
     ) -> Parties:
         """Read and check what was given; arguments as for :func:`~pyro_fusion.fuse`."""
-        if isinstance(inputs, Posterior) or callable(inputs):
-            raise StructureError("expected a list of posteriors or guides, got a single one")
-        if not isinstance(inputs, Mapping):
-            inputs = {str(s): x for s, x in enumerate(inputs)}
-        names = tuple(map(str, inputs))
-        with naming(names):
-            posteriors, guides = _read(list(inputs.values()), axes)
-            w = check_weights(weights, len(posteriors))
+        named = by_name(inputs)
+        with naming(names := tuple(named)):
+            posteriors, guides = read_parties(list(named.values()), axes)
+            w = check_weights(weights, names)
             check_parties(posteriors)
             roles = site_roles(posteriors[0])
             warn_unlabelled_simplex(posteriors[0], roles)
@@ -324,35 +320,6 @@ def locating(problem: MatchingProblem) -> Iterator[None]:
         yield
     except ParameterError as e:
         raise located(e, problem.local, problem.base, problem.sizes) from e
-
-
-def _read(
-    inputs: list[Any], axes: Axes | Literal["auto"] | None
-) -> tuple[list[Posterior], list[Any]]:
-    if not inputs:
-        raise StructureError("expected at least one posterior or guide, got an empty list")
-    guides = [g for g in inputs if not isinstance(g, Posterior)]
-    for s, g in enumerate(inputs):
-        if not isinstance(g, Posterior) and not callable(g):
-            raise StructureError(
-                f"party {s}: expected a Posterior or a Pyro guide, got {type(g).__name__}"
-            )
-    if axes is not None and not guides:
-        raise StructureError(
-            "axes are for guides, and all parties are posteriors, which have labels of their own: "
-            "give axes where they are made, as in Posterior.from_guide(guide, axes=...)"
-        )
-    if guides:
-        from pyro_fusion.readers.pyro import check_not_shared
-
-        check_not_shared(inputs)
-    parties = []
-    for s, g in enumerate(inputs):
-        try:
-            parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g, axes=axes))
-        except FusionError as e:
-            raise type(e)(f"party {s}: {e}") from e
-    return parties, guides
 
 
 def _unsqueeze(f: Factor) -> Factor:

@@ -267,6 +267,18 @@ class Posterior:
             )
         return self.select(label, order)
 
+    def mean_field(self) -> Posterior:
+        """The same with each MultivariateNormal as the Normals of its numbers, behind the same
+        bijections: correlations are given up, means and variances kept. So a party with an
+        ``AutoMultivariateNormal`` or a Laplace approximation can be fused with those that have an
+        ``AutoNormal``."""
+        return self._replace(
+            {
+                k: to_marginals(f)[0] if f.family.name == "MultivariateNormal" else f
+                for k, f in self._factors.items()
+            }
+        )
+
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Posterior:
@@ -275,10 +287,12 @@ class Posterior:
 
     # -- as a distribution ---------------------------------------------------------------------
 
-    def sample(self, sample_shape: Sequence[int] = ()) -> dict[str, Tensor]:
-        """Draw every site: ``sample_shape + batch_shape + event_shape`` each."""
+    def sample(self, sample_shape: int | Sequence[int] = ()) -> dict[str, Tensor]:
+        """Draw every site: ``sample_shape + batch_shape + event_shape`` each; a number is a shape
+        of one axis."""
+        shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         with torch.no_grad():
-            return {k: d.sample(torch.Size(sample_shape)) for k, d in self.factors.items()}
+            return {k: d.sample(shape) for k, d in self.factors.items()}
 
     def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
         """The joint log-density of ``values``, each ``sample_shape + batch_shape + event_shape``;

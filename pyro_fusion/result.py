@@ -84,7 +84,8 @@ class Fusion:
 
     @cached_property
     def guide(self) -> PosteriorGuide:
-        """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``."""
+        """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``,
+        which moves it: it is the same object each time, and ``posterior.to_guide()`` a new one."""
         return self.posterior.to_guide()
 
     def to_numpyro(self) -> NumPyroGuide:
@@ -97,6 +98,11 @@ class Fusion:
 
         :raises StructureError: if there is none, or several.
         """
+        if not self.matchings:
+            raise StructureError(
+                "no site has a label, so nothing was assigned: give axes where the posteriors are "
+                "made, or put the components into a plate of the model"
+            )
         if len(self.matchings) != 1:
             raise StructureError(
                 f"expected one label, this fusion has {sorted(self.matchings)}: "
@@ -137,13 +143,15 @@ class Fusion:
             lines.append(f"shared sites: {', '.join(shared)}")
         for m in self.matchings.values():
             state = "converged" if m.converged else "NOT converged"
+            steps = len(m.objective) - 1
+            after = f"after {steps} iterations" if steps else "at once"
             known = "" if math.isinf(m.bound) else f", within {100 * m.gap:.2g} % for these atoms"
             lines += [
                 "",
                 f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
                 f"({m.prior}, dispersion {m.dispersion:.4g})",
-                f"objective {m.objective[-1]:.6g}, {state} after {len(m.objective) - 1} "
-                f"iterations, best of {len(m.restarts)} starts{known}",
+                f"objective {m.objective[-1]:.6g}, {state} {after}, best of {len(m.restarts)} "
+                f"starts{known}",
                 "",
                 "  atom  parties  from (party:component)",
             ]
@@ -166,4 +174,6 @@ class Fusion:
 
     def __repr__(self) -> str:
         what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())
-        return f"Fusion({len(self.party_names)} parties, {self.pooling}: {what or 'shared sites'})"
+        count = len(self.party_names)
+        parties = "1 party" if count == 1 else f"{count} parties"
+        return f"Fusion({parties}, {self.pooling}: {what or 'shared sites'})"

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Roles",
+    "Weights",
     "check_assignment",
     "check_names",
     "check_parties",
@@ -34,6 +35,9 @@ __all__ = [
     "warn_identical",
     "warn_unlabelled_simplex",
 ]
+
+
+Weights = Sequence[float] | Mapping[str, float] | Tensor | None
 
 
 def check_parties(posteriors: Sequence[Posterior]) -> None:
@@ -60,12 +64,37 @@ def check_parties(posteriors: Sequence[Posterior]) -> None:
                 ("device", f.device, g.device),
             ):
                 if mine != theirs:
+                    remedy = _remedy(what, first, other, site)
                     if what == "shape":
                         mine, theirs = tuple(f.shape), tuple(g.shape)
                     raise StructureError(
-                        f"site '{site}': {what} of party {s} is {show_structure(theirs)}, "
-                        f"of party 0 {show_structure(mine)}"
+                        f"site '{site}': expected the same {what} at all parties, got "
+                        f"{show_structure(theirs)} for party {s} and {show_structure(mine)} for "
+                        f"party 0{remedy}"
                     )
+
+
+def _remedy(what: str, first: Posterior, other: Posterior, site: str) -> str:
+    """What to do where two parties differ in ``what``, if it is clear."""
+    f, g = first.decomposed[site], other.decomposed[site]
+    if what == "dtype":
+        return ": cast one of them, posterior.to(dtype=...)"
+    if what == "device":
+        return ": move one of them, posterior.to(device=...)"
+    names = {f.family.name, g.family.name}
+    if what == "family and transforms" and names == {"Normal", "MultivariateNormal"}:
+        return ": posterior.mean_field() gives up the correlations of the latter"
+    if what == "shape" and len(f.shape) == len(g.shape):
+        for axis, sizes in enumerate(zip(f.shape, g.shape, strict=True)):
+            for label in first.labels:
+                both = first.components(label), other.components(label)
+                if sizes[0] != sizes[1] and sizes == both:
+                    axes = tuple(label if i == axis else a for i, a in enumerate(first.axes[site]))
+                    return (
+                        f". If that axis is of the components of '{label}', label it: "
+                        f"axes={{'{site}': {axes}}}"
+                    )
+    return ""
 
 
 def _fixed(p: Posterior, site: str) -> tuple[int | None, ...]:
@@ -137,7 +166,7 @@ def _groups(posterior: Posterior, roles: Roles) -> list[tuple[str, ...]]:
     while rest:
         label = max(rest, key=partial(_numbers, posterior, roles, ()))
         if not _numbers(posterior, roles, (), label):
-            _refuse(roles, label)
+            _refuse(posterior, roles, label)
         groups.append(turns(posterior, roles, label))
         rest = [x for x in rest if x not in groups[-1]]
     return groups
@@ -153,7 +182,7 @@ def turns(posterior: Posterior, roles: Roles, first: str) -> tuple[str, ...]:
             return group
         label = max(rest, key=partial(_numbers, posterior, roles, group))
         if not _numbers(posterior, roles, group, label):
-            _refuse(roles, label)
+            _refuse(posterior, roles, label)
         group += (label,)
 
 
@@ -169,12 +198,15 @@ def _numbers(posterior: Posterior, roles: Roles, given: tuple[str, ...], label: 
     return sum(posterior.decomposed[site].shape.numel() // size for site in sites)
 
 
-def _refuse(roles: Roles, label: str) -> None:
+def _refuse(posterior: Posterior, roles: Roles, label: str) -> None:
     linked = [site for site, labels in roles.linked.items() if label in labels]
     if linked:
         raise StructureError(
-            f"label '{label}' is only on sites that have other labels too ({linked}), and so are "
-            "these: at least one of them needs a site of its own, to begin with"
+            f"label '{label}' is only on sites that have other labels too ({linked}), and these "
+            "labels have no sites of their own either, so there is nothing to begin with. Where an "
+            "axis has no components whose order means nothing, as that of features, take its label "
+            f"away: axes={{'{linked[0]}': "
+            f"{tuple(label if a == label else None for a in posterior.axes[linked[0]])}}}"
         )
     carried = [site for site, other in roles.carried.items() if other == label]
     raise StructureError(
@@ -244,19 +276,33 @@ def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Label
 
 
 def warn_unlabelled_simplex(posterior: Posterior, roles: Roles) -> None:
-    """Warn of shared sites that look like the weights of labelled components: pooled as they are,
-    they would mix up components."""
-    for site in roles.shared:
-        f = posterior.decomposed[site]
-        simplex = is_stick_breaking(f) or f.family.name == "Dirichlet"
+    """Warn of simplices without a label that look like the weights of components, or like the rows
+    of a transition matrix: pooled as they are, they would mix up components."""
+    shapes = {site: tuple(f.shape) for site, f in posterior.decomposed.items()}
+    for site, f in posterior.decomposed.items():
+        if not (is_stick_breaking(f) or f.family.name == "Dirichlet"):
+            continue
+        axes, size = posterior.axes[site], f.shape[-1]
+        if axes[-1] is not None or size < 2:
+            continue
         for label in roles.matched:
-            if simplex and f.shape[-1] == posterior.components(label):
+            if size == posterior.components(label) and (site in roles.shared or label in axes):
+                what = "weights of" if site in roles.shared else "probabilities of moving to"
                 warn_user(
                     f"site '{site}' is a simplex with as many entries as there are components "
-                    f"along '{label}', but its axis has no label, so it is pooled as it stands. "
-                    f"If they are the weights of the components, label it: axes={{'{site}': "
-                    f"('{label}',)}} (the last axis of its shape {tuple(f.shape)})"
+                    f"along '{label}', but their axis has no label, so it is pooled as it stands. "
+                    f"If they are the {what} the components, label it: axes={{'{site}': "
+                    f"{(*axes[:-1], label)}}} (the last axis of its shape {shapes[site]})"
                 )
+        others = [x for x, shape in shapes.items() if x != site and size in shape]
+        if not posterior.labels and others:
+            warn_user(
+                f"no site has a label, so nothing is assigned, and entry k of one party is pooled "
+                f"with entry k of the others. Site '{site}' looks like the weights of {size} "
+                f"components, and site '{others[0]}' has as many entries: if they are components, "
+                f"label both: axes={{'{site}': {(*axes[:-1], 'component')}, ...}}, or put them "
+                "into a plate"
+            )
 
 
 def warn_identical(posteriors: Sequence[Posterior]) -> None:
@@ -293,11 +339,18 @@ def check_dispersion(dispersion: float | Tensor | None) -> float | None:
     return result
 
 
-def check_weights(weights: Sequence[float] | Tensor | None, num_parties: int) -> Tensor:
+def check_weights(weights: Weights, names: Sequence[str]) -> Tensor:
     """Weights with mean 1, float64, ``[S]``.
 
     :raises ParameterError: if they are negative, not finite, all zero, or not one per party.
     """
+    num_parties = len(names)
+    if isinstance(weights, Mapping):
+        if set(weights) != set(names):
+            raise ParameterError(
+                f"expected a weight for each of the parties {list(names)}, got {list(weights)}"
+            )
+        weights = [weights[name] for name in names]
     if weights is None:
         return torch.ones(num_parties, dtype=torch.float64)
     try:

@@ -264,7 +264,7 @@ def test_parties_that_do_not_fit_are_named_by_their_files(
     ).save("wide.safetensors")
     message = refused("fuse", files[0], "wide.safetensors", "-o", "x")
     assert "site 'loc'" in message and "(2, 3)" in message and "(3, 2)" in message
-    assert "party 0 is north, party 1 is wide" in message
+    assert "party 0 (north)" in message and "party 1 (wide)" in message
     assert not Path("x").exists()
 
 
@@ -276,13 +276,13 @@ def test_parties_that_do_not_fit_are_named_by_their_files(
         (["--prior", "group-norm", "--alpha", "1"], "--alpha needs --prior indian-buffet"),
         (["--prior", "parametric"], "--prior parametric needs --num-atoms"),
         (["--prior", "parametric", "--num-atoms", "0"], "num_atoms must be positive"),
-        (["--prior", "parametric", "--num-atoms", "2"], "party 0 is north"),
+        (["--prior", "parametric", "--num-atoms", "2"], "party 0 (north)"),
         (["--alpha", "-1"], "alpha must be positive"),
         (["--alpha", "nan"], "alpha must be positive"),
         (["--pooling", "product"], "--pooling product needs --base"),
         (["--base", "north.safetensors"], "--base needs --pooling product"),
         (["--weights", "1", "2"], "expected 3 weights"),
-        (["--weights", "1", "2", "-1"], "party 2 is west"),
+        (["--weights", "1", "2", "-1"], "party 2 (west)"),
         (["--dispersion", "0"], "dispersion must be positive"),
         (["--dispersion", "inf"], "dispersion must be positive"),
     ],

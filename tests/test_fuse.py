@@ -4,6 +4,7 @@
 """fuse(), from posteriors and guides to one posterior."""
 
 import functools
+from pathlib import Path
 
 import pyro
 import pyro.distributions as dist
@@ -222,7 +223,7 @@ class TestSites:
         fusion = fuse(local, pooling, base=BASE)
         assert fusion.matchings == {}
         assert len(fusion.objective) == 1
-        with pytest.raises(StructureError, match="expected one label"):
+        with pytest.raises(StructureError, match="no site has a label, so nothing was assigned"):
             fusion.assignment  # noqa: B018
         assert "shared sites: noise" in fusion.summary()
 
@@ -524,22 +525,22 @@ class TestBadInput:
             ),
             (
                 lambda: normal_party(loc=torch.zeros(2, 4), scale=torch.ones(2, 4)),
-                r"site 'z': shape of party 1 is \(2, 4\), of party 0 \(2, 3\)",
+                r"'z': expected the same shape .* \(2, 4\) for party 1 and \(2, 3\) for party 0",
             ),
             (
                 lambda: Posterior(
                     {"z": dist.LogNormal(torch.zeros(2, 3), 1.0).to_event(1)},
                     {"z": ("component", None)},
                 ),
-                "site 'z': family and transforms of party 1 is Normal behind .*Exp",
+                "'z': expected the same family and transforms .* Normal behind .*Exp.* for party 1",
             ),
             (
                 lambda: Posterior({"z": dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)}),
-                "site 'z': labels of party 1",
+                "site 'z': expected the same labels .* for party 1",
             ),
             (
                 lambda: normal_party().to(dtype=torch.float64),
-                "site 'z': dtype of party 1 is torch.float64, of party 0 torch.float32",
+                "dtype .*float64 for party 1 and .*float32 for party 0: cast one .*posterior.to",
             ),
         ],
     )
@@ -714,11 +715,9 @@ class TestNames:
 
     def test_errors_name_the_parties(self):
         named = self.named() | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)})}
-        with pytest.raises(
-            StructureError, match=r"party 1 .*\(party 0 is north, party 1 is east\)"
-        ):
+        with pytest.raises(StructureError, match=r"party 1 \(east\) .*, party 0 \(north\)"):
             fuse(named)
-        with pytest.raises(StructureError, match=r"party 0 has 3 .*\(party 0 is north\)"):
+        with pytest.raises(StructureError, match=r"party 0 \(north\) has 3 "):
             fuse(
                 {"north": Posterior({"z": dist.Normal(torch.zeros(3), 1.0)}, {"z": "k"})}
                 | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)}, {"z": "k"})},
@@ -727,3 +726,82 @@ class TestNames:
         with pytest.raises(StructureError, match="party 1: expected a Posterior") as error:
             fuse([*parties()[:1], 3])
         assert " is " not in str(error.value)
+
+    def test_weights_by_name(self):
+        named = self.named()
+        weights = [float(s + 1) for s in range(len(named))]
+        by_name = dict(reversed(list(zip(named, weights, strict=True))))
+        assert fuse(named, weights=by_name).objective == fuse(named, weights=weights).objective
+        with pytest.raises(ParameterError, match=r"a weight for each of .*'north'.*, got \['x'\]"):
+            fuse(named, weights={"x": 1.0})
+
+
+class TestWhatNewcomersDo:
+    """Mistakes, each with what to do about it."""
+
+    @staticmethod
+    def mixture(*means, axes=None):
+        factors = {
+            "w": dist.Dirichlet(torch.full((len(means),), 9.0)),
+            "mu": dist.Normal(torch.tensor(means), 1.0),
+        }
+        return Posterior(factors, {"mu": "c"} if axes is None else axes)
+
+    def test_weights_without_a_label_and_different_numbers_of_components(self):
+        parties = [self.mixture(-5.0, 5.0), self.mixture(5.0, -5.0, 0.0)]
+        with pytest.raises(StructureError, match=r"of 'c', label it: axes={'w': \('c',\)}"):
+            fuse(parties)
+
+    def test_no_label_at_all(self):
+        parties = [self.mixture(-5.0, 5.0, axes={}), self.mixture(5.0, -5.0, axes={})]
+        with pytest.warns(UserWarning, match="no site has a label, so nothing is assigned"):
+            fuse(parties)
+
+    def test_a_transition_matrix_that_is_labelled_once(self):
+        def chain(seed):
+            torch.manual_seed(seed)
+            factors = {
+                "move": dist.Dirichlet(1 + torch.rand(3, 3)),
+                "loc": dist.Normal(torch.tensor([-9.0, 0.0, 9.0])[torch.randperm(3)], 1.0),
+            }
+            return Posterior(factors, {"move": ("state",), "loc": "state"})
+
+        said = r"moving to the components, label it: axes={'move': \('state', 'state'\)}"
+        with pytest.warns(UserWarning, match=said):
+            fuse([chain(0), chain(1)])
+
+    @pytest.mark.parametrize(
+        ("party", "remedy"),
+        [
+            ("a.safetensors", r"got str: read the file, Posterior.load\(path\)"),
+            (Path("a.safetensors"), r"Posterior.load\(path\)"),
+        ],
+    )
+    def test_what_is_no_party(self, party, remedy):
+        with pytest.raises(StructureError, match=remedy):
+            fuse([*parties()[:1], party])
+
+    def test_a_fusion_is_no_party(self):
+        with pytest.raises(StructureError, match=r"got Fusion: take its posterior"):
+            fuse([fuse(parties()), *parties()])
+
+    def test_parties_that_are_in_no_list(self):
+        with pytest.raises(ParameterError, match="got Posterior: are the parties in a list"):
+            fuse(parties(), parties()[0])
+
+    def test_a_base_for_other_sites(self):
+        with pytest.raises(StructureError, match=r"prior of site 'mu'; `base` has \['loc'\]"):
+            fuse(
+                [self.mixture(-5.0, 5.0, axes={"w": "c", "mu": "c"}) for _ in range(2)],
+                "product",
+                base={"loc": dist.Normal(0.0, 9.0)},
+            )
+
+    def test_features_that_are_labelled_as_components_are(self):
+        loc = dist.Normal(torch.zeros(2, 3), 1.0)
+        party = Posterior({"mu": loc}, {"mu": ("group", "feature")})
+        with pytest.raises(StructureError, match=r"take its label away: axes={'mu': \("):
+            fuse([party, party])
+
+    def test_what_is_printed_of_one_party(self):
+        assert repr(fuse(parties()[:1])).startswith("Fusion(1 party, exclusive: ")

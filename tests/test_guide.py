@@ -261,3 +261,33 @@ def test_names_that_collide_with_attributes(site):
 def test_on_cuda():
     guide = posterior().to("cuda").to_guide()
     assert {v.device.type for v in guide().values()} == {"cuda"}
+
+
+class TestReadAgain:
+    def test_labels_are_those_of_the_posterior(self):
+        p = Posterior(
+            {
+                "w": dist.Dirichlet(torch.ones(3)),
+                "W": dist.Normal(torch.zeros(3, 2), 1.0).to_event(1),
+                "out": dist.Normal(torch.zeros(4, 3), 1.0).to_event(2),
+            },
+            {"w": ("unit",), "W": ("unit", None), "out": (None, "unit")},
+            outgoing={"out": "unit"},
+        )
+        again = Posterior.from_guide(p.to_guide())
+        assert again.axes == p.axes
+        assert again.outgoing == p.outgoing
+        assert again.plates == p.plates
+        blocked = Posterior.from_guide(poutine.block(p.to_guide(), hide=["out"]))
+        assert blocked.axes == {k: v for k, v in p.axes.items() if k != "out"}
+        assert blocked.outgoing == {}
+        given = Posterior.from_guide(p.to_guide(), axes={"w": (None,)})
+        assert given.axes == {**p.axes, "w": (None,)}
+
+    def test_after_training(self):
+        p = posterior()
+        guide = p.to_guide()
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
+        again = Posterior.from_guide(guide)
+        assert again.axes == p.axes
+        assert not torch.equal(again.factors["loc"].mean, p.factors["loc"].mean)

@@ -469,7 +469,9 @@ class TestOutgoing:
             p.to(dtype=torch.float32),
         ):
             assert other.outgoing == OUTGOING
-        with pytest.raises(StructureError, match="'W2': outgoing label of party 1 is None"):
+        with pytest.raises(
+            StructureError, match=r"'W2': expected .*outgoing label.* None for party 1"
+        ):
             fuse([p, posteriors[1]])
 
     def test_from_a_guide(self):

@@ -18,6 +18,7 @@ from pyro_fusion.errors import (
     UnsupportedFamilyError,
 )
 from pyro_fusion.families import Factor
+from pyro_fusion.fuse import fuse
 from pyro_fusion.posterior import Posterior
 
 SIGMAS = 5
@@ -398,3 +399,41 @@ def test_index_that_is_no_number(index):
     p = Posterior({"x": dist.Normal(torch.zeros(2), 1.0)}, {"x": "a"})
     with pytest.raises(StructureError, match="expected the numbers of components"):
         p.select("a", index)
+
+
+class TestMeanField:
+    def joint(self, transforms=()):
+        torch.manual_seed(0)
+        tril = torch.randn(2, 3, 3).tril(-1) + torch.rand(2, 3).exp().diag_embed()
+        d = dist.MultivariateNormal(torch.randn(2, 3), scale_tril=tril)
+        return dist.TransformedDistribution(d, list(transforms)) if transforms else d
+
+    def test_keeps_means_and_variances(self):
+        p = Posterior({"z": self.joint(), "k": dist.Gamma(1.0, 1.0)}, {"z": ("state", None)})
+        field = p.mean_field()
+        mine, joint = field.factors["z"], p.factors["z"]
+        assert field.decomposed["z"].family.name == "Normal"
+        assert field.axes == p.axes
+        torch.testing.assert_close(mine.mean, joint.mean)
+        torch.testing.assert_close(mine.variance, joint.variance)
+        assert field.mean_field().factors["z"].mean.equal(mine.mean)
+
+    def test_behind_a_bijection(self):
+        p = Posterior({"z": self.joint([torch.distributions.ExpTransform()])}, {"z": "state"})
+        mine = p.mean_field().factors["z"]
+        normal = self.joint()
+        expected = dist.LogNormal(normal.mean, normal.stddev).to_event(1)
+        x = expected.sample()
+        torch.testing.assert_close(mine.log_prob(x), expected.log_prob(x))
+
+    def test_lets_parties_be_fused(self):
+        plain = Posterior({"z": dist.Normal(torch.zeros(2, 3), 1.0).to_event(1)}, {"z": "state"})
+        joint = Posterior({"z": self.joint()}, {"z": "state"})
+        with pytest.raises(StructureError, match=r"posterior.mean_field\(\)"):
+            fuse([plain, joint])
+        assert fuse([plain, joint.mean_field()]).posterior.axes == {"z": ("state", None)}
+
+
+def test_a_number_of_draws():
+    p = Posterior({"z": dist.Normal(torch.zeros(3), 1.0)})
+    assert p.sample(5)["z"].shape == p.sample([5])["z"].shape == (5, 3)

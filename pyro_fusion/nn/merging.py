@@ -83,7 +83,7 @@ def merge_modules(
         posteriors = [Posterior.from_module(m, d) for m, d in zip(modules, data)]
         merged = merge_modules(modules, posteriors, weights=[0.3, 0.7])
     """
-    w = check_weights(weights, len(modules))
+    w = check_weights(weights, [str(s) for s in range(len(modules))])
     ready = prepared(modules, posteriors, axes, inputs, floor, seed)
     return pooled(modules, ready, w, normalize)
 

@@ -11,6 +11,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoMultivariateNormal, AutoNormal
 from torch import Tensor
 from torch.distributions import constraints
@@ -462,6 +463,21 @@ class TestBadDraws:
             Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": ("a", "b")})
         with pytest.raises(ParameterError, match="'x': expected a sequence of labels, got 3"):
             Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": 3})
+
+
+def test_axes_of_size_one_as_predictive_has_them():
+    guide = AutoNormal(model)
+    guide(DATA)
+    drawn = Predictive(guide, num_samples=200)(DATA)
+    draws = {site: x for site, x in drawn.items() if site in model_draws()}
+    assert draws["weights"].shape[:2] == (200, 1)
+    bare = {site: x.reshape(len(x), *model_draws(1)[site].shape[1:]) for site, x in draws.items()}
+    options: dict[str, Any] = {"min_ess": None, "relabel": False}
+    mine = Posterior.from_draws(draws, model, DATA, **options)
+    theirs = Posterior.from_draws(bare, model, DATA, **options)
+    for site, factor in theirs.decomposed.items():
+        for name, value in factor.params.items():
+            assert torch.equal(mine.decomposed[site].params[name], value)
 
 
 class TestBadModels:

@@ -19,6 +19,7 @@ import torch
 from pyro.contrib.easyguide import EasyGuide
 from pyro.distributions import constraints
 from pyro.infer import SVI, JitTrace_ELBO, Trace_ELBO, TraceEnum_ELBO, autoguide
+from pyro.infer.autoguide import AutoNormal
 from pyro.infer.autoguide.effect import (
     AutoHierarchicalNormalMessenger,
     AutoNormalMessenger,
@@ -164,7 +165,8 @@ def test_subsampled_plate_is_read_at_full_size() -> None:
             pyro.sample("obs", dist.Normal(z, 1), obs=data[i])
 
     guide = fit(m, autoguide.AutoNormal(m), torch.randn(6))
-    posterior = from_guide(guide)
+    with pytest.warns(UserWarning, match="in the plate 'data' of the data 'obs'"):
+        posterior = from_guide(guide)
     assert posterior.factors["z"].batch_shape == (6,)
     assert posterior.axes["z"] == ("data",)
     assert torch.equal(posterior.factors["z"].loc, guide.locs.z)
@@ -1449,3 +1451,23 @@ def test_posteriors_stay_on_the_device(kind: Any) -> None:
 
 def test_all_errors_are_fusion_errors() -> None:
     assert issubclass(GuideError, FusionError)
+
+
+def test_sites_in_plates_of_data_are_no_components() -> None:
+    def local(x: Tensor) -> None:
+        with pyro.plate("component", 2):
+            loc = pyro.sample("loc", dist.Normal(0.0, 1.0))
+            pyro.factor("prefers", -loc.square())
+        with pyro.plate("patient", len(x)):
+            own = pyro.sample("own", dist.Normal(loc.sum(), 1.0))
+            pyro.sample("x", dist.Normal(own, 1.0), obs=x)
+
+    guide = AutoNormal(local)
+    guide(DATA[:, 0])
+    said = "site 'own' is in the plate 'patient' of the data 'x'.*hide.*axes={'own': \\(None,\\)}"
+    with pytest.warns(UserWarning, match=said):
+        assert Posterior.from_guide(guide).axes["own"] == ("patient",)
+    # Without a warning, which would be an error here.
+    assert Posterior.from_guide(guide, axes={"own": (None,)}).labels == ("component",)
+    assert "patient" in Posterior.from_guide(guide, axes={"own": ("patient",)}).labels
+    assert set(Posterior.from_guide(poutine.block(guide, hide=["own"])).axes) == {"loc"}

@@ -25,6 +25,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
@@ -268,6 +269,13 @@ def _arrays(source: Source, names: Sequence[str]) -> dict[str, Tensor]:
     return result
 
 
+def _without_ones(shape: torch.Size, like: torch.Size) -> torch.Size:
+    """Without the axes of size one that Pyro's ``Predictive`` puts in front, where the model has
+    plates to the left of a site."""
+    extra = max(0, len(shape) - len(like))
+    return shape[extra:] if all(n == 1 for n in shape[:extra]) else shape
+
+
 def _site(
     name: str,
     draws: Tensor,
@@ -277,10 +285,12 @@ def _site(
     families: Families | None,
     supports: Mapping[str, Any] | None,
 ) -> SiteDraws:
-    shape = draws.shape[2:]
-    value = draws.double().flatten(0, 1)
     kind = _kind(name, families)
     info = (known or {}).get(name)
+    if info is not None and _without_ones(draws.shape[2:], info.shape) == info.shape:
+        draws = draws.reshape(draws.shape[:2] + info.shape)
+    shape = draws.shape[2:]
+    value = draws.double().flatten(0, 1)
     if info is not None and info.shape != shape:
         raise DrawsError(
             f"site '{name}' has draws of shape {tuple(shape)}, but in the model, with these "

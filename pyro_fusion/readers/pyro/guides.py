@@ -42,12 +42,13 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.guide import PosteriorGuide
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
-from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
+from pyro_fusion.readers.pyro.sites import latent_sites, plates_of, warn_of_data_plates
 from pyro_fusion.readers.pyro.trace import read_trace
 from pyro_fusion.readers.sites import (
     Labels,
@@ -131,11 +132,20 @@ def from_guide(
     check_num_samples(num_samples)
     _check_is_pyro(guide)
     program = Program(guide, args, kwargs)
+    inner = peel(guide)[1]
+    if isinstance(inner, PosteriorGuide):  # has the labels of the posterior that it was made from
+        given = labels_of(None if axes == "auto" else axes)
+        sites = _sites(program, spread, {**inner.axes, **given}, num_samples, seed)
+        kept = {k: v for k, v in inner.axes.items() if k in sites}
+        own = {k: v for k, v in inner.outgoing.items() if k in sites}
+        return posterior_of(sites, {**kept, **given}, own if outgoing is None else outgoing)
     if axes == "auto":
         found = _find_axes(program, spread, num_samples, seed)
         axes, outgoing = found.axes, {**found.outgoing, **(outgoing or {})}
     labels = labels_of(axes)
-    return posterior_of(_sites(program, spread, labels, num_samples, seed), labels, outgoing)
+    sites = _sites(program, spread, labels, num_samples, seed)
+    warn_of_data_plates(inner, {k: s for k, s in sites.items() if k not in labels})
+    return posterior_of(sites, labels, outgoing)
 
 
 def _sites(

@@ -5,15 +5,21 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
+from pyro.distributions import Unit
+from pyro.infer.autoguide.initialization import InitMessenger
+from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_fusion.errors import GuideError
+from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.readers.pyro.program import Program, isolated, without
+from pyro_fusion.readers.sites import Read
 
-__all__ = ["latent_sites", "plates_of"]
+__all__ = ["latent_sites", "plates_of", "warn_of_data_plates"]
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
@@ -52,3 +58,47 @@ def plates_of(
             )
         plates[batch_dim + frame.dim] = frame.name
     return tuple(plates)
+
+
+def warn_of_data_plates(guide: Any, sites: Mapping[str, Read]) -> None:
+    """Warn of sites whose label is that of a plate of data: they are of the party alone."""
+    named = {plate for s in sites.values() for plate in s.plates if plate is not None}
+    data = _data_plates(guide) if named else {}
+    for name, s in sites.items():
+        for plate in s.plates:
+            if plate in data:
+                warn_user(
+                    f"site '{name}' is in the plate '{plate}' of the data '{data[plate]}', and has "
+                    "its label, so its entries will be matched with those of other parties, as if "
+                    "they were components. If they are of this party alone, hide the site, "
+                    f"poutine.block(guide, hide=['{name}']), or take the label away, "
+                    f"axes={{'{name}': {tuple(None if p == plate else p for p in s.plates)}}}; if "
+                    f"they are components, say so, axes={{'{name}': {s.plates}}}"
+                )
+                break
+
+
+def _data_plates(guide: Any) -> dict[str, str]:
+    """Plate -> an observed site in it, by the model of an autoguide, which is run with what it was
+    first called with; nothing where that cannot be done."""
+    prototype = getattr(guide, "prototype_trace", None)
+    called = {} if prototype is None else prototype.nodes.get("_INPUT", {})
+    if "args" not in called or getattr(guide, "_model", None) is None:
+        return {}
+    model = without(guide.model, InitMessenger, BlockMessenger)
+    program = Program(model, called["args"], called["kwargs"], "model")
+    with isolated(model, 0), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            trace = program.trace()
+        except FusionError:
+            return {}
+    return {
+        frame.name: name
+        for name, site in trace.nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], Unit)  # a factor
+        for frame in site["cond_indep_stack"]
+    }
