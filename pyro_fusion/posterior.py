@@ -10,20 +10,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
-from pyro_fusion.errors import FusionError, StructureError, warn_user
-from pyro_fusion.families import Factor, as_factor
-from pyro_fusion.families.projection import (
-    dirichlet_from_stick_breaking,
-    is_stick_breaking,
-    to_marginals,
-)
+from pyro_fusion.errors import FusionError, StructureError
+from pyro_fusion.families import Factor
+from pyro_fusion.families.projection import to_marginals
+from pyro_fusion.labels import as_index, describe, describe_axes, labelled, names_of
 
 if TYPE_CHECKING:
     from pyro_fusion.guide import PosteriorGuide
@@ -32,9 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["Axes", "Posterior"]
 
 Axes = Mapping[str, Sequence[str | None] | str]
-
-# Replacing a joint Normal by its marginals is reported when it loses more than this per dimension.
-_NATS_PER_DIMENSION = 0.1
 
 
 class Posterior:
@@ -92,10 +86,10 @@ class Posterior:
         self._factors: dict[str, Factor] = {}
         self._axes: dict[str, tuple[str | None, ...]] = {}
         for site, d in factors.items():
-            self._factors[site], self._axes[site] = _checked(site, d, (axes or {}).get(site, ()))
+            self._factors[site], self._axes[site] = labelled(site, d, (axes or {}).get(site, ()))
         self._plates: dict[str, tuple[str | None, ...]] = {}
         for site, f in self._factors.items():
-            names = _names(site, (plates or {}).get(site, self._axes[site][: f.batch_dim]))
+            names = names_of(site, (plates or {}).get(site, self._axes[site][: f.batch_dim]))
             if len(names) != f.batch_dim:
                 raise StructureError(
                     f"site '{site}': {len(names)} plates {names} for batch shape "
@@ -108,7 +102,7 @@ class Posterior:
         for site, label in self._outgoing.items():
             known = isinstance(label, str) and self._axes[site].count(label) == 1
             if not known or not self._factors[site].scales:
-                found = f"{_describe(self._factors[site])} with {_describe_axes(self._axes[site])}"
+                found = f"{describe(self._factors[site])} with {describe_axes(self._axes[site])}"
                 raise StructureError(
                     f"site '{site}': expected a Normal or MultivariateNormal with the label "
                     f"{ascii(label)[:100]} on one axis to be outgoing, got {found}"
@@ -134,11 +128,22 @@ class Posterior:
     # -- reading -------------------------------------------------------------------------------
 
     @classmethod
-    def from_guide(cls, guide: Callable[..., Any], *args: Any, **kwargs: Any) -> Posterior:
+    def from_guide(
+        cls,
+        guide: Callable[..., Any],
+        *args: Any,
+        axes: Axes | Literal["auto"] | None = None,
+        outgoing: Mapping[str, str] | None = None,
+        spread: float | Tensor | Mapping[str, float | Tensor] | None = None,
+        num_samples: int = 1000,
+        seed: int = 0,
+        **kwargs: Any,
+    ) -> Posterior:
         """Read a Pyro guide; see :func:`pyro_fusion.readers.pyro.from_guide`."""
         from pyro_fusion.readers.pyro import from_guide
 
-        return from_guide(guide, *args, **kwargs)
+        own: dict[str, Any] = {"axes": axes, "outgoing": outgoing, "spread": spread}
+        return from_guide(guide, *args, **own, num_samples=num_samples, seed=seed, **kwargs)
 
     @classmethod
     def from_numpyro(
@@ -239,7 +244,7 @@ class Posterior:
         :raises StructureError: for an unknown label, or an index out of range or empty.
         """
         size = self.components(label)
-        chosen = _as_index(index)
+        chosen = as_index(index)
         if len(chosen) == 0 or int(chosen.min()) < 0 or int(chosen.max()) >= size:
             raise StructureError(
                 f"label '{label}' has components 0 to {size - 1}, got index {chosen.tolist()}"
@@ -259,7 +264,7 @@ class Posterior:
         :raises StructureError: if that is no permutation.
         """
         size = self.components(label)
-        order = _as_index(permutation)
+        order = as_index(permutation)
         if order.sort().values.tolist() != list(range(size)):
             raise StructureError(
                 f"expected a permutation of the {size} components of '{label}', "
@@ -367,84 +372,9 @@ class Posterior:
         counts = ", ".join(f"{n} × {label}" for label, n in self._sizes.items())
         head = f"Posterior({counts})" if counts else "Posterior"
         rows = [
-            (site, _describe(f), str(list(f.shape)), _describe_axes(self._axes[site]))
+            (site, describe(f), str(list(f.shape)), describe_axes(self._axes[site]))
             for site, f in self._factors.items()
         ]
         widths = [max(len(r[i]) for r in rows) for i in range(4)]
         lines = ["  " + "  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)) for r in rows]
         return "\n".join([head, *(line.rstrip() for line in lines)])
-
-
-def _as_index(index: Sequence[int] | Tensor) -> Tensor:
-    try:
-        result = torch.as_tensor(index).reshape(-1)
-    except (TypeError, ValueError, RuntimeError) as e:
-        raise StructureError(f"expected the numbers of components, got {index!r}") from e
-    if result.numel() and (result.is_floating_point() or result.dtype == torch.bool):
-        raise StructureError(f"expected the numbers of components, got {result.dtype}")
-    return result.long()
-
-
-def _describe(f: Factor) -> str:
-    d: Distribution = f.distribution(validate_args=False)
-    while isinstance(d, torch.distributions.Independent):
-        d = d.base_dist
-    if type(d) is not dist.TransformedDistribution:
-        return type(d).__name__
-    return f"{f.family.name} → " + " → ".join(
-        type(t).__name__.removesuffix("Transform") for t in f.transforms
-    )
-
-
-def _describe_axes(axes: tuple[str | None, ...]) -> str:
-    return "(" + ", ".join(a or "·" for a in axes) + ")" if any(axes) else "shared"
-
-
-def _names(site: str, names: Sequence[str | None] | str) -> tuple[str | None, ...]:
-    if not isinstance(names, Sequence):
-        raise StructureError(f"site '{site}': expected a sequence of labels, got {names!r}")
-    names = (names,) if isinstance(names, str) else tuple(names)
-    if any(not (name is None or (isinstance(name, str) and name)) for name in names):
-        raise StructureError(f"site '{site}': labels must be names or None, got {names}")
-    return names
-
-
-def _checked(
-    site: str, d: Distribution | Factor, labels: Sequence[str | None] | str
-) -> tuple[Factor, tuple[str | None, ...]]:
-    """Take one site apart, check it, and make its labelled axes separable."""
-    labels = _names(site, labels)
-    try:
-        f = d.map(torch.clone) if isinstance(d, Factor) else as_factor(d)
-        if len(labels) > len(f.shape):
-            raise StructureError(
-                f"{len(labels)} labels {labels} for shape {tuple(f.shape)} "
-                "(batch_shape + event_shape)"
-            )
-        axes = labels + (None,) * (len(f.shape) - len(labels))
-        f.check()
-        joint = [i for i in range(f.separable_axes, len(axes)) if axes[i] is not None]
-        if joint:
-            f = _separated(site, f, joint)
-            f.check()
-    except FusionError as e:
-        raise type(e)(f"site '{site}': {e}") from e
-    return f, axes
-
-
-def _separated(site: str, f: Factor, joint: list[int]) -> Factor:
-    if is_stick_breaking(f):
-        return dirichlet_from_stick_breaking(f)
-    elementwise = f.separable_axes == len(f.base_shape)
-    if f.family.name == "MultivariateNormal" and elementwise:
-        marginal, lost = to_marginals(f)
-        if lost > _NATS_PER_DIMENSION * f.shape[-1]:
-            warn_user(
-                f"site '{site}': labelling the event axis of a MultivariateNormal keeps only its "
-                f"marginals, which loses {lost:.1f} nats of correlation"
-            )
-        return marginal
-    # Raises if the family has no separable event axes, or a transform is in the way.
-    for axis in joint:
-        f.index_select(axis, torch.arange(f.shape[axis]))
-    return f

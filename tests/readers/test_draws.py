@@ -465,6 +465,16 @@ class TestBadDraws:
             Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": 3})
 
 
+def test_chains_that_disagree_tell_nothing_of_what_is_lost():
+    # Two modes, one for each chain: two effective draws or so, whatever their number.
+    apart = torch.stack([normal(500) - 20, normal(500) + 20])
+    options: dict[str, Any] = {"group_by_chain": True, "max_rhat": None, "min_ess": None}
+    reading = read_draws({"x": apart, "y": normal(2, 500)}, **options)
+    assert reading.ess["x"] < 20
+    assert math.isnan(reading.lost["x"]) and math.isnan(reading.lost_between)
+    assert reading.lost["y"] < 0.1
+
+
 def test_axes_of_size_one_as_predictive_has_them():
     guide = AutoNormal(model)
     guide(DATA)

@@ -38,6 +38,8 @@ __all__ = ["dependence", "losses", "marginal_losses", "standard_normals"]
 
 # So many draws for each number are needed to look for correlations.
 _DRAWS_PER_NUMBER = 4
+# Fewer effective draws tell nothing of a density.
+_FEWEST = 20
 # Standard deviations: beyond, the probability is no number.
 _FARTHEST = 37.5
 
@@ -183,14 +185,15 @@ def dependence(z: Tensor) -> Tensor:
 def losses(
     posterior: Posterior, found: Mapping[str, SiteDraws], ess: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Of each site, and between them. Draws are thinned to their effective number, ``ess``."""
+    """Of each site, and between them. Draws are thinned to their effective number, ``ess``; NaN
+    where that is less than 20."""
     lost: dict[str, float] = {}
     every: list[Tensor] = []
     within = 0.0
     least = min(ess.values())
     for name, s in found.items():
         z = standard_normals(posterior.decomposed[name], s.value)
-        if z is None:
+        if z is None or ess[name] < _FEWEST:
             lost[name] = math.nan
             continue
         few = _thinned(z, s.chains, ess[name])
@@ -201,8 +204,11 @@ def losses(
             else dependence(few).sum()
         )
         lost[name] = max(0.0, float(marginal_losses(flat).sum() + joint))
-        every.append(_thinned(z, s.chains, least).flatten(1))
-        within += float(dependence(every[-1]))
+        if least >= _FEWEST:
+            every.append(_thinned(z, s.chains, least).flatten(1))
+            within += float(dependence(every[-1]))
+    if least < _FEWEST:
+        return lost, math.nan
     together = torch.cat(every, 1) if len(every) > 1 else None
     between = 0.0 if together is None else float(dependence(together)) - within
     return lost, max(0.0, between)

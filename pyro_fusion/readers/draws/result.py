@@ -29,8 +29,9 @@ class DrawsReading:
     :ivar ess: site -> effective sample size, the least of its numbers, after relabelling.
     :ivar rhat: site -> split R-hat, the largest of its numbers, after relabelling.
     :ivar lost: site -> an estimate of ``KL(draws ‖ factor)`` in nats, NaN for a family of which
-        none is known; see ``lost.py``.
-    :ivar lost_between: nats of correlation between the sites, which no posterior has.
+        none is known, or with fewer than 20 effective draws; see ``lost.py``.
+    :ivar lost_between: nats of correlation between the sites, which no posterior has; NaN with
+        fewer than 20 effective draws of a site.
     :ivar relabelled: label -> the share of draws whose components were in another order than in
         most; labels along which nothing switched have 0.
     :ivar ambiguous: label -> the share of draws in which two components could as well, at a tenth
