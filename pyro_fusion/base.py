@@ -200,7 +200,8 @@ def located(
             if prior is not None and _wider(one, prior):
                 wide.add(party[n])
         if wide:
-            return ParameterError(f"site '{site}', parties {sorted(wide)[:10]}: {error}")
+            parties = ", ".join(f"party {s}" for s in sorted(wide)[:10])
+            return ParameterError(f"site '{site}', {parties}: {error}")
     return ParameterError(f"site {' or '.join(repr(s) for s in local)}: {error}")
 
 

@@ -62,7 +62,7 @@ def naming(names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except FusionError as e:
-        text = re.sub(r"\bparty (\d+)\b", named, str(e))
+        text = re.sub(r"\bparty (\d+)\b(?! \()", named, str(e))
         if text == str(e):
             raise
         raise type(e)(text) from e

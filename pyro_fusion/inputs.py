@@ -26,12 +26,15 @@ _REMEDIES = {
 def by_name(inputs: Inputs) -> dict[str, Any]:
     """Name -> posterior or guide; of a list, numbers.
 
-    :raises StructureError: for a single one.
+    :raises StructureError: for a single one, or names that are alike.
     """
     if isinstance(inputs, Posterior) or callable(inputs):
         raise StructureError("expected a list of posteriors or guides, got a single one")
     if isinstance(inputs, Mapping):
-        return {str(name): x for name, x in inputs.items()}
+        named = {str(name): x for name, x in inputs.items()}
+        if len(named) < len(inputs):
+            raise StructureError(f"names of parties must differ as text, got {list(inputs)}")
+        return named
     return {str(s): x for s, x in enumerate(inputs)}
 
 

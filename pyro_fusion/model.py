@@ -54,8 +54,7 @@ from pyro_fusion.structure import Weights, check_dispersion, check_names, warn_i
 
 __all__ = ["FusionModel", "atoms_at", "atoms_of", "pairs"]
 
-# Pyro wants scales that are positive.
-_TINY = 1e-30
+_TINY = 1e-30  # Pyro wants scales that are positive
 
 
 class FusionModel(PyroModule):
@@ -103,7 +102,7 @@ class FusionModel(PyroModule):
         if not isinstance(posteriors, Parties):
             posteriors = Parties.of(posteriors, how, weights, base, axes)
         priors = posteriors.priors(prior)
-        warn_identical(posteriors.posteriors)
+        warn_identical(posteriors.posteriors, posteriors.names)
         self.parties, self.pooling = posteriors, how
         self.parts: dict[str, Labelled] = {}
         self.links: dict[str, Link] = {}
@@ -128,11 +127,9 @@ class FusionModel(PyroModule):
         return self.parts[label].prior
 
     def local(self, site: str, index: Tensor) -> pyro.distributions.TorchDistribution:
-        """The local posteriors of a labelled site, of the components ``index``: batch shape
-        ``[len(index)]``; of a site without a label, of the parties ``index``. For ``product`` they
-        are tempered by weight and dispersion. It is called in their plate: what is drawn here is
-        drawn for each of them. Draw what all share in ``forward``, before
-        ``super().forward()``."""
+        """The local posteriors of a labelled site, of the components ``index``, or of the parties
+        ``index`` if it has no label: batch shape ``[len(index)]``; for ``product`` tempered. It is
+        called in their plate: draw what they share in ``forward``."""
         return FactorDistribution(self._problem(site).local[site].index_select(0, index))
 
     def scale(self, label: str | None) -> Tensor:

@@ -104,7 +104,7 @@ class Parties:
             w = check_weights(weights, names)
             check_parties(posteriors)
             roles = site_roles(posteriors[0])
-            warn_unlabelled_simplex(posteriors[0], roles)
+            warn_unlabelled_simplex(posteriors, roles)
             given: dict[str, Factor] = {}
             if pooling.needs_base and (base is not None or len(posteriors) > 1):
                 given = resolve_base(base, guides, sorted(posteriors[0].axes))
@@ -122,8 +122,8 @@ class Parties:
             for s, p in enumerate(self.posteriors):
                 if one.num_atoms is not None and p.components(label) > one.num_atoms:
                     raise StructureError(
-                        f"party {s} has {p.components(label)} components along '{label}', but the "
-                        f"prior allows only {one.num_atoms} atoms"
+                        f"party {self.names[s]} has {p.components(label)} components along "
+                        f"'{label}', but the prior allows only {one.num_atoms} atoms"
                     )
         return result
 

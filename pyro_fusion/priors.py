@@ -23,7 +23,8 @@ __all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric", "assign
 
 class AssignmentPrior(ABC):
     r"""A penalty :math:`\sum_k \varphi(m_k)` on the popularities of the atoms, with
-    :math:`\varphi` concave and :math:`\varphi(0) = 0`, so that atoms attract parties."""
+    :math:`\varphi(0) = 0` and :math:`\varphi` concave from one party on, so that popular atoms
+    attract parties more than rare ones."""
 
     num_atoms: int | None = None
     """The number of atoms if it is fixed, else None."""

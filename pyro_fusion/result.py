@@ -138,7 +138,7 @@ class Fusion:
     def summary(self) -> str:
         """A table to print: one block per label, one row per atom."""
         shared = [s for s, axes in self.posterior.axes.items() if not any(axes)]
-        lines = [f"Fusion of {len(self.party_names)} parties, {self.pooling} pooling"]
+        lines = [f"Fusion of {self._parties()}, {self.pooling} pooling"]
         if shared:
             lines.append(f"shared sites: {', '.join(shared)}")
         for m in self.matchings.values():
@@ -174,6 +174,8 @@ class Fusion:
 
     def __repr__(self) -> str:
         what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())
+        return f"Fusion({self._parties()}, {self.pooling}: {what or 'shared sites'})"
+
+    def _parties(self) -> str:
         count = len(self.party_names)
-        parties = "1 party" if count == 1 else f"{count} parties"
-        return f"Fusion({parties}, {self.pooling}: {what or 'shared sites'})"
+        return "1 party" if count == 1 else f"{count} parties"

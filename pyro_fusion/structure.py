@@ -83,12 +83,12 @@ def _remedy(what: str, first: Posterior, other: Posterior, site: str) -> str:
         return ": move one of them, posterior.to(device=...)"
     names = {f.family.name, g.family.name}
     if what == "family and transforms" and names == {"Normal", "MultivariateNormal"}:
-        return ": posterior.mean_field() gives up the correlations of the latter"
+        return ": posterior.mean_field() gives up the correlations of the MultivariateNormal"
     if what == "shape" and len(f.shape) == len(g.shape):
         for axis, sizes in enumerate(zip(f.shape, g.shape, strict=True)):
             for label in first.labels:
                 both = first.components(label), other.components(label)
-                if sizes[0] != sizes[1] and sizes == both:
+                if first.axes[site][axis] is None and sizes[0] != sizes[1] and sizes == both:
                     axes = tuple(label if i == axis else a for i, a in enumerate(first.axes[site]))
                     return (
                         f". If that axis is of the components of '{label}', label it: "
@@ -275,37 +275,45 @@ def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Label
             )
 
 
-def warn_unlabelled_simplex(posterior: Posterior, roles: Roles) -> None:
+def warn_unlabelled_simplex(posteriors: Sequence[Posterior], roles: Roles) -> None:
     """Warn of simplices without a label that look like the weights of components, or like the rows
     of a transition matrix: pooled as they are, they would mix up components."""
-    shapes = {site: tuple(f.shape) for site, f in posterior.decomposed.items()}
-    for site, f in posterior.decomposed.items():
-        if not (is_stick_breaking(f) or f.family.name == "Dirichlet"):
-            continue
-        axes, size = posterior.axes[site], f.shape[-1]
-        if axes[-1] is not None or size < 2:
+    first = posteriors[0]
+    simplices = {
+        site: first.axes[site]
+        for site, f in first.decomposed.items()
+        if is_stick_breaking(f) or f.family.name == "Dirichlet"
+    }
+    for site, axes in simplices.items():
+        shape = tuple(first.decomposed[site].shape)
+        if axes[-1] is not None or shape[-1] < 2:
             continue
         for label in roles.matched:
-            if size == posterior.components(label) and (site in roles.shared or label in axes):
-                what = "weights of" if site in roles.shared else "probabilities of moving to"
+            if any(p.components(label) != shape[-1] for p in posteriors):
+                continue
+            moves = label in axes and not any(
+                label == other[-1] and label in other[:-1] for other in simplices.values()
+            )
+            if site in roles.shared or moves:
+                what = "probabilities of moving to" if moves else "weights of"
                 warn_user(
                     f"site '{site}' is a simplex with as many entries as there are components "
                     f"along '{label}', but their axis has no label, so it is pooled as it stands. "
                     f"If they are the {what} the components, label it: axes={{'{site}': "
-                    f"{(*axes[:-1], label)}}} (the last axis of its shape {shapes[site]})"
+                    f"{(*axes[:-1], label)}}} (the last axis of its shape {shape})"
                 )
-        others = [x for x, shape in shapes.items() if x != site and size in shape]
-        if not posterior.labels and others:
+        others = [x for x, f in first.decomposed.items() if x != site and f.shape[:1] == shape[-1:]]
+        if not first.labels and len(posteriors) > 1 and others:
             warn_user(
-                f"no site has a label, so nothing is assigned, and entry k of one party is pooled "
-                f"with entry k of the others. Site '{site}' looks like the weights of {size} "
+                "no site has a label, so nothing is assigned, and entry k of one party is pooled "
+                f"with entry k of the others. Site '{site}' looks like the weights of {shape[-1]} "
                 f"components, and site '{others[0]}' has as many entries: if they are components, "
                 f"label both: axes={{'{site}': {(*axes[:-1], 'component')}, ...}}, or put them "
                 "into a plate"
             )
 
 
-def warn_identical(posteriors: Sequence[Posterior]) -> None:
+def warn_identical(posteriors: Sequence[Posterior], names: Sequence[str]) -> None:
     """Warn of parties whose parameters are the same to the bit: no two fits are."""
     seen: dict[bytes, int] = {}
     for s, p in enumerate(posteriors):
@@ -316,9 +324,9 @@ def warn_identical(posteriors: Sequence[Posterior]) -> None:
         first = seen.setdefault(digest.digest(), s)
         if first != s:
             warn_user(
-                f"party {first} and party {s} have identical parameters. If they are two fits, "
-                "they were read after both, and share Pyro's parameter store: read each guide "
-                "right after its fit, or fit it under `with pyro.get_param_store().scope():`"
+                f"party {names[first]} and party {names[s]} have identical parameters. If they are "
+                "two fits, they were read after both, and share Pyro's parameter store: read each "
+                "guide right after its fit, or fit it under `with pyro.get_param_store().scope():`"
             )
             return
 
@@ -346,6 +354,7 @@ def check_weights(weights: Weights, names: Sequence[str]) -> Tensor:
     """
     num_parties = len(names)
     if isinstance(weights, Mapping):
+        weights = {str(name): w for name, w in weights.items()}
         if set(weights) != set(names):
             raise ParameterError(
                 f"expected a weight for each of the parties {list(names)}, got {list(weights)}"

@@ -16,8 +16,11 @@ Blocks = list[tuple[str, str]]
 
 
 def blocks(text: str) -> Blocks:
-    """Language and content of each fenced block."""
-    return re.findall(r"^```(\w+)\n(.*?)^```$", text, flags=re.M | re.S)
+    """Language and content of each fenced block, all of which are of one form."""
+    found = re.findall(r"^```(\S+)\n(.*?)^```$", text, flags=re.M | re.S)
+    fences = re.findall(r"^\s*(?:```|~~~)", text, flags=re.M)
+    assert len(fences) == 2 * len(found), "a block that is indented, titled or has no language"
+    return found
 
 
 def run(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
@@ -40,7 +43,9 @@ def run(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
 
 def links(text: str) -> list[str]:
     """The targets of links and pictures that are no web addresses."""
-    return re.findall(r"\]\((?!http)(\S+?)\)", text)
+    text = re.sub(r"^```.*?^```$|`[^`]*`", "", text, flags=re.M | re.S)
+    assert not re.search(r"\]\[\w", text), "a link by reference, which is not followed here"
+    return re.findall(r"\]\((?!http)(\S+?)(?:\s+\"[^\"]*\")?\)", text)
 
 
 def anchors(path: Path) -> set[str]:
@@ -50,9 +55,9 @@ def anchors(path: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
 
 
-def check_links(path: Path) -> None:
-    """Every link of a page leads to a file that there is, and to a heading in it."""
-    for target in links(path.read_text(encoding="utf-8")):
+def check_links(path: Path, text: str | None = None) -> None:
+    """Every link of a page, or of its text, leads to a file, and to a heading in it."""
+    for target in links(path.read_text(encoding="utf-8") if text is None else text):
         name, _, anchor = target.partition("#")
         there = path.parent / name if name else path
         assert there.exists(), f"{path.name}: {target}"

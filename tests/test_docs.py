@@ -6,6 +6,7 @@
 import importlib
 import re
 from pathlib import Path
+from types import FunctionType
 
 import pyro
 import pyro.distributions as dist
@@ -103,8 +104,14 @@ def test_the_api_has_every_public_name() -> None:
     named = set(
         re.findall(r"^\.\. auto(?:class|function):: (?:[\w.]+\.)?(\w+)$", pages, flags=re.M)
     )
+    data = set(re.findall(r"^\.\. (?:auto|py:)data:: pyro_fusion\.([\w.]+)$", pages, flags=re.M))
     for module in MODULES:
-        named |= set(importlib.import_module(f"pyro_fusion.{module}").__all__)
+        content = importlib.import_module(f"pyro_fusion.{module}")
+        named |= set(content.__all__)
+        for name in content.__all__:  # of these a module's directive has those with a docstring
+            value = getattr(content, name)
+            known = isinstance(value, type | FunctionType) and value.__doc__
+            assert known or f"{module}.{name}" in data, name
     assert pyro_fusion.__all__ == sorted(pyro_fusion.__all__)
     assert set(pyro_fusion.__all__) - named == {"__version__"}
 

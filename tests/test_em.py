@@ -241,6 +241,8 @@ class TestSolvers:
 
         with pytest.raises(ParameterError, match=r"party \d: expected each atom at most once"):
             fuse(parties(), solver=mine)
+        with pytest.raises(ParameterError, match="expected an Assignment from the solver"):
+            fuse(parties(), solver=lambda problem, prior, start: None)
 
 
 class TestSvi:

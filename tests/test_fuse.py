@@ -600,10 +600,10 @@ class TestBadInput:
         base = {"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)}
         narrow = normal_party(scale=torch.full((2, 3), 0.1))
         wide = normal_party(scale=torch.full((2, 3), 9.0))
-        with pytest.raises(ParameterError, match=r"site 'z', parties \[1, 2\].*wider than the"):
+        with pytest.raises(ParameterError, match=r"site 'z', party 1, party 2: .*wider than the"):
             fuse([narrow, normal_party(), wide], "product", base=base)
         shared = [Posterior({"z": dist.Normal(float(i), 1.0)}) for i in range(2)]
-        with pytest.raises(ParameterError, match=r"site 'z', parties \[0, 1\].*wider than the"):
+        with pytest.raises(ParameterError, match=r"site 'z', party 0, party 1: .*wider than the"):
             fuse(shared, "product", base={"z": dist.Normal(0.0, 0.5)})
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -717,7 +717,7 @@ class TestNames:
         named = self.named() | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)})}
         with pytest.raises(StructureError, match=r"party 1 \(east\) .*, party 0 \(north\)"):
             fuse(named)
-        with pytest.raises(StructureError, match=r"party 0 \(north\) has 3 "):
+        with pytest.raises(StructureError, match="party north has 3 "):
             fuse(
                 {"north": Posterior({"z": dist.Normal(torch.zeros(3), 1.0)}, {"z": "k"})}
                 | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)}, {"z": "k"})},
@@ -726,6 +726,18 @@ class TestNames:
         with pytest.raises(StructureError, match="party 1: expected a Posterior") as error:
             fuse([*parties()[:1], 3])
         assert " is " not in str(error.value)
+
+    def test_names_that_are_alike(self):
+        a, b, *_ = parties()
+        with pytest.raises(StructureError, match="names of parties must differ as text"):
+            fuse({1: a, "1": b})
+        weighed = fuse({2019: a, 2020: b}, weights={2019: 1.0, 2020: 2.0})
+        assert weighed.objective == fuse([a, b], weights=[1.0, 2.0]).objective
+
+    def test_warnings_too(self):
+        a = parties()[0]
+        with pytest.warns(UserWarning, match="party north and party east have identical"):
+            fuse({"north": a, "east": a})
 
     def test_weights_by_name(self):
         named = self.named()
@@ -769,6 +781,31 @@ class TestWhatNewcomersDo:
         said = r"moving to the components, label it: axes={'move': \('state', 'state'\)}"
         with pytest.warns(UserWarning, match=said):
             fuse([chain(0), chain(1)])
+
+    @pytest.mark.parametrize("order", [1, -1])
+    def test_emissions_are_no_moves(self, order):
+        """As many symbols as states, at all parties or at one."""
+
+        def chain(size, seed):
+            torch.manual_seed(seed)
+            factors = {
+                "move": dist.Dirichlet(1 + torch.rand(size, size)),
+                "emit": dist.Dirichlet(1 + torch.rand(size, 3)),
+                "loc": dist.Normal(9.0 * torch.randperm(size), 1.0),
+            }
+            axes = {"move": ("state", "state"), "emit": ("state", None), "loc": "state"}
+            return Posterior(factors, axes)
+
+        fuse([chain(3, 0), chain(3, 1)])  # a warning would be an error
+        fuse([chain(3, 0), chain(4, 1)][::order])
+
+    def test_the_remedy_is_not_what_is_there(self):
+        def square(size, axes):
+            return Posterior({"loc": dist.Normal(torch.zeros(size, size), 1.0)}, {"loc": axes})
+
+        with pytest.raises(StructureError, match="expected the same shape") as error:
+            fuse([square(3, ("component",)), square(4, ("component",))])
+        assert "('component', 'component')" in str(error.value)
 
     @pytest.mark.parametrize(
         ("party", "remedy"),

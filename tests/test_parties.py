@@ -198,12 +198,12 @@ class TestErrors:
             part = given.labelled("component", IndianBuffet(), 1.0)
             with locating(part.messages):
                 part.problem.barycenter(torch.zeros(sum(SIZES), dtype=torch.long), 1)
-        assert "parties [0, 1, 2, 3]" in str(error.value)
+        assert "party 0, party 1, party 2, party 3" in str(error.value)
 
     def test_location_of_a_shared_site(self):
         narrow = dist.Gamma(torch.tensor(100.0).double(), torch.tensor(50.0).double())
         given = read("product", base={**BASE, "noise": narrow})
-        with pytest.raises(ParameterError, match=r"site 'noise', parties \[0, 1, 2, 3\]: "):
+        with pytest.raises(ParameterError, match="'noise', party 0, party 1, party 2, party 3: "):
             given.share("noise")
 
     def test_other_errors_pass(self):

@@ -104,7 +104,16 @@ def check_posteriors(
 
     :raises StructureError: naming the party, its label, and both numbers of components.
     """
-    posteriors = list(posteriors.values() if isinstance(posteriors, Mapping) else posteriors)
+    if isinstance(posteriors, Mapping):
+        names = [str(name) for name in posteriors]
+        if set(names) != set(fusion.party_names):
+            raise StructureError(
+                f"expected the posteriors of the parties {list(fusion.party_names)}, got those of "
+                f"{names}"
+            )
+        named = dict(zip(names, posteriors.values(), strict=True))
+        posteriors = [named[name] for name in fusion.party_names]
+    posteriors = list(posteriors)
     expected = len(fusion.party_names)
     if len(posteriors) != expected:
         raise StructureError(

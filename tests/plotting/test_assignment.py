@@ -104,7 +104,7 @@ def test_labels_are_checked() -> None:
     with pytest.raises(StructureError, match="no label 'topic'; its labels are \\['component'\\]"):
         plot_assignment(fusion(THREE), "topic")
     shared = [Posterior({"b": dist.Normal(torch.full((2,), x), 1.0)}) for x in (0.0, 1.0)]
-    with pytest.raises(StructureError, match="expected one label"):
+    with pytest.raises(StructureError, match="no site has a label"):
         fuse(shared).plot()
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from matplotlib.patches import Polygon
 
-from pyro_fusion import Posterior
+from pyro_fusion import Posterior, StructureError
 from pyro_fusion.plotting import plot_forest
 from tests.plotting.examples import THREE, fusion, normals
 
@@ -56,7 +56,11 @@ def test_posteriors_may_have_names() -> None:
     result = fusion(THREE, ["north", "south", "west"])
     named = dict(zip(result.party_names, normals(THREE), strict=True))
     expected = plot_forest(normals(THREE), result, "loc")
-    assert intervals(plot_forest(named, result, "loc")) == intervals(expected)
+    backwards = dict(reversed(named.items()))
+    for given in (named, backwards):
+        assert intervals(plot_forest(given, result, "loc")) == intervals(expected)
+    with pytest.raises(StructureError, match=r"of the parties \['north', .*, got .*'moon'"):
+        plot_forest({"moon" if k == "north" else k: p for k, p in named.items()}, result, "loc")
 
 
 def test_i_squared_is_beside_each_atom_that_several_have() -> None:

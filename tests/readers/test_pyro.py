@@ -1464,7 +1464,9 @@ def test_sites_in_plates_of_data_are_no_components() -> None:
 
     guide = AutoNormal(local)
     guide(DATA[:, 0])
-    said = "site 'own' is in the plate 'patient' of the data 'x'.*hide.*axes={'own': \\(None,\\)}"
+    said = (
+        "site 'own' is in the plate 'patient' of the data 'x'.*hide.*axes={'own': \\('patient',\\)}"
+    )
     with pytest.warns(UserWarning, match=said):
         assert Posterior.from_guide(guide).axes["own"] == ("patient",)
     # Without a warning, which would be an error here.

@@ -71,9 +71,8 @@ def warn_of_data_plates(guide: Any, sites: Mapping[str, Read]) -> None:
                     f"site '{name}' is in the plate '{plate}' of the data '{data[plate]}', and has "
                     "its label, so its entries will be matched with those of other parties, as if "
                     "they were components. If they are of this party alone, hide the site, "
-                    f"poutine.block(guide, hide=['{name}']), or take the label away, "
-                    f"axes={{'{name}': {tuple(None if p == plate else p for p in s.plates)}}}; if "
-                    f"they are components, say so, axes={{'{name}': {s.plates}}}"
+                    f"poutine.block(guide, hide=['{name}']); if they are components, say so, "
+                    f"axes={{'{name}': {s.plates}}}"
                 )
                 break
 
