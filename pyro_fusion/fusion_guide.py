@@ -49,7 +49,7 @@ class FusionGuide(PyroModule):
 
     :param model: the model.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
-        default that of :meth:`FusionModel.start`.
+        default that of :meth:`FusionModel.start() <pyro_fusion.FusionModel.start>`.
     :param relaxed: whether the assignment is relaxed.
     :ivar assignment: label -> the atom of each component, LongTensor ``[N]``.
     :ivar num_atoms: label -> K.

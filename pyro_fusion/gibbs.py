@@ -154,7 +154,8 @@ class FusionGibbs:
     :param model: of pooling ``product``, with its own ``assignment_prior``, ``local`` and
         ``scale``.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with, as
-        the ``assignment`` of a guide; by default :meth:`FusionModel.start`.
+        the ``assignment`` of a guide; by default that of
+        :meth:`FusionModel.start() <pyro_fusion.FusionModel.start>`.
     :param seed: of the draws. torch's global generator is left alone.
     :param learn_dispersion: whether to draw T, or its prior, a scalar distribution over positive
         numbers; ``True`` is ``LogNormal(log T, 1)`` about the model's T.

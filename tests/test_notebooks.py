@@ -39,7 +39,7 @@ def test_is_kept_as_it_ran(path: Path):
             assert output.output_type != "error"
             assert output.get("name") != "stderr", output.text
     first = notebook.cells[0].source
-    assert re.match(r"# .*\n\n\*[^*]*\?\*(\n|$)", first), "a title, and the question that is answered"
+    assert re.match(r"# .*\n\n\*[^*]*\?\*(\n|$)", first), "a title and a question"
     text = "\n".join(c.source for c in notebook.cells if c.cell_type == "markdown")
     assert "\n## What goes wrong when it goes wrong\n" in text
     assert any("image" in kind for c in cells for o in c.outputs for kind in o.get("data", ()))

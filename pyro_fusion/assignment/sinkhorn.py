@@ -151,7 +151,7 @@ def soft_assignment(
     atoms, and the inequality is what lets a party lack an atom.
 
     Given prices, rows and columns are scaled until the rows hold, all parties at once
-    (:class:`~.scaling.Scaling`). Then prices move half the way to what they should be, less where
+    (``scaling.Scaling``). Then prices move half the way to what they should be, less where
     they overshoot, as parties do that all react at once, and more where they do not; and so on.
     At the end what a row has beyond 1 goes to new atoms; or if there are none, and rows do not hold
     yet, the party is mixed with its rounded assignment. So ``soft`` is always feasible.

@@ -73,7 +73,7 @@ class Matching(_OfPairs):
     """``p(a) ∝ exp Σ_l logits[l, a_l]`` over the matchings of L components to K atoms, L <= K.
 
     Each component has exactly one atom, each atom at most one component. Value: LongTensor of
-    event shape ``(L,)``, the atom of each component. Up to :data:`MAX_EXACT` components all is
+    event shape ``(L,)``, the atom of each component. Up to ``MAX_EXACT`` components all is
     exact, in ``O(2^L L K)`` time. Beyond, :attr:`log_normalizer` and :meth:`log_prob` are the Bethe
     approximation and :meth:`sample` runs a Markov chain.
 
@@ -112,7 +112,7 @@ class Matching(_OfPairs):
     def log_normalizer(self) -> Tensor:
         """``log Σ_a exp Σ_l logits[l, a_l]``, the log permanent of ``exp(logits)``, ``[*batch]``.
 
-        Differentiable. Beyond :data:`MAX_EXACT` components the Bethe approximation, never above it,
+        Differentiable. Beyond ``MAX_EXACT`` components the Bethe approximation, never above it,
         whose gradient, the beliefs, has none itself. Source: Vontobel, *The Bethe permanent of a
         nonnegative matrix* (2013); here columns may also stay empty.
         """
@@ -140,7 +140,7 @@ class Matching(_OfPairs):
 
         :param method: ``"exact"`` (differentiable), ``"bp"`` (belief propagation; no gradients), or
             None for exact where :attr:`is_exact`.
-        :raises ParameterError: another method, or exact beyond :data:`MAX_EXACT` components.
+        :raises ParameterError: another method, or exact beyond ``MAX_EXACT`` components.
         """
         exact = self.is_exact if method is None else method == "exact"
         if method not in (None, "exact", "bp") or exact > self.is_exact:
@@ -173,7 +173,7 @@ class Matching(_OfPairs):
 
         Batch dimensions have size 1 where ``expand`` is False, as Pyro's enumeration wants them.
 
-        :raises ParameterError: more than :data:`MAX_ENUMERATED` matchings.
+        :raises ParameterError: more than ``MAX_ENUMERATED`` matchings.
         """
         num_components, num_atoms = self.logits.shape[-2:]
         number = math.perm(num_atoms, num_components)

@@ -73,7 +73,7 @@ class Factor(Member):
 
     def divergence(self, other: "Factor") -> Tensor:
         """``KL(self ‖ other)`` by the family's formula, ``[*batch_shape]``, float64. Both have one
-        structure and one :attr:`base_shape`."""
+        structure and one ``base_shape``."""
         return self._sum(self.family.kl(self._double(), other._double()))
 
     # -- sums over groups: in a PartialFactor some of the entries are missing -------------------
