@@ -66,6 +66,8 @@ def write(
         sites.append(entry | ({"outgoing": outgoing[site]} if site in outgoing else {}))
     metadata = {"format": FORMAT, "version": str(VERSION), "sites": json.dumps(sites)}
     path = os.fspath(path)
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        raise FileNotFoundError(f"no such folder: {os.path.dirname(path)}")
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
     # Made here for the permissions of an ordinary file; safetensors gives it its own.
     with open(temporary, "xb") as made:

@@ -498,3 +498,8 @@ def test_half_precision_is_kept(tmp_path):
     p = Posterior({"x": dist.Normal(torch.zeros(3).half(), torch.ones(3).half())})
     p.save(tmp_path / "p")
     assert Posterior.load(tmp_path / "p").dtype == torch.float16
+
+
+def test_into_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such folder: .*gone$"):
+        Posterior({"x": dist.Normal(0.0, 1.0)}).save(tmp_path / "gone" / "x.safetensors")
