@@ -48,7 +48,7 @@ def programs() -> None:
 def architecture() -> None:
     """The way of a posterior, and where in the package its parts are; dashed is what is used."""
     graph = graphviz.Digraph(
-        graph_attr={"rankdir": "LR", "nodesep": "0.15", "ranksep": "0.45", "compound": "true"},
+        graph_attr={"rankdir": "LR", "nodesep": "0.3", "ranksep": "0.45", "compound": "true"},
         node_attr={"shape": "box", "style": "filled,rounded", "color": "#666666"} | SERIF,
         edge_attr={"color": "#444444"} | SERIF,
     )
