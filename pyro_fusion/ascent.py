@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate
-from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.moves import regroup, rematch
 from pyro_fusion.priors import AssignmentPrior
@@ -94,12 +93,8 @@ class Ascent:
     def _e_step(self) -> Tensor:
         settings = {"moves": False} if self.solver is coordinate else {}
         result = self._solve(self.solver, **settings)
-        if not isinstance(result, Assignment):
-            raise ParameterError(
-                f"expected an Assignment from the solver, got {type(result).__name__}"
-            )
         self.bound = result.bound + self.state.prior.constant(self.problem.num_parties)
-        return self.state.e_step.join(result.atoms)  # a solver of the user's own is checked
+        return torch.cat(result.atoms)
 
     def _move(self) -> Tensor:
         return torch.cat(self._solve(coordinate).atoms)

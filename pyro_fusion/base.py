@@ -78,12 +78,9 @@ def _base_factors(
     no arguments."""
     if isinstance(base, Posterior | Mapping):
         given = base.decomposed if isinstance(base, Posterior) else base
-        if missing := sorted(set(sites) - set(given)):
-            raise StructureError(
-                f"pooling 'product' needs the prior of site '{missing[0]}'; `base` has "
-                f"{sorted(map(str, given))}"
-            )
-        return {site: _prior_factor(site, given[site]) for site in sites if site in given}
+        for site in sites:
+            _check_has(given, site)
+        return {site: _prior_factor(site, given[site]) for site in sites}
     if not callable(base):
         raise ParameterError(
             "`base` must be a mapping of sites to distributions, a Posterior or a Pyro model, got "
@@ -92,6 +89,14 @@ def _base_factors(
     from pyro_fusion.readers.pyro import prior_from_model
 
     return dict(prior_from_model(base, sites=sites).decomposed)
+
+
+def _check_has(base: Mapping[str, Any], site: str) -> None:
+    if site not in base:
+        raise StructureError(
+            f"pooling 'product' needs the prior of site '{site}'; `base` has "
+            f"{sorted(map(str, base))}"
+        )
 
 
 def atom_base(
@@ -105,10 +110,7 @@ def atom_base(
     :param axes: the labelled axes in the original shape; none for a shared site.
     :raises StructureError: if the site is missing, of another shape, or its components differ.
     """
-    if site not in base:
-        raise StructureError(
-            f"pooling 'product' needs the prior of site '{site}'; `base` has {sorted(base)}"
-        )
+    _check_has(base, site)
     g = base[site]
     shape = like.shape[1:]
     target = (1, *like.base_shape[1:])

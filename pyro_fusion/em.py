@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pyro.nn.module import PyroModule
@@ -16,14 +16,14 @@ from torch import Tensor
 
 from pyro_fusion.annealing import annealed
 from pyro_fusion.ascent import Ascent, EMResult, expectation_maximization
-from pyro_fusion.assignment import Assignment, coordinate, relaxed, sinkhorn
+from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate, relaxed, sinkhorn
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion_guide import FusionGuide
 from pyro_fusion.model import FusionModel
 from pyro_fusion.parties import Labelled, locating
 from pyro_fusion.posterior import Posterior
-from pyro_fusion.priors import GroupNorm, Parametric
+from pyro_fusion.priors import AssignmentPrior, GroupNorm, Parametric
 from pyro_fusion.problem import by_popularity
 from pyro_fusion.result import Fusion, Matching
 from pyro_fusion.seeding import starts
@@ -55,9 +55,23 @@ def _same(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
 
 
+def _checked(solver: _Solver) -> _Solver:
+    """A solver of the user's own, whose assignments are checked."""
+
+    def checked(problem: AssignmentProblem, prior: AssignmentPrior, **settings: Any) -> Assignment:
+        result = solver(problem, prior, **settings)
+        if not isinstance(result, Assignment):
+            raise ParameterError(
+                f"expected an Assignment from the solver, got {type(result).__name__}"
+            )
+        return replace(result, atoms=problem.split(problem.join(result.atoms)))
+
+    return checked
+
+
 def _solver_named(solver: str | _Solver) -> _Solver:
     if callable(solver):
-        return solver
+        return solver if solver in _SOLVERS.values() else _checked(solver)
     if not isinstance(solver, str) or solver not in _SOLVERS:
         raise ParameterError(
             f"solver must be one of {sorted(_SOLVERS)} or a function, got {solver!r}"

@@ -142,8 +142,16 @@ class Posterior:
         """Read a Pyro guide; see :func:`pyro_fusion.readers.pyro.from_guide`."""
         from pyro_fusion.readers.pyro import from_guide
 
-        own: dict[str, Any] = {"axes": axes, "outgoing": outgoing, "spread": spread}
-        return from_guide(guide, *args, **own, num_samples=num_samples, seed=seed, **kwargs)
+        return from_guide(
+            guide,
+            *args,
+            axes=axes,
+            outgoing=outgoing,
+            spread=spread,
+            num_samples=num_samples,
+            seed=seed,
+            **kwargs,
+        )
 
     @classmethod
     def from_numpyro(

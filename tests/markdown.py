@@ -5,6 +5,7 @@
 
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,12 @@ def links(text: str) -> list[str]:
     text = re.sub(r"^```.*?^```$|`[^`]*`", "", text, flags=re.M | re.S)
     assert not re.search(r"\]\[\w", text), "a link by reference, which is not followed here"
     return re.findall(r"\]\((?!http)(\S+?)(?:\s+\"[^\"]*\")?\)", text)
+
+
+def check_targets(makefile: Path, targets: Iterable[str]) -> None:
+    """Every target that a page names is in the Makefile."""
+    there = re.findall(r"^([a-z]+):", makefile.read_text(encoding="utf-8"), flags=re.M)
+    assert set(targets) <= set(there)
 
 
 def anchors(path: Path) -> set[str]:

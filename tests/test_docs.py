@@ -82,6 +82,7 @@ def test_the_families_are_those_that_are_known() -> None:
     assert names == set(families.base.family_names()) | through_a_transform
 
 
+API = "".join(p.read_text(encoding="utf-8") for p in (DOCS / "api").glob("*.rst"))
 # Modules for users, and the directive by which the API pages have all of their names.
 MODULES = ["assignment", "diagnostics", "distributions", "errors", "families", "nn", "plotting"]
 MODULES += [
@@ -95,16 +96,12 @@ MODULES += [
 
 @pytest.mark.parametrize("module", MODULES)
 def test_the_api_has_every_module(module: str) -> None:
-    pages = "".join(p.read_text(encoding="utf-8") for p in (DOCS / "api").glob("*.rst"))
-    assert re.search(rf"^\.\. automodule:: pyro_fusion\.{module}$", pages, flags=re.M)
+    assert re.search(rf"^\.\. automodule:: pyro_fusion\.{module}$", API, flags=re.M)
 
 
 def test_the_api_has_every_public_name() -> None:
-    pages = "".join(p.read_text(encoding="utf-8") for p in (DOCS / "api").glob("*.rst"))
-    named = set(
-        re.findall(r"^\.\. auto(?:class|function):: (?:[\w.]+\.)?(\w+)$", pages, flags=re.M)
-    )
-    data = set(re.findall(r"^\.\. (?:auto|py:)data:: pyro_fusion\.([\w.]+)$", pages, flags=re.M))
+    named = set(re.findall(r"^\.\. auto(?:class|function):: (?:[\w.]+\.)?(\w+)$", API, flags=re.M))
+    data = set(re.findall(r"^\.\. (?:auto|py:)data:: pyro_fusion\.([\w.]+)$", API, flags=re.M))
     for module in MODULES:
         content = importlib.import_module(f"pyro_fusion.{module}")
         named |= set(content.__all__)
@@ -123,10 +120,8 @@ def test_what_contributors_are_told_is_there() -> None:
     for path in named:
         places = (ROOT, ROOT / "pyro_fusion", ROOT / "pyro_fusion" / "readers")
         assert any((place / path).exists() for place in places), path
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for line in re.findall(r"^make ([a-z ]+?)(?: +#.*)?$", text, flags=re.M):
-        for target in line.split():
-            assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    commands = re.findall(r"^make ([a-z ]+?)(?: +#.*)?$", text, flags=re.M)
+    markdown.check_targets(ROOT / "Makefile", " ".join(commands).split())
 
 
 def test_pyro_draws_a_model_with_what_it_depends_on() -> None:

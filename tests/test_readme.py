@@ -27,11 +27,9 @@ def test_the_example_runs_as_printed(capsys: pytest.CaptureFixture[str]) -> None
 
 
 def test_its_commands_are_there() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     targets = re.findall(r"`make ([a-z]+)`", TEXT) + re.findall(r"^make ([a-z]+)", TEXT, flags=re.M)
     assert {"demo", "test", "docs"} <= set(targets)
-    for target in targets:
-        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+    markdown.check_targets(ROOT / "Makefile", targets)
     for path in re.findall(r"python (benchmarks/\w+\.py)", TEXT):
         assert (ROOT / path).exists(), path
 

@@ -18,7 +18,7 @@ from pyro_fusion import FusionModel, Posterior, fuse
 from pyro_fusion.plotting import plot_components
 
 FOLDER = Path(__file__).parent
-SERIF = {"fontname": "Helvetica", "fontsize": "11"}
+FONT = {"fontname": "Helvetica", "fontsize": "11"}
 # Of Okabe & Ito's colours the light ones, under black text.
 READ, CORE, OUT = "#CFE8F6", "#FBE3B5", "#CDEBDF"
 
@@ -49,8 +49,8 @@ def architecture() -> None:
     """The way of a posterior, and where in the package its parts are; dashed is what is used."""
     graph = graphviz.Digraph(
         graph_attr={"rankdir": "LR", "nodesep": "0.3", "ranksep": "0.45", "compound": "true"},
-        node_attr={"shape": "box", "style": "filled,rounded", "color": "#666666"} | SERIF,
-        edge_attr={"color": "#444444"} | SERIF,
+        node_attr={"shape": "box", "style": "filled,rounded", "color": "#666666"} | FONT,
+        edge_attr={"color": "#444444"} | FONT,
     )
     sources = {
         "guide": "Pyro, NumPyro\nguides",
@@ -65,7 +65,7 @@ def architecture() -> None:
     graph.node("posterior", "Posterior\nposterior.py\nfactors on\nlabelled axes", fillcolor=READ)
     graph.edge("readers", "posterior")
     with graph.subgraph(name="cluster_fuse") as inner:
-        inner.attr(label="fuse(): FusionEM on FusionModel and FusionGuide", **SERIF)
+        inner.attr(label="fuse(): FusionEM on FusionModel and FusionGuide", **FONT)
         inner.attr(style="rounded", color="#888888")
         with inner.subgraph() as steps:
             steps.attr(rank="same")

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyro_fusion.errors import StructureError
+from pyro_fusion.inputs import by_name
 from pyro_fusion.posterior import Posterior
 
 if TYPE_CHECKING:
@@ -105,13 +106,12 @@ def check_posteriors(
     :raises StructureError: naming the party, its label, and both numbers of components.
     """
     if isinstance(posteriors, Mapping):
-        names = [str(name) for name in posteriors]
-        if set(names) != set(fusion.party_names):
+        named = by_name(posteriors)
+        if set(named) != set(fusion.party_names):
             raise StructureError(
                 f"expected the posteriors of the parties {list(fusion.party_names)}, got those of "
-                f"{names}"
+                f"{list(named)}"
             )
-        named = dict(zip(names, posteriors.values(), strict=True))
         posteriors = [named[name] for name in fusion.party_names]
     posteriors = list(posteriors)
     expected = len(fusion.party_names)
