@@ -39,8 +39,8 @@ from torch.distributions import Distribution, Independent, Normal
 import pyro_fusion
 from pyro_fusion import GroupNorm, NormalWishart, Posterior, fuse
 from pyro_fusion.assignment import NEW, RelaxedAssignment, coordinate, relaxed, sinkhorn
-from pyro_fusion.barycenter import pooling_named
 from pyro_fusion.families import Factor
+from pyro_fusion.pooling import pooling_named
 
 COLUMNS = "{:<22} {:<31} {:>11}  {:<24} {:>11} {:>8}  {:<11} {:<4} {}"
 FULL, DIAGONAL = "full", "diagonal"

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import pyro_fusion
 from pyro_fusion import Fusion, GroupNorm, IndianBuffet, NormalWishart, Posterior, fuse
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.assignment.priors import AssignmentPrior
 
 AXES = {"initial": "state", "transition": ("state", "state")}
 POOLINGS = ("inclusive", "exclusive", "product")

@@ -42,7 +42,7 @@ from torch.distributions import Distribution
 
 import pyro_fusion
 from pyro_fusion import Fusion, IndianBuffet, Parametric, Posterior, fuse
-from pyro_fusion.diagnostics import reliability
+from pyro_fusion.plotting.diagnostics import reliability
 
 NUM_PARTIES = 5
 # Draws of the weights in a prediction, in all: of an ensemble each party has its share of them.

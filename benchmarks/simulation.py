@@ -47,9 +47,9 @@ from tqdm import tqdm
 
 import pyro_fusion
 from pyro_fusion import GroupNorm, NormalWishart, Parametric, Posterior, fuse
-from pyro_fusion.barycenter import pooling_named
+from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.families import Factor
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.pooling import pooling_named
 
 Array = NDArray[np.float64]
 Fits = dict[str, np.ndarray]

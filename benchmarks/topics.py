@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 import pyro_fusion
 from pyro_fusion import IndianBuffet, Posterior, fuse
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.readers.sklearn import prior_from_sklearn
 
 Array = NDArray[np.float64]

@@ -3,9 +3,7 @@
 
 """Fuse posteriors: several parties' Pyro guides into one, without their data."""
 
-from pyro_fusion._version import __version__
-from pyro_fusion.distributions import NormalGamma, NormalWishart
-from pyro_fusion.em import FusionEM
+from pyro_fusion.assignment.priors import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.errors import (
     DrawsError,
     FileFormatError,
@@ -15,17 +13,18 @@ from pyro_fusion.errors import (
     StructureError,
     UnsupportedFamilyError,
 )
-from pyro_fusion.families import pairwise_kl, register_family
-from pyro_fusion.fuse import fuse
-from pyro_fusion.fusion_guide import FusionGuide
-from pyro_fusion.gibbs import FusionGibbs
-from pyro_fusion.guide import PosteriorGuide
-from pyro_fusion.model import FusionModel
+from pyro_fusion.families import NormalGamma, NormalWishart, pairwise_kl, register_family
+from pyro_fusion.fusion.fuse import fuse
+from pyro_fusion.fusion.result import Fusion, Matching
 from pyro_fusion.nn import WeightSearch, merge_modules, search_weights
-from pyro_fusion.posterior import Posterior
-from pyro_fusion.priors import GroupNorm, IndianBuffet, Parametric
-from pyro_fusion.readers.modules import module_axes
-from pyro_fusion.result import Fusion, Matching
+from pyro_fusion.posterior import Posterior, PosteriorGuide
+from pyro_fusion.program.em import FusionEM
+from pyro_fusion.program.gibbs import FusionGibbs
+from pyro_fusion.program.guide import FusionGuide
+from pyro_fusion.program.model import FusionModel
+from pyro_fusion.readers.axes.modules import module_axes
+
+__version__ = "0.1.0"
 
 __all__ = [
     "DrawsError",

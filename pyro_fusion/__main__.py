@@ -5,7 +5,7 @@
 
 import sys
 
-from pyro_fusion.cli import main
+from pyro_fusion.cli.command import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,6 +10,9 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+from torch import Size
+
 __all__ = [
     "DrawsError",
     "FileFormatError",
@@ -18,6 +21,7 @@ __all__ = [
     "ParameterError",
     "StructureError",
     "UnsupportedFamilyError",
+    "broadcast_shapes",
     "naming",
     "warn_user",
 ]
@@ -80,3 +84,11 @@ def warn_user(message: str) -> None:
 
 def _is_library(module: str) -> bool:
     return module.split(".")[0] in ("pyro_fusion", "pyro", "torch", "contextlib")
+
+
+def broadcast_shapes(shapes: dict[str, Size]) -> Size:
+    try:
+        return torch.broadcast_shapes(*shapes.values())
+    except RuntimeError as error:
+        got = ", ".join(f"{name} {tuple(shape)}" for name, shape in shapes.items())
+        raise ValueError(f"expected batch shapes that broadcast, got {got}") from error

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from pyro_fusion.cli import main
+from pyro_fusion.cli.command import main
 
 Blocks = list[tuple[str, str]]
 

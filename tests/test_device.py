@@ -24,12 +24,11 @@ from pyro_fusion import (
     Posterior,
     fuse,
 )
-from pyro_fusion.assignment import relaxed, sinkhorn
-from pyro_fusion.distributions import Matching, RelaxedMatching
+from pyro_fusion.assignment import Matching, RelaxedMatching, relaxed, sinkhorn
 from tests.device import DEVICE, elsewhere
-from tests.test_links import OUTGOING
-from tests.test_links import parties as networks
-from tests.test_links import settings_of as settings_of_networks
+from tests.fusion.test_links import OUTGOING
+from tests.fusion.test_links import parties as networks
+from tests.fusion.test_links import settings_of as settings_of_networks
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 SIZES = (3, 2, 4, 3)

@@ -15,7 +15,7 @@ import torch
 
 import pyro_fusion
 from pyro_fusion import FusionModel, Posterior, families
-from pyro_fusion.families import base
+from pyro_fusion.families import family as base
 from tests import markdown
 
 ROOT = Path(pyro_fusion.__file__).parent.parent

@@ -16,7 +16,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 
 from pyro_fusion import FusionGuide, FusionModel, Posterior, fuse
-from pyro_fusion.diagnostics import heterogeneity
+from pyro_fusion.plotting.diagnostics import heterogeneity
 
 
 class RandomEffects(FusionModel):

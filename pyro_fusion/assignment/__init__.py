@@ -17,16 +17,29 @@ Every solver takes ``cost`` (per party ``[K, L_s]``; ``inf`` forbids a pair), a 
 keyword ``opening`` (``[K]``), ``start`` (an assignment) and its own settings.
 """
 
-from pyro_fusion.assignment.base import NEW, Assignment, AssignmentProblem, assignment_objective
 from pyro_fusion.assignment.coordinate import coordinate, match
+from pyro_fusion.assignment.indian_buffet import FiniteIndianBuffet, IndianBuffetProcess
+from pyro_fusion.assignment.joint_matching import JointMatching
+from pyro_fusion.assignment.matching import Matching, RelaxedMatching
+from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.assignment.problem import NEW, Assignment, AssignmentProblem, assignment_objective
 from pyro_fusion.assignment.relaxed import RelaxedAssignment, relaxed
 from pyro_fusion.assignment.sinkhorn import SoftAssignment, sinkhorn, soft_assignment
 
 __all__ = [
     "NEW",
     "Assignment",
+    "AssignmentPrior",
     "AssignmentProblem",
+    "FiniteIndianBuffet",
+    "GroupNorm",
+    "IndianBuffet",
+    "IndianBuffetProcess",
+    "JointMatching",
+    "Matching",
+    "Parametric",
     "RelaxedAssignment",
+    "RelaxedMatching",
     "SoftAssignment",
     "assignment_objective",
     "coordinate",

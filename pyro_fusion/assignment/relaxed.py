@@ -13,7 +13,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment.base import (
+from pyro_fusion.assignment.coordinate import coordinate, match
+from pyro_fusion.assignment.interior import Point, Programme, interior_point
+from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, Parametric
+from pyro_fusion.assignment.problem import (
     NEW,
     Assignment,
     AssignmentProblem,
@@ -21,10 +24,7 @@ from pyro_fusion.assignment.base import (
     party_of,
     relative_gap,
 )
-from pyro_fusion.assignment.coordinate import coordinate, match
-from pyro_fusion.assignment.interior import Point, Programme, interior_point
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.priors import AssignmentPrior, GroupNorm, Parametric
 
 __all__ = ["RelaxedAssignment", "relaxed"]
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyro_fusion.assignment.base import party_of
+from pyro_fusion.assignment.problem import party_of
 
 __all__ = ["Scaled", "Scaling"]
 

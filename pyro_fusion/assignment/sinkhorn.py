@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot, pad
 
-from pyro_fusion.assignment.base import Assignment, AssignmentProblem, check_least
 from pyro_fusion.assignment.coordinate import coordinate, match
+from pyro_fusion.assignment.priors import AssignmentPrior
+from pyro_fusion.assignment.problem import Assignment, AssignmentProblem, check_least
 from pyro_fusion.assignment.scaling import Scaled, Scaling
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.priors import AssignmentPrior
 
 __all__ = ["SoftAssignment", "sinkhorn", "soft_assignment"]
 

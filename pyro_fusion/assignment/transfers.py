@@ -5,22 +5,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 
-from pyro_fusion.assignment.base import NEW
+from pyro_fusion.assignment.descent import EPS, MAX_NUMBERS, Descent
+from pyro_fusion.assignment.problem import NEW
 
-if TYPE_CHECKING:
-    from pyro_fusion.assignment.coordinate import Descent
-
-__all__ = ["EPS", "MAX_NUMBERS", "transfer"]
-
-# What is less than rounding is no improvement, so that sweeps come to an end.
-EPS = 1e-12
-
-# Numbers at once where all costs are read: what fits a cache.
-MAX_NUMBERS = 1 << 16
+__all__ = ["transfer"]
 
 
 def transfer(d: Descent, atoms: np.ndarray, m: np.ndarray) -> bool:

@@ -16,7 +16,8 @@ from torch.distributions import Distribution
 
 from pyro_fusion.errors import FusionError, ParameterError
 from pyro_fusion.families import gamma, gaussian, simplex, wishart  # noqa: F401  (register)
-from pyro_fusion.families.base import (
+from pyro_fusion.families.factor import Factor
+from pyro_fusion.families.family import (
     Family,
     Params,
     family_named,
@@ -24,13 +25,16 @@ from pyro_fusion.families.base import (
     family_of,
     register_family,
 )
-from pyro_fusion.families.factor import Factor
+from pyro_fusion.families.normal_gamma import NormalGamma
+from pyro_fusion.families.normal_wishart import NormalWishart
 from pyro_fusion.families.pairwise import as_factor, kl, pairwise_kl
 from pyro_fusion.families.transforms import register_transform
 
 __all__ = [
     "Factor",
     "Family",
+    "NormalGamma",
+    "NormalWishart",
     "Params",
     "as_factor",
     "family_named",

@@ -10,14 +10,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyro_fusion.distributions import NormalGamma
-from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.special import (
-    excess,
-    gamma_concentration,
-    log_minus_digamma,
-    stirling_kl,
-)
+from pyro_fusion.families.family import Family, Params, register_family
+from pyro_fusion.families.normal_gamma import NormalGamma
+from pyro_fusion.families.special import excess, gamma_concentration, log_minus_digamma, stirling_kl
 
 
 def _expected_log(concentration: Tensor, rate: Tensor) -> Tensor:

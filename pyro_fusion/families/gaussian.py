@@ -10,8 +10,8 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.special import excess, inverse_tril, pack_symmetric, unpack_symmetric
+from pyro_fusion.families.family import Family, Params, register_family
+from pyro_fusion.families.special import excess, inverse_tril, pack_symmetric, unpack_symmetric
 
 _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 

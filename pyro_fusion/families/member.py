@@ -29,7 +29,7 @@ from torch.distributions import (
 from torch.distributions import transforms as tt
 
 from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
-from pyro_fusion.families.base import Family, Params, family_of
+from pyro_fusion.families.family import Family, Params, family_of
 from pyro_fusion.families.transforms import (
     at_dtype,
     check_domains,
@@ -387,3 +387,11 @@ def _absorb_affine(member: Member) -> Member:
         params = dict(zip(params, torch.broadcast_tensors(*params.values()), strict=True))
     plain = tuple(plain_affine(t) if isinstance(t, tt.AffineTransform) else t for t in transforms)
     return replace(member, params=params, transforms=plain)
+
+
+def show_structure(x: object) -> str:
+    """What :meth:`Factor.structure` returns, for a message; anything else as it prints."""
+    if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], tuple) and isinstance(x[0], str):
+        name, transforms = x
+        return " behind ".join([str(name), *map(str, reversed(transforms))])
+    return str(x)

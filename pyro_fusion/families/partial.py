@@ -11,8 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from pyro_fusion.families.factor import Factor
-from pyro_fusion.families.sides import Side
+from pyro_fusion.families.factor import Factor, Side
 
 __all__ = ["PartialFactor"]
 

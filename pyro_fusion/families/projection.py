@@ -17,8 +17,8 @@ from torch.distributions import Distribution, Transform
 from torch.distributions import transforms as tt
 
 from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError, warn_user
-from pyro_fusion.families.base import Family, family_named
 from pyro_fusion.families.factor import Factor
+from pyro_fusion.families.family import Family, family_named
 
 __all__ = [
     "dirichlet_from_stick_breaking",

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.special import (
+from pyro_fusion.families.family import Family, Params, register_family
+from pyro_fusion.families.special import (
     dirichlet_concentration,
     excess,
     in_blocks,

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, kl_divergence
 
-from pyro_fusion.distributions import NormalWishart
-from pyro_fusion.families.base import Family, Params, register_family
-from pyro_fusion.special import (
+from pyro_fusion.families.family import Family, Params, register_family
+from pyro_fusion.families.normal_wishart import NormalWishart
+from pyro_fusion.families.special import (
     inverse_tril,
     mvdigamma,
     pack_symmetric,

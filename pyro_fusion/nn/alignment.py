@@ -11,10 +11,10 @@ import torch
 from pyro.distributions import Normal
 from torch import Tensor
 
+from pyro_fusion.assignment.priors import Parametric
 from pyro_fusion.errors import StructureError
-from pyro_fusion.fuse import fuse
+from pyro_fusion.fusion.fuse import fuse
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.priors import Parametric
 
 __all__ = ["align", "equally_sure", "permuted", "unit_orders"]
 

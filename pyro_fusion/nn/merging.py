@@ -22,15 +22,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyro_fusion.barycenter import Exclusive
 from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
+from pyro_fusion.fusion.checks import check_weights
+from pyro_fusion.fusion.parties import Parties
 from pyro_fusion.nn.alignment import equally_sure, permuted, unit_orders
-from pyro_fusion.parties import Parties
+from pyro_fusion.pooling.kl import Exclusive
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.readers.laplace import to_module
-from pyro_fusion.readers.modules import module_axes
-from pyro_fusion.structure import check_weights
+from pyro_fusion.readers.axes.modules import module_axes
+from pyro_fusion.readers.module.laplace import to_module
 
 __all__ = ["merge_modules", "pooled", "prepared"]
 

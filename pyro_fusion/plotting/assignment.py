@@ -23,7 +23,7 @@ from pyro_fusion.plotting.common import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_fusion.result import Fusion
+    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["plot_assignment", "plot_popularity"]
 

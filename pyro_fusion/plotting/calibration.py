@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from pyro_fusion.diagnostics import Reliability, reliability
 from pyro_fusion.plotting.common import BLUE, VERMILION, new_axes, require_matplotlib
+from pyro_fusion.plotting.diagnostics import Reliability, reliability
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def plot_calibration(
 ) -> Axes:
     """Reliability curves: accuracy by confidence, a marker for each bin that has forecasts, the
     larger the more. The diagonal is perfect calibration; the legend has the expected calibration
-    error. See :func:`~pyro_fusion.diagnostics.reliability`.
+    error. See :func:`~pyro_fusion.plotting.diagnostics.reliability`.
 
     :param probabilities: of the classes, ``[N, C]``.
     :param targets: the true classes, integers ``[N]``.

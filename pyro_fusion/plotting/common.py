@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyro_fusion.errors import StructureError
-from pyro_fusion.inputs import by_name
+from pyro_fusion.fusion.arguments import by_name
 from pyro_fusion.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_fusion.result import Fusion, Matching
+    from pyro_fusion.fusion.result import Fusion, Matching
 
 __all__ = [
     "BLUE",

@@ -32,7 +32,7 @@ from pyro_fusion.posterior import Posterior
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_fusion.result import Fusion
+    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["axis_names", "contributions", "plot_components"]
 

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from pyro_fusion.diagnostics import heterogeneity
 from pyro_fusion.plotting.common import (
     BLUE,
     EMPTY,
@@ -24,13 +23,14 @@ from pyro_fusion.plotting.common import (
     require_matplotlib,
 )
 from pyro_fusion.plotting.components import axis_names, contributions
+from pyro_fusion.plotting.diagnostics import heterogeneity
 from pyro_fusion.plotting.marginals import Dims
 from pyro_fusion.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_fusion.result import Fusion
+    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["plot_forest"]
 
@@ -52,7 +52,8 @@ def plot_forest(
     """A forest plot of one number of a component: for each atom a row for each party that has it,
     its median and its central 95 % interval; below them the atom's as a diamond, and beside it I²,
     the share of the parties' variation that is heterogeneity. The interval is in the coordinates of
-    the site, I² is of unconstrained ones; see :func:`~pyro_fusion.diagnostics.heterogeneity`. Names
+    the site, I² is of unconstrained ones; see
+    :func:`~pyro_fusion.plotting.diagnostics.heterogeneity`. Names
     are left out where there is no room. A site that all parties share is one atom.
 
     :param posteriors: what was fused, a list or a mapping as it was for

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
 
-    from pyro_fusion.result import Fusion
+    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["plot_atoms"]
 

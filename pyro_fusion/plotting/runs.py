@@ -21,8 +21,8 @@ from pyro_fusion.plotting.common import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_fusion.gibbs import AssignmentDraws, GibbsResult
-    from pyro_fusion.result import Fusion
+    from pyro_fusion.fusion.result import Fusion
+    from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
 
 __all__ = ["plot_num_atoms", "plot_objective"]
 
@@ -96,7 +96,7 @@ def plot_num_atoms(
 
 
 def _draws_of(draws: GibbsResult | AssignmentDraws, label: str | None) -> AssignmentDraws:
-    from pyro_fusion.gibbs import AssignmentDraws, GibbsResult
+    from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
 
     if not isinstance(draws, GibbsResult | AssignmentDraws):
         raise StructureError(

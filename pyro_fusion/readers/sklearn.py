@@ -45,11 +45,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_fusion.distributions import NormalGamma, NormalWishart
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
+from pyro_fusion.families import NormalGamma, NormalWishart
+from pyro_fusion.families.special import dirichlet_concentration
 from pyro_fusion.families.wishart import Wishart
 from pyro_fusion.posterior import Posterior
-from pyro_fusion.special import dirichlet_concentration
 
 __all__ = ["from_sklearn", "prior_from_sklearn"]
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pyro_fusion import GroupNorm, IndianBuffet, Parametric
 from pyro_fusion.assignment import NEW
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.assignment.priors import AssignmentPrior
 
 PRIORS = [
     IndianBuffet(1.0),

@@ -20,7 +20,7 @@ from pyro_fusion.assignment import (
     relaxed,
     sinkhorn,
 )
-from pyro_fusion.priors import AssignmentPrior
+from pyro_fusion.assignment.priors import AssignmentPrior
 from tests.assignment.problems import brute_force, random_costs
 
 SOLVERS: dict[str, Callable[..., Assignment]] = {

@@ -12,7 +12,7 @@ from scipy.optimize import linear_sum_assignment
 
 from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric
 from pyro_fusion.assignment import NEW, assignment_objective, coordinate
-from pyro_fusion.assignment.base import AssignmentProblem
+from pyro_fusion.assignment.problem import AssignmentProblem
 from pyro_fusion.assignment.sinkhorn import SoftAssignment, sinkhorn, soft_assignment
 from tests.assignment.problems import PRIORS, RANKED, brute_force, random_costs
 

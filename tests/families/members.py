@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributions import Distribution, biject_to, kl_divergence
 from torch.distributions import transforms as tt
 
-from pyro_fusion.distributions import NormalGamma, NormalWishart
+from pyro_fusion.families import NormalGamma, NormalWishart
 
 Make = Callable[..., Distribution]
 

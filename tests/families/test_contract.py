@@ -22,16 +22,7 @@ from pyro_fusion import families
 from pyro_fusion.errors import ParameterError, StructureError, UnsupportedFamilyError
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.transforms import describe, rebuild
-from tests.families.members import (
-    BARE,
-    MEMBERS,
-    Member,
-    gamma,
-    mvn,
-    normal,
-    wishart,
-    wishart_kl,
-)
+from tests.families.members import BARE, MEMBERS, Member, gamma, mvn, normal, wishart, wishart_kl
 
 SIGMAS = 5
 OTHERS = [Factor.of(make(torch.arange(2))) for make, _, _ in BARE.values()]

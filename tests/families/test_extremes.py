@@ -15,12 +15,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_fusion import families, special
-from pyro_fusion.distributions import NormalGamma, NormalWishart
+from pyro_fusion import families
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.families import Factor, kl, pairwise_kl
+from pyro_fusion.families import Factor, NormalGamma, NormalWishart, kl, pairwise_kl, special
 from pyro_fusion.families.projection import project_draws
-from pyro_fusion.special import (
+from pyro_fusion.families.special import (
     _dirichlet_nested,
     _dirichlet_newton,
     dirichlet_concentration,

@@ -12,11 +12,10 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 from torch.distributions import transforms as tt
 
-from pyro_fusion.distributions import NormalGamma, NormalWishart
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.families import Factor, family_named
+from pyro_fusion.families import Factor, NormalGamma, NormalWishart, family_named
 from pyro_fusion.families.transforms import describe, rebuild, with_cache
-from pyro_fusion.posterior import Posterior
+from pyro_fusion.posterior.posterior import Posterior
 from tests.families.members import MEMBERS
 
 SEEDS = torch.arange(3)

@@ -11,11 +11,11 @@ import torch
 from torch.distributions import kl_divergence
 
 from pyro_fusion import GroupNorm
-from pyro_fusion.barycenter import pooling_named
-from pyro_fusion.collapsed import Sums
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.partial import PartialFactor
-from pyro_fusion.problem import MatchingProblem
+from pyro_fusion.pooling import pooling_named
+from pyro_fusion.pooling.collapsed import Sums
+from pyro_fusion.pooling.components import MatchingProblem
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 J = 5

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.distributions import kl_divergence
 
 from pyro_fusion.errors import UnsupportedFamilyError
-from pyro_fusion.families import Factor, Family, base, kl, pairwise_kl, register_family
-from pyro_fusion.posterior import Posterior
+from pyro_fusion.families import Factor, Family, kl, pairwise_kl, register_family
+from pyro_fusion.families import family as base
+from pyro_fusion.posterior.posterior import Posterior
 
 
 @pytest.fixture

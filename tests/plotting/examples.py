@@ -8,7 +8,7 @@ import pyro.distributions as dist
 import torch
 
 from pyro_fusion import Fusion, Matching, Posterior
-from pyro_fusion.priors import Parametric
+from pyro_fusion.assignment.priors import Parametric
 
 
 def fusion(

@@ -10,8 +10,8 @@ from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from pyro_fusion import StructureError
-from pyro_fusion.gibbs import AssignmentDraws, GibbsResult
 from pyro_fusion.plotting import plot_num_atoms, plot_objective
+from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
 from tests.plotting.examples import THREE, fusion
 
 

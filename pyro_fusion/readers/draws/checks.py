@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from pyro_fusion.errors import DrawsError
-from pyro_fusion.readers.draws.values import SiteDraws
+from pyro_fusion.readers.draws.site_draws import SiteDraws
 
 __all__ = ["check_converged", "check_enough", "check_number", "check_varies", "columns", "extreme"]
 

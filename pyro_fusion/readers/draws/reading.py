@@ -40,9 +40,16 @@ from pyro_fusion.readers.draws.checks import (
     extreme,
 )
 from pyro_fusion.readers.draws.diagnostics import effective_sample_size, split_r_hat
-from pyro_fusion.readers.draws.lost import losses
+from pyro_fusion.readers.draws.projection_loss import losses
 from pyro_fusion.readers.draws.relabel import Relabelling, permuted, relabel
 from pyro_fusion.readers.draws.result import DrawsReading, warn_of
+from pyro_fusion.readers.draws.site_draws import (
+    Kind,
+    SiteDraws,
+    check_finite,
+    labels_for,
+    looks_like_simplex,
+)
 from pyro_fusion.readers.draws.sources import (
     Known,
     Source,
@@ -50,13 +57,6 @@ from pyro_fusion.readers.draws.sources import (
     read_source,
     to_tensor,
     transform_onto,
-)
-from pyro_fusion.readers.draws.values import (
-    Kind,
-    SiteDraws,
-    check_finite,
-    labels_for,
-    looks_like_simplex,
 )
 from pyro_fusion.readers.sites import Read, labels_of, posterior_of
 

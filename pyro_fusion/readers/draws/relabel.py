@@ -31,10 +31,10 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import coordinate
+from pyro_fusion.assignment.priors import Parametric
 from pyro_fusion.errors import FusionError
 from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.projection import moves_with_location
-from pyro_fusion.priors import Parametric
 from pyro_fusion.readers.draws.diagnostics import normal_scores
 
 __all__ = ["Relabelling", "permuted", "relabel"]

@@ -18,11 +18,7 @@ from torch.distributions import Transform
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError, UnsupportedFamilyError
 from pyro_fusion.families import Factor
-from pyro_fusion.readers.numpyro.convert import (
-    to_pyro_distribution,
-    to_pyro_transform,
-    to_tensor,
-)
+from pyro_fusion.readers.numpyro.convert import to_pyro_distribution, to_pyro_transform, to_tensor
 from pyro_fusion.readers.projection import constant_axes, factor_of, same_factors
 from pyro_fusion.readers.sites import Draws, Read, Sites, Spread
 

@@ -27,10 +27,10 @@ from torch import Tensor
 from pyro_fusion.errors import FusionError, GuideError, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Posterior
-from pyro_fusion.readers.modules import evaluating, hidden_layers, random_input
+from pyro_fusion.readers.axes.modules import evaluating, hidden_layers, random_input
+from pyro_fusion.readers.axes.symmetries import Finder, FoundAxes, Probe, Proposal, Values
 from pyro_fusion.readers.pyro.program import Program, isolated, modules_of
 from pyro_fusion.readers.sites import Read
-from pyro_fusion.readers.symmetries import Finder, FoundAxes, Probe, Proposal, Values
 
 __all__ = ["find_axes"]
 

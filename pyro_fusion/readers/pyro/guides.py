@@ -42,8 +42,8 @@ from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
 from pyro_fusion.errors import FusionError, GuideError, warn_user
-from pyro_fusion.guide import PosteriorGuide
-from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.posterior import Axes, Posterior, PosteriorGuide
+from pyro_fusion.readers.axes.symmetries import FoundAxes
 from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
@@ -59,7 +59,6 @@ from pyro_fusion.readers.sites import (
     labels_of,
     posterior_of,
 )
-from pyro_fusion.readers.symmetries import FoundAxes
 
 __all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
 

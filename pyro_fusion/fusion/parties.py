@@ -1,0 +1,392 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What the parties hand over, read and checked: one matching problem per label, and closed forms
+for the sites that need no assignment of their own."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors
+from pyro_fusion.errors import ParameterError, StructureError, naming
+from pyro_fusion.families import Factor
+from pyro_fusion.fusion.arguments import Base, Inputs, by_name, read_parties, resolve_base
+from pyro_fusion.fusion.atom_prior import atom_base, base_fill, located
+from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
+from pyro_fusion.fusion.links import Link, averaged, entries
+from pyro_fusion.fusion.roles import Roles, site_roles
+from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.components import MatchingProblem, canonical_order, compact
+from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
+from pyro_fusion.pooling.product import temper
+from pyro_fusion.posterior import Axes, Posterior
+
+__all__ = ["Labelled", "Parties", "locating", "tempered"]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """The components along one label.
+
+    :ivar label: the label.
+    :ivar problem: the components as their assignment is scored: for ``product`` messages tempered
+        by weight and dispersion, else as they are.
+    :ivar messages: the components as they were handed over.
+    :ivar prior: of the assignment, with what it takes from the posteriors.
+    :ivar dispersion: T.
+    :ivar price: by what the prior is multiplied in the objective: T over that of its group of
+        labels, one if it is linked to no other.
+    :ivar ordered: the problem in an order that depends on the contents of the parties only, so that
+        what is found there is the same for any order of the parties.
+    :ivar order: which component each of ``ordered`` is, LongTensor ``[N]``.
+    """
+
+    label: str
+    problem: MatchingProblem
+    messages: MatchingProblem
+    prior: AssignmentPrior
+    dispersion: float
+    ordered: MatchingProblem
+    order: Tensor
+    price: float = 1.0
+
+    def as_given(self, groups: Tensor) -> Tensor:
+        """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
+        return torch.empty_like(groups).index_copy_(0, self.order.to(groups.device), groups)
+
+
+@dataclass(frozen=True)
+class Parties:
+    """Local posteriors that fit together, and how they are to be pooled.
+
+    :ivar posteriors: one per party.
+    :ivar weights: of the parties, with mean 1: float64 ``[S]``.
+    :ivar pooling: the divergence and its barycentre.
+    :ivar base: site -> the prior of the local models, where the pooling needs it.
+    :ivar roles: what happens to each site.
+    :ivar names: of the parties.
+    """
+
+    posteriors: list[Posterior]
+    weights: Tensor
+    pooling: Pooling
+    base: dict[str, Factor]
+    roles: Roles
+    names: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        inputs: Inputs,
+        pooling: Pooling,
+        weights: Weights,
+        base: Base | None,
+        axes: Axes | Literal["auto"] | None,
+    ) -> Parties:
+        """Read and check what was given; arguments as for :func:`~pyro_fusion.fuse`."""
+        named = by_name(inputs)
+        with naming(names := tuple(named)):
+            posteriors, guides = read_parties(list(named.values()), axes)
+            w = check_weights(weights, names)
+            check_parties(posteriors)
+            roles = site_roles(posteriors[0])
+            warn_unlabelled_simplex(posteriors, roles)
+            given: dict[str, Factor] = {}
+            if pooling.needs_base and (base is not None or len(posteriors) > 1):
+                given = resolve_base(base, guides, sorted(posteriors[0].axes))
+        return cls(posteriors, w, pooling, given, roles, names)
+
+    def priors(
+        self, prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None
+    ) -> dict[str, AssignmentPrior]:
+        """The prior of each label.
+
+        :raises StructureError: if a party has more components than there may be atoms.
+        """
+        result = assignment_priors(prior, list(self.roles.matched), self.pooling.needs_base)
+        for label, one in result.items():
+            for s, p in enumerate(self.posteriors):
+                if one.num_atoms is not None and p.components(label) > one.num_atoms:
+                    raise StructureError(
+                        f"party {self.names[s]} has {p.components(label)} components along "
+                        f"'{label}', but the prior allows only {one.num_atoms} atoms"
+                    )
+        return result
+
+    # -- sites with a label ------------------------------------------------------------------------
+
+    def components(self, label: str) -> tuple[dict[str, Factor], tuple[int, ...]]:
+        """The components along ``label``, in the order of the parties, and how many each has."""
+        local = {
+            site: Factor.cat([p.decomposed[site].with_batch(axis) for p in self.posteriors]).to(
+                dtype=torch.float64
+            )
+            for site, axis in self.roles.matched[label].items()
+        }
+        return local, tuple(p.components(label) for p in self.posteriors)
+
+    def labelled(
+        self,
+        label: str,
+        prior: AssignmentPrior,
+        dispersion: float | None,
+        given: Mapping[str, Tensor] | None = None,
+    ) -> Labelled:
+        """The components along ``label``, in the order of the parties.
+
+        :param dispersion: T, or None to estimate it.
+        :param given: assignments ``[N]`` along other labels, in whose light they are seen: sites
+            with several labels take part if those of all others are given.
+        """
+        sites = self.roles.matched[label]
+        local, sizes = self.components(label)
+        base = {
+            site: atom_base(site, self.base, local[site], (axis,)).to(dtype=torch.float64)
+            for site, axis in sites.items()
+            if self.pooling.needs_base
+        }
+        known = {x: compact(groups) for x, groups in (given or {}).items()}
+        for link in self.links:
+            if {label} <= set(link.labels) <= {label, *known}:
+                groups = {x: known[x][0] for x in link.labels if x != label}
+                counts = {x: known[x][1] for x in groups}
+                local[link.site], one = link.columns(label, sum(sizes), groups, counts)
+                if one is not None:
+                    base[link.site] = one
+        messages = self._problem(local, sizes, base)
+        order, ordered_sizes = canonical_order(local, sizes, self.weights)
+        voting = _voting(messages.in_order(order, ordered_sizes))
+        scale = dispersion or 1.0
+        with locating(messages):
+            if dispersion is None and len(sizes) > 1:
+                scale = estimate_dispersion(*voting, self.pooling, base)
+            messages = replace(messages, dispersion=scale)
+            problem = scored(messages)
+        calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
+        ordered = problem.in_order(order, ordered_sizes)
+        return Labelled(label, problem, messages, calibrated, scale, ordered, order)
+
+    def in_one_unit(
+        self, parts: Mapping[str, Labelled]
+    ) -> tuple[dict[str, Labelled], dict[str, Link]]:
+        """Labels that are linked, each given the others, and the sites that link them, apart from
+        each other, and in units of one dispersion: the geometric mean of theirs."""
+        scale = statistics.geometric_mean(part.dispersion for part in parts.values())
+        labelled = {}
+        for label, part in parts.items():
+            messages = part.messages.restricted(self.roles.matched[label])
+            messages = replace(messages, dispersion=scale)
+            labelled[label] = replace(
+                part, messages=messages, problem=scored(messages), price=part.dispersion / scale
+            )
+        links = {
+            x.site: replace(x, problem=scored(replace(x.messages, dispersion=scale)))
+            for x in self.links
+            if set(x.labels) <= set(parts)
+        }
+        return labelled, links
+
+    @cached_property
+    def links(self) -> list[Link]:
+        """The sites with several labels."""
+        result = []
+        for site, labels in self.roles.linked.items():
+            local, sizes, index, axes = entries(self.posteriors, site)
+            base = {}
+            if self.pooling.needs_base:
+                base[site] = atom_base(site, self.base, local, axes).to(dtype=torch.float64)
+            messages = self._problem({site: local}, sizes, base)
+            result.append(Link(site, labels, axes, index, messages, messages))
+        return result
+
+    def pool(self, part: Labelled, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
+        """The atoms of an assignment ``[N]``, from the messages as they were handed over: site ->
+        factor with the axes of the site."""
+        sites, first = self.roles.matched[part.label], self.posteriors[0]
+        with locating(part.messages):
+            atoms = part.messages.barycenter(groups, num_atoms)
+        for site in sites:
+            if self.pooling.normalised and first.outgoing.get(site) == part.label:
+                k = groups.to(atoms[site].device)
+                same = torch.zeros_like(k)
+                atoms[site] = averaged(part.messages, site, atoms[site], k, same)
+        return {
+            site: f.like(first.decomposed[site].batch_dim, (sites[site],))
+            for site, f in atoms.items()
+        }
+
+    def carry(self, site: str, assignment: Sequence[Tensor], num_atoms: int) -> Factor:
+        """Pool a site that follows the assignment of its label."""
+        label = self.roles.carried[site]
+        axes, first = self.posteriors[0].axes[site], self.posteriors[0].decomposed[site]
+        places = [i for i, a in enumerate(axes) if a == label]
+        rows = [i for i in places if i < first.separable_axes]
+        if len(rows) > 1:
+            raise StructureError(
+                f"site '{site}': label '{label}' on {len(rows)} batch axes is not "
+                "supported; one of them must be the event axis of a Dirichlet"
+            )
+        prior = base_fill(site, self.base, first, places)
+        fill = None if prior is None else torch.tensor(prior[0], dtype=torch.float64)
+        local = []
+        for p, a in zip(self.posteriors, assignment, strict=True):
+            f = p.decomposed[site].to(dtype=torch.float64)
+            for i in places:
+                if i not in rows:
+                    f = f.pad(i, a, num_atoms, fill)
+            f = f.with_batch(*rows)
+            if len(places) == 2:
+                f = _rolled(f, a)  # its own place first: the prior of all rows is the same then
+            local.append(f if rows else _unsqueeze(f))
+        stacked = Factor.cat(local)
+        base = None
+        if self.pooling.needs_base:
+            if prior is None:
+                raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
+            first_place = torch.zeros(1, dtype=torch.long, device=stacked.device)
+            one = stacked.index_select(0, first_place).map(lambda v: torch.full_like(v, prior[0]))
+            base = one.map(lambda v: v.index_fill(-1, first_place, prior[1]))
+        if not rows:
+            every = [torch.tensor([0])] * len(self.posteriors)
+            return _squeeze(self._pool(site, stacked, every, 1, base)).like(first.batch_dim, ())
+        pooled = self._pool(site, stacked, assignment, num_atoms, base)
+        if len(places) == 2:
+            pooled = _rolled(pooled, -torch.arange(num_atoms))
+        return pooled.like(first.batch_dim, rows)
+
+    # -- sites without a label ---------------------------------------------------------------------
+
+    def shared(self, site: str) -> MatchingProblem:
+        """A site without a label as a problem of one atom, of which each party has a component."""
+        local = Factor.cat(
+            [_unsqueeze(p.decomposed[site].to(dtype=torch.float64)) for p in self.posteriors]
+        )
+        base = {}
+        if self.pooling.needs_base:
+            base[site] = atom_base(site, self.base, local).to(dtype=torch.float64)
+        return self._problem({site: local}, (1,) * len(self.posteriors), base)
+
+    def share(self, site: str) -> tuple[Factor, float]:
+        """Pool a shared site; also its divergence."""
+        problem = self.shared(site)
+        groups = torch.zeros(len(self.posteriors), dtype=torch.long)
+        with locating(problem):
+            atom = _squeeze(problem.barycenter(groups, 1)[site])
+            divergence = problem.divergence(groups, 1)
+        return atom.like(self.posteriors[0].decomposed[site].batch_dim, ()), divergence
+
+    def _pool(
+        self,
+        site: str,
+        local: Factor,
+        groups: Sequence[Tensor],
+        num_atoms: int,
+        base: Factor | None,
+    ) -> Factor:
+        """The barycentres of one site, ``groups`` per party; errors name the site."""
+        sizes = tuple(len(a) for a in groups)
+        problem = self._problem({site: local}, sizes, {} if base is None else {site: base})
+        with locating(problem):
+            return problem.barycenter(torch.cat(list(groups)), num_atoms)[site]
+
+    def _problem(
+        self, local: dict[str, Factor], sizes: tuple[int, ...], base: dict[str, Factor]
+    ) -> MatchingProblem:
+        """Components, in the order of the parties, each with the weight of its party."""
+        weights = self.weights.repeat_interleave(torch.tensor(sizes))
+        return MatchingProblem(
+            local, sizes, weights.to(self.posteriors[0].device), self.pooling, base
+        )
+
+
+@contextmanager
+def locating(problem: MatchingProblem) -> Iterator[None]:
+    """Where a barycentre may be improper: the error names the site, and parties where it can."""
+    try:
+        yield
+    except ParameterError as e:
+        raise located(e, problem.local, problem.base, problem.sizes) from e
+
+
+def _unsqueeze(f: Factor) -> Factor:
+    """All batch axes into the event, and one batch axis of size one before it."""
+    return replace(f.with_batch().map(lambda v: v.unsqueeze(0)), batch_dim=1)
+
+
+def _squeeze(f: Factor) -> Factor:
+    """Without the one batch axis, of size one."""
+    return replace(f.map(lambda v: v.squeeze(0)), batch_dim=0)
+
+
+def _rolled(f: Factor, places: Tensor) -> Factor:
+    """The last axis of each component turned, so that entry ``places[n]`` is first."""
+
+    def turn(v: Tensor) -> Tensor:
+        index = (torch.arange(v.shape[-1]) + places.cpu().unsqueeze(1)) % v.shape[-1]
+        shape = (len(v), *[1] * (v.dim() - 2), v.shape[-1])
+        return v.gather(-1, index.view(shape).expand_as(v).to(v.device))
+
+    return f.map(turn)
+
+
+def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...]]:
+    """Components and sizes of the parties whose weight is not zero, if these are two at least."""
+    party = problem.party
+    counts = torch.bincount(party[(problem.weights > 0).cpu()], minlength=problem.num_parties)
+    kept = tuple(int(n) for n in counts if n)
+    if len(kept) in (1, problem.num_parties):
+        return dict(problem.local), problem.sizes
+    return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
+
+
+def scored(messages: MatchingProblem) -> MatchingProblem:
+    """As an assignment is scored: messages to be multiplied are tempered first, others as is."""
+    return tempered(messages) if messages.pooling.needs_base else messages
+
+
+def tempered(problem: MatchingProblem) -> MatchingProblem:
+    """Weights and dispersion moved into the messages, where the evidence is exact."""
+    local = {
+        site: temper(f, problem.base[site], problem.weights, problem.dispersion)
+        for site, f in problem.local.items()
+    }
+    return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)
+
+
+def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Labelled]) -> None:
+    """Check that each label has an atom for each component, no two of a party the same, and no
+    more than its prior allows.
+
+    :raises StructureError: naming the label, and the party where it can.
+    """
+    if set(assignment) != set(parts):
+        raise StructureError(
+            f"expected an assignment for {sorted(parts)}, got one for {sorted(assignment)}"
+        )
+    for label, a in assignment.items():
+        sizes, limit = parts[label].problem.sizes, parts[label].prior.num_atoms
+        if a.shape != (sum(sizes),) or a.is_floating_point():
+            raise StructureError(
+                f"assignment of '{label}': expected a LongTensor of shape [{sum(sizes)}], got "
+                f"{a.dtype} of shape {list(a.shape)}"
+            )
+        for s, own in enumerate(a.split(sizes)):
+            if len(own.unique()) < len(own):
+                raise StructureError(
+                    f"assignment of '{label}', party {s}: expected a different atom for each "
+                    f"component, got {own.tolist()}"
+                )
+        count = len(a.unique())
+        if limit is not None and count > limit:
+            raise StructureError(
+                f"assignment of '{label}': the prior allows {limit} atoms, got {count}"
+            )

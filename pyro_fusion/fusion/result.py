@@ -1,0 +1,180 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""What :func:`~pyro_fusion.fuse` returns."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from pyro_fusion.assignment.priors import AssignmentPrior
+from pyro_fusion.assignment.problem import relative_gap
+from pyro_fusion.errors import StructureError
+from pyro_fusion.posterior import Posterior, PosteriorGuide
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from pyro_fusion.readers.numpyro import NumPyroGuide
+
+__all__ = ["Fusion", "Matching"]
+
+
+@dataclass(frozen=True)
+class Matching:
+    """How the components along one label became atoms.
+
+    :ivar label: the label.
+    :ivar assignment: per party a LongTensor ``[L_s]``: the atom of each component.
+    :ivar num_atoms: K. Atoms are numbered by falling popularity.
+    :ivar popularity: how many parties have each atom, LongTensor ``[K]``.
+    :ivar objective: F after the start and after each iteration; never rises. Of a label that shares
+        sites with others: its part, given their assignments, in the last round.
+    :ivar dispersion: T.
+    :ivar prior: the prior of the assignment, with its parameters as estimated.
+    :ivar converged: whether coordinate ascent stopped by itself.
+    :ivar restarts: the objective that each start ended in.
+    :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
+    """
+
+    label: str
+    assignment: list[Tensor]
+    num_atoms: int
+    popularity: Tensor
+    objective: list[float]
+    dispersion: float
+    prior: AssignmentPrior
+    converged: bool
+    restarts: list[float]
+    bound: float = -math.inf
+
+    @property
+    def gap(self) -> float:
+        """How far F is above the bound, relative to F: 0.03 reads "within 3 % of optimal"."""
+        return relative_gap(self.objective[-1], self.bound)
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """The result of :func:`fuse`.
+
+    :ivar posterior: the fused posterior.
+    :ivar pooling: name of the pooling.
+    :ivar matchings: label -> :class:`Matching`; empty if no site has a label.
+    :ivar objective: F after the start and after each iteration; never rises. Labels are done in
+        turn: those that share sites are one, and their iterations rounds. It is that of the
+        barycentres, before effects are averaged (``outgoing``) and with messages tempered.
+    :ivar shared_objective: the divergence of the sites without a label, a constant.
+    :ivar party_names: names of the parties, for tables and plots.
+    """
+
+    posterior: Posterior
+    pooling: str
+    matchings: Mapping[str, Matching]
+    objective: list[float]
+    shared_objective: float
+    party_names: tuple[str, ...]
+
+    @cached_property
+    def guide(self) -> PosteriorGuide:
+        """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``,
+        which moves it: it is the same object each time, and ``posterior.to_guide()`` a new one."""
+        return self.posterior.to_guide()
+
+    def to_numpyro(self) -> NumPyroGuide:
+        """A NumPyro guide at the fused posterior, likewise; see
+        :meth:`Posterior.to_numpyro <pyro_fusion.Posterior.to_numpyro>`."""
+        return self.posterior.to_numpyro()
+
+    def only_matching(self) -> Matching:
+        """The matching, if there is one label.
+
+        :raises StructureError: if there is none, or several.
+        """
+        if not self.matchings:
+            raise StructureError(
+                "no site has a label, so nothing was assigned: give axes where the posteriors are "
+                "made, or put the components into a plate of the model"
+            )
+        if len(self.matchings) != 1:
+            raise StructureError(
+                f"expected one label, this fusion has {sorted(self.matchings)}: "
+                "use fusion.matchings[label]"
+            )
+        return next(iter(self.matchings.values()))
+
+    @property
+    def assignment(self) -> list[Tensor]:
+        """Per party a LongTensor ``[L_s]``: which atom each component became."""
+        return self.only_matching().assignment
+
+    @property
+    def num_atoms(self) -> int:
+        """K, the number of atoms."""
+        return self.only_matching().num_atoms
+
+    @property
+    def popularity(self) -> Tensor:
+        """How many parties have each atom, LongTensor ``[K]``."""
+        return self.only_matching().popularity
+
+    @property
+    def dispersion(self) -> float:
+        """T, as given or estimated."""
+        return self.only_matching().dispersion
+
+    @property
+    def converged(self) -> bool:
+        """Whether every label's assignment converged."""
+        return all(m.converged for m in self.matchings.values())
+
+    def summary(self) -> str:
+        """A table to print: one block per label, one row per atom."""
+        shared = [s for s, axes in self.posterior.axes.items() if not any(axes)]
+        lines = [f"Fusion of {self._parties()}, {self.pooling} pooling"]
+        if shared:
+            lines.append(f"shared sites: {', '.join(shared)}")
+        for m in self.matchings.values():
+            state = "converged" if m.converged else "NOT converged"
+            steps = len(m.objective) - 1
+            after = f"after {steps} iterations" if steps else "at once"
+            known = "" if math.isinf(m.bound) else f", within {100 * m.gap:.2g} % for these atoms"
+            lines += [
+                "",
+                f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
+                f"({m.prior}, dispersion {m.dispersion:.4g})",
+                f"objective {m.objective[-1]:.6g}, {state} {after}, best of {len(m.restarts)} "
+                f"starts{known}",
+                "",
+                "  atom  parties  from (party:component)",
+            ]
+            for k in range(m.num_atoms):
+                members = [
+                    f"{name}:{int(i)}"
+                    for name, a in zip(self.party_names, m.assignment, strict=True)
+                    for i in (a == k).nonzero()
+                ]
+                shown = " ".join(members[:12]) + (" …" if len(members) > 12 else "")
+                lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
+        return "\n".join(lines)
+
+    def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
+        """Draw which party's component became which atom; see
+        :func:`pyro_fusion.plotting.plot_assignment`. Needs matplotlib."""
+        from pyro_fusion.plotting import plot_assignment
+
+        return plot_assignment(self, label, ax=ax)
+
+    def __repr__(self) -> str:
+        what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())
+        return f"Fusion({self._parties()}, {self.pooling}: {what or 'shared sites'})"
+
+    def _parties(self) -> str:
+        count = len(self.party_names)
+        return "1 party" if count == 1 else f"{count} parties"

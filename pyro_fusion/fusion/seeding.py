@@ -1,0 +1,152 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Assignments for coordinate ascent to start from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.assignment import NEW, coordinate, match
+from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, Parametric
+from pyro_fusion.errors import ParameterError
+from pyro_fusion.fusion.ascent import expectation_maximization
+from pyro_fusion.pooling.components import Factors, MatchingProblem, compact
+
+__all__ = ["starts"]
+
+# In units of the dispersion: between "only the closest share an atom" and "all that may, do".
+_THRESHOLDS = (0.5, 1.5, 0.15, 5.0, 0.05)
+
+# A start with more atoms than so many times the components of the largest party raises its
+# threshold: costs are atoms by components, so too low a one would be quadratic in the parties.
+_MAX_ATOMS_PER_COMPONENT = 20
+
+
+def starts(
+    problem: MatchingProblem,
+    prior: AssignmentPrior,
+    restarts: int,
+    seed: int,
+    first: Tensor | None = None,
+) -> Iterator[Tensor]:
+    """Assignments to start from, ``restarts + 1`` of them: LongTensors ``[N]``.
+
+    With a free number of atoms: parties join one after the other, in random order, where a new
+    atom costs a threshold that differs from start to start, so that both many and few atoms are
+    tried; F decides. With a fixed number: k-means++ seeding in the divergence at hand (Arthur &
+    Vassilvitskii, 2007), in every other start after the most popular atoms found with a free one,
+    since among many atoms k-means++ by itself hardly ever hits each of them.
+
+    :param first: in place of the first of them.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(restarts + 1):
+        if i == 0 and first is not None:
+            yield first
+            continue
+        if prior.num_atoms is not None and i % 2:
+            yield _seeded(problem, prior.num_atoms, generator)
+            continue
+        j = i if prior.num_atoms is None else i // 2
+        order = torch.arange(problem.num_parties)
+        if j >= len(_THRESHOLDS):
+            order = torch.randperm(problem.num_parties, generator=generator)
+        groups = _joined(problem, order.tolist(), _THRESHOLDS[j % len(_THRESHOLDS)])
+        if prior.num_atoms is not None:
+            free = expectation_maximization(problem, GroupNorm(), groups, collapsed=False)
+            groups = _seeded(problem, prior.num_atoms, generator, free.groups)
+        yield groups
+
+
+def _seeded(
+    problem: MatchingProblem,
+    num_atoms: int,
+    generator: torch.Generator,
+    groups: Tensor | None = None,
+) -> Tensor:
+    """:param groups: assignment ``[N]``, the most popular atoms of which are the first seeds."""
+    count = sum(problem.sizes)
+    wanted = min(num_atoms, count)
+    rows: list[Tensor] = []
+    if groups is not None:
+        groups, found = compact(groups)
+        atoms = problem.barycenter(groups, found)
+        popular = torch.bincount(groups).argsort(descending=True, stable=True)[:wanted]
+        rows = list(_cost_of(problem, {k: f.index_select(0, popular) for k, f in atoms.items()}))
+    while len(rows) < wanted:
+        # How far each component is from the nearest seed.
+        p = torch.stack(rows).amin(0).clamp(min=0).cpu() if rows else torch.ones(count)
+        p = p if bool(p.sum() > 0) else torch.ones(count)
+        chosen = torch.multinomial(p.double(), 1, generator=generator)
+        rows.append(_cost(problem, chosen).squeeze(0))
+    result = coordinate(problem.split(torch.stack(rows)), Parametric(wanted))
+    return torch.cat(result.atoms)
+
+
+def _cost(problem: MatchingProblem, index: Tensor) -> Tensor:
+    """What each component costs in atoms that are the components ``index``: ``[len(index), N]``."""
+    return _cost_of(problem, {k: f.index_select(0, index) for k, f in problem.local.items()})
+
+
+def _cost_of(problem: MatchingProblem, atoms: Factors) -> Tensor:
+    """What each component costs in these atoms, with what they cost to use: ``[K, N]``."""
+    cost = problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
+    if bool(cost.isnan().any()):
+        raise ParameterError("a divergence is NaN: some posterior is numerically degenerate")
+    return cost
+
+
+def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Tensor:
+    """The parties join in blocks that double: a block is matched with the atoms of those before,
+    then what is new in it among itself, so that there are few costs and barycentres to compute."""
+    ends = torch.tensor(problem.sizes).cumsum(0).tolist()
+    parties = [torch.arange(ends[s] - problem.sizes[s], ends[s]) for s in order]
+    limit = _MAX_ATOMS_PER_COMPONENT * max(problem.sizes)
+    groups = torch.full((ends[-1],), NEW)
+    groups[parties[0]] = torch.arange(len(parties[0]))
+    num_atoms, done = len(parties[0]), 1
+    while done < len(parties):
+        seen, block = torch.cat(parties[:done]), parties[done : 2 * done]
+        atoms = problem.take(seen).barycenter(groups[seen], num_atoms)
+        # Openings are in the threshold, so that it means the same in every pooling.
+        cost = _cost_of(problem.take(torch.cat(block)), atoms)
+        fresh: list[Tensor] = []
+        found = num_atoms
+        costs = cost.cpu().split([len(members) for members in block], 1)
+        for members, own in zip(block, costs, strict=True):
+            if found > limit:
+                threshold *= 2
+            a = match(own, threshold)
+            groups[members] = a
+            fresh.append(members[a == NEW])
+            found += len(fresh[-1])
+            done += 1
+            if found > 2 * limit:
+                break
+        num_atoms = _found(problem, groups, fresh, num_atoms, threshold)
+    return groups
+
+
+def _found(
+    problem: MatchingProblem, groups: Tensor, fresh: list[Tensor], num_atoms: int, threshold: float
+) -> int:
+    """New atoms for the components ``fresh`` of each party, shared where they are close; the
+    number of atoms there are then. Writes to ``groups``."""
+    every = torch.cat(fresh)
+    if len(every) == 0:
+        return num_atoms
+    cost = _cost(problem.take(every), torch.arange(len(every))).cpu()
+    founders = torch.empty(0, dtype=torch.long)  # places in `every`
+    place = 0
+    for members in fresh:
+        own = torch.arange(place, place + len(members))
+        place += len(members)
+        a = match(cost[founders][:, own], threshold)
+        new = a == NEW
+        groups[members] = num_atoms + torch.where(new, len(founders) + new.cumsum(0) - 1, a)
+        founders = torch.cat([founders, own[new]])
+    return num_atoms + len(founders)

@@ -1,0 +1,222 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The collapsed objective: that of groups of components with the best atom for each, and what a
+component more or less in a group would change. For ``product`` it is minus the log evidence that
+the components of a group share one atom, against that each has one of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.families import Factor
+from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.components import MatchingProblem
+
+__all__ = ["SiteSums", "Sums", "log_evidence", "log_evidence_of_joining"]
+
+# Numbers in the statistics of the candidate groups at a time: what stays in the processor's cache,
+# or on a GPU what bounds the memory.
+_NUMBERS = 1 << 17
+_NUMBERS_GPU = 1 << 24
+
+# Groups of components with so many numbers are remembered, so many at most: with fewer it would
+# take longer to look them up.
+_LARGE = 200
+_MAX_REMEMBERED = 1 << 18
+
+
+@dataclass
+class SiteSums:
+    """Sums of one site's statistics over each group, about the origin of all.
+
+    :ivar local, base: in coordinates about that origin.
+    :ivar statistics, potential: of each component, ``[N, P]`` and ``[N]``.
+    :ivar total, potentials: their weighted sums over each group, ``[K, P]`` and ``[K]``.
+    """
+
+    pooling: Pooling
+    local: Factor
+    base: Factor | None
+    statistics: Tensor
+    potential: Tensor
+    total: Tensor
+    potentials: Tensor
+
+    def value(self, total: Tensor, potential: Tensor, weight: Tensor) -> Tensor:
+        """The objective of groups with these sums: ``[K, P]``, ``[K]``, ``[K]`` -> ``[K]``."""
+        atoms = self.pooling.from_statistics(self.local, total, weight, self.base)
+        return potential - self.pooling.group_potential(atoms, weight, self.base)
+
+
+@dataclass
+class Sums:
+    """The objective of each group, and what a component more or less would change.
+
+    :ivar weights: of the components, ``[N]``; ``weight``: of the groups, ``[K]``.
+    :ivar dispersion: T.
+    :ivar codes: a random integer for each component, ``[N]``; ``code``: of each group the sum of
+        its members', by which the group is known, ``[K]``.
+    :ivar known: what groups cost, by code; None where it is not worth remembering.
+    """
+
+    sites: list[SiteSums]
+    weights: Tensor
+    weight: Tensor
+    dispersion: float
+    codes: Tensor
+    code: Tensor
+    known: dict[int, float] | None
+
+    @classmethod
+    def of(cls, problem: MatchingProblem, groups: Tensor, num_atoms: int) -> Sums:
+        """Of the groups ``[N]``, in ``0, ..., K-1``."""
+        w = problem.weights
+        sites = []
+        for site, f in problem.local.items():
+            base = problem.base.get(site)
+            base = None if base is None else base.shift(f.origin)
+            statistics = problem.pooling.statistics(f.centred)
+            potential = problem.pooling.potential(f.centred, base)
+            zero = w.new_zeros(num_atoms)
+            total = w.new_zeros(num_atoms, statistics.shape[1])
+            sites.append(
+                SiteSums(problem.pooling, f.centred, base, statistics, potential, total, zero)
+            )
+        known = None
+        if sum(s.total.shape[1] for s in sites) >= _LARGE:
+            known = problem.known
+            if len(known) > _MAX_REMEMBERED:
+                known.clear()
+        code = torch.zeros(num_atoms, dtype=torch.long)
+        weight = w.new_zeros(num_atoms)
+        sums = cls(sites, w, weight, problem.dispersion, problem.codes, code, known)
+        sums.add(torch.arange(len(groups)), groups, 1.0)
+        return sums
+
+    def minus(self, other: Sums) -> Sums:
+        """The groups without their parts in ``other``, which may have more of them."""
+        count = len(self.weight)
+        sites = [
+            replace(
+                s, total=s.total - o.total[:count], potentials=s.potentials - o.potentials[:count]
+            )
+            for s, o in zip(self.sites, other.sites, strict=True)
+        ]
+        weight, code = self.weight - other.weight[:count], self.code - other.code[:count]
+        return replace(self, sites=sites, weight=weight, code=code)
+
+    def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
+        """The objective over T of groups, or of their unions with others: on the CPU."""
+        code = self.code[groups] if other is None else self.code[groups] + self.code[other]
+
+        def of(index: Tensor) -> Tensor:
+            k = groups[index].to(self.weight.device, non_blocking=True)
+            j = None if other is None else other[index].to(k.device, non_blocking=True)
+
+            def both(x: Tensor) -> Tensor:
+                return x[k] if j is None else x[k] + x[j]
+
+            terms = [
+                s.value(both(s.total), both(s.potentials), both(self.weight)) for s in self.sites
+            ]
+            return torch.stack(terms).sum(0)
+
+        return self._known_or(code, of) / self.dispersion
+
+    def _known_or(self, code: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+        """The objective of each group, remembered by its code, or else ``of`` its place: on the
+        CPU, ``[M]``."""
+        device = self.weights.device
+        limit = _NUMBERS if device.type == "cpu" else _NUMBERS_GPU
+        part = max(1, limit // max(s.total.shape[1] for s in self.sites))
+        every = torch.arange(len(code))
+        if self.known is None:
+            return torch.cat([of(index) for index in every.split(part)]).cpu()
+        codes = code.tolist()
+        first = {c: i for i, c in enumerate(codes) if c not in self.known}
+        for index in torch.tensor(list(first.values()), dtype=torch.long).split(part):
+            if len(index):
+                values = of(index).tolist()
+                self.known.update(zip((codes[i] for i in index.tolist()), values, strict=True))
+        return torch.tensor([self.known[c] for c in codes], dtype=torch.float64)
+
+    def add(self, members: Tensor, groups: Tensor, sign: float) -> None:
+        """Put components into groups; with ``sign=-1.0`` take them out."""
+        self.code.index_add_(0, groups, int(sign) * self.codes[members])
+        members = members.to(self.weights.device, non_blocking=True)
+        w = sign * self.weights[members]
+        groups = groups.to(w.device, non_blocking=True)
+        self.weight.index_add_(0, groups, w)
+        for s in self.sites:
+            s.total.index_add_(0, groups, s.statistics[members] * w.unsqueeze(1))
+            s.potentials.index_add_(0, groups, s.potential[members] * w)
+
+    def grow(self, count: int) -> None:
+        """Room for so many groups more."""
+        if count == 0:
+            return
+        self.code = torch.cat([self.code, self.code.new_zeros(count)])
+        self.weight = torch.cat([self.weight, self.weight.new_zeros(count)])
+        for s in self.sites:
+            s.total = torch.cat([s.total, s.total.new_zeros(count, s.total.shape[1])])
+            s.potentials = torch.cat([s.potentials, s.potentials.new_zeros(count)])
+
+    def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
+        """By how much the objective of each group, over T, would grow with the component (or
+        without it): on the CPU, for each pair; NaN where a group would be left empty."""
+        used, place = groups.unique(return_inverse=True)
+        alone = self.values(used)[place]
+
+        def of(index: Tensor) -> Tensor:
+            n = members[index].to(self.weights.device, non_blocking=True)
+            k = groups[index].to(n.device, non_blocking=True)
+            w = sign * self.weights[n]
+            result, weight = torch.zeros_like(w), self.weight[k] + w
+            # A group that the component leaves empty costs nothing any more.
+            keep = (weight > 1e-9 * self.weight[k]).nonzero().squeeze(-1)
+            n, k, w, weight = n[keep], k[keep], w[keep], weight[keep]
+            for s in self.sites:
+                result[keep] += s.value(
+                    s.total[k] + s.statistics[n] * w.unsqueeze(1),
+                    s.potentials[k] + s.potential[n] * w,
+                    weight,
+                )
+            return result
+
+        code = self.code[groups] + int(sign) * self.codes[members]
+        return self._known_or(code, of) / self.dispersion - alone
+
+
+def log_evidence(problem: MatchingProblem, groups: Tensor) -> float:
+    """Of ``product``: that the components of each group share an atom, against that each has one of
+    its own.
+
+    :param groups: LongTensor ``[N]``, in ``0, ..., K-1``, none empty.
+    :raises ParameterError: if a group is improper.
+    """
+    num_atoms = int(groups.max()) + 1
+    problem.barycenter(groups, num_atoms)  # checks what sums do not
+    with problem.pooling.telling():
+        return -float(Sums.of(problem, groups, num_atoms).values(torch.arange(num_atoms)).sum())
+
+
+def log_evidence_of_joining(
+    problem: MatchingProblem, sums: Sums, members: Tensor, groups: Tensor
+) -> Tensor:
+    """Of ``product``: that a component shares the atom of a group, against that it does not, for
+    each with each: ``[len(members), len(groups)]``, on the CPU.
+
+    :raises ParameterError: if it is not a number, as that of an improper group.
+    """
+    pairs = torch.cartesian_prod(members, groups)
+    with problem.pooling.telling():
+        value = -sums.increments(pairs[:, 0], pairs[:, 1])
+        if not bool((value < math.inf).all()):
+            raise ValueError("NaN or infinite")
+    return value.reshape(len(members), len(groups))

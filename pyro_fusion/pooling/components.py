@@ -1,0 +1,166 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The components of all parties along one label, as one problem: what E-steps, M-steps, seeding
+and re-matching all work on."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Container, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.assignment import NEW, AssignmentProblem
+from pyro_fusion.assignment.priors import AssignmentPrior
+from pyro_fusion.assignment.problem import party_of
+from pyro_fusion.families import Factor
+from pyro_fusion.pooling.base import Pooling
+
+__all__ = ["Factors", "MatchingProblem", "by_popularity", "canonical_order", "compact"]
+
+Factors = Mapping[str, Factor]
+
+
+@dataclass(frozen=True)
+class MatchingProblem:
+    """The components of all parties along one label, and how they are scored and pooled.
+
+    :ivar local: site -> factor of batch shape ``[N]``, the components of party 0, of party 1, ...
+    :ivar sizes: ``L_s`` of each party; they add up to ``N``.
+    :ivar weights: ``[N]``, the weight of each component's party.
+    :ivar pooling: the divergence and its barycentre.
+    :ivar base: site -> the prior of one atom, batch shape ``[1]``; empty unless the pooling needs
+        it.
+    :ivar dispersion: T.
+    """
+
+    local: Factors
+    sizes: tuple[int, ...]
+    weights: Tensor
+    pooling: Pooling
+    base: Factors
+    dispersion: float = 1.0
+
+    @property
+    def num_parties(self) -> int:
+        """S."""
+        return len(self.sizes)
+
+    @property
+    def party(self) -> Tensor:
+        """The party of each component, LongTensor ``[N]`` on the CPU."""
+        return party_of(self.sizes)
+
+    @functools.cached_property
+    def codes(self) -> Tensor:
+        """A random integer for each component, ``[N]`` on the CPU: sets of components are told
+        apart by the sums of theirs."""
+        limit, generator = 1 << 62, torch.Generator().manual_seed(0)
+        return torch.randint(-limit, limit, (sum(self.sizes),), generator=generator)
+
+    @functools.cached_property
+    def known(self) -> dict[int, float]:
+        """What groups cost, times T, by the sum of their codes: filled by ``collapsed.Sums``."""
+        return {}
+
+    def split(self, x: Tensor) -> list[Tensor]:
+        """``[..., N]`` -> one ``[..., L_s]`` per party."""
+        return list(x.split(self.sizes, dim=-1))
+
+    def take(self, index: Tensor) -> MatchingProblem:
+        """The components ``index``, as if of one party."""
+        return replace(
+            self,
+            local={site: f.index_select(0, index) for site, f in self.local.items()},
+            sizes=(len(index),),
+            weights=self.weights[index],
+        )
+
+    def restricted(self, sites: Container[str]) -> MatchingProblem:
+        """The same with these sites alone."""
+        local = {k: f for k, f in self.local.items() if k in sites}
+        return replace(self, local=local, base={k: f for k, f in self.base.items() if k in sites})
+
+    def in_order(self, order: Tensor, sizes: tuple[int, ...]) -> MatchingProblem:
+        """The same with components and parties in another order."""
+        return replace(self.take(order), sizes=sizes)
+
+    def cost(self, atoms: Factors) -> Tensor:
+        """``w D / T`` summed over sites: ``[K, N]``."""
+        total: Tensor | None = None
+        for site, f in self.local.items():
+            term = self.pooling.cost(atoms[site], f, self.base.get(site))
+            total = term if total is None else total.add_(term)
+        assert total is not None
+        return total.mul_(self.weights / self.dispersion)
+
+    def opening(self, atoms: Factors) -> Tensor:
+        """The cost of an atom by itself over T, summed over sites: ``[K]``."""
+        terms = [self.pooling.opening(atoms[x], self.base.get(x)) for x in self.local]
+        return torch.stack(terms).sum(0) / self.dispersion
+
+    def e_step(self, atoms: Factors, prior: AssignmentPrior) -> AssignmentProblem:
+        """What the solvers of an E-step are given."""
+        return AssignmentProblem.of(self.split(self.cost(atoms)), prior, self.opening(atoms))
+
+    def barycenter(
+        self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
+    ) -> dict[str, Factor]:
+        """M-step: the atoms of the groups ``[N]``, with other weights if they are given."""
+        groups = groups.to(self.weights.device, non_blocking=True)
+        w = self.weights if weights is None else weights
+        return {
+            site: self.pooling.barycenter(f, groups, num_atoms, w, self.base.get(site))
+            for site, f in self.local.items()
+        }
+
+    def divergence(self, groups: Tensor, num_atoms: int) -> float:
+        """What the groups ``[N]`` with their best atoms add to the objective, pair by pair."""
+        groups = groups.to(self.weights.device, non_blocking=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
+        for site, atoms in self.barycenter(groups, num_atoms).items():
+            local, base = self.local[site], self.base.get(site)
+            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, base)
+            total += self.pooling.opening(atoms, base).sum() + self.weights @ pairs.double()
+        return float(total) / self.dispersion
+
+
+def compact(groups: Tensor) -> tuple[Tensor, int]:
+    """Number the groups in use ``0, ..., K-1``; each :data:`~.assignment.NEW` is one of its own."""
+    new = groups == NEW
+    fresh = groups.max().clamp(min=0) + 1 + torch.arange(len(groups), device=groups.device)
+    _, result = torch.where(new, fresh, groups).unique(return_inverse=True)
+    return result, int(result.max()) + 1
+
+
+def canonical_order(
+    local: Mapping[str, Factor], sizes: tuple[int, ...], weights: Tensor
+) -> tuple[Tensor, tuple[int, ...]]:
+    """An order of parties and components that depends only on their contents, so that permuting
+    the input changes nothing but labels."""
+    features = torch.cat([f.features for f in local.values()], 1)
+    generator = torch.Generator().manual_seed(0)
+    direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
+    key = (features * direction.to(features.device)).sum(1).cpu()
+    ends = torch.tensor(sizes).cumsum(0).tolist()
+    parties = []
+    for size, end, weight in zip(sizes, ends, weights.tolist(), strict=True):
+        value, index = key[end - size : end].sort(stable=True)
+        parties.append((size, weight, value.tolist(), index + end - size))
+    parties.sort(key=lambda p: p[:3])
+    return torch.cat([p[3] for p in parties]), tuple(p[0] for p in parties)
+
+
+def by_popularity(groups: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:
+    """Number atoms by falling popularity, ties by first appearance."""
+    popularity = torch.bincount(groups, minlength=num_atoms)
+    first = torch.full((num_atoms,), len(groups)).scatter_reduce(
+        0, groups, torch.arange(len(groups)), "amin"
+    )
+    order = sorted(range(num_atoms), key=lambda k: (-int(popularity[k]), int(first[k])))
+    rank = torch.empty(num_atoms, dtype=torch.long)
+    rank[torch.tensor(order)] = torch.arange(num_atoms)
+    return rank[groups], popularity[torch.tensor(order)]

@@ -1,0 +1,30 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The poolings by name."""
+
+from __future__ import annotations
+
+from pyro_fusion.errors import ParameterError
+from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.kl import Exclusive, Inclusive
+from pyro_fusion.pooling.product import Product
+
+__all__ = ["pooling_named"]
+
+
+_POOLINGS: dict[str, Pooling] = {p.name: p for p in (Inclusive(), Exclusive(), Product())}
+
+
+def pooling_named(pooling: str | Pooling) -> Pooling:
+    """Look up a pooling by name.
+
+    :raises ParameterError: for an unknown name.
+    """
+    if isinstance(pooling, Pooling):
+        return pooling
+    if not isinstance(pooling, str) or pooling not in _POOLINGS:
+        shown = repr(pooling) if isinstance(pooling, str) else type(pooling).__name__
+        remedy = ": are the parties in a list?" if not isinstance(pooling, str) else ""
+        raise ParameterError(f"pooling must be one of {sorted(_POOLINGS)}, got {shown}{remedy}")
+    return _POOLINGS[pooling]

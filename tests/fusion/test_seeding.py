@@ -1,0 +1,66 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""Starts of coordinate ascent: feasible, different, and not quadratic in the number of parties."""
+
+import pyro.distributions as dist
+import pytest
+import torch
+
+from pyro_fusion import GroupNorm, Parametric, Posterior, fuse
+from pyro_fusion.families import Factor
+from pyro_fusion.fusion.seeding import _MAX_ATOMS_PER_COMPONENT, starts
+from pyro_fusion.pooling import pooling_named
+from pyro_fusion.pooling.components import MatchingProblem
+
+
+def problem_of(sizes, spread=1.0, dispersion=1.0):
+    count = sum(sizes)
+    loc = spread * torch.randn(count, 2, dtype=torch.float64)
+    local = Factor.of(dist.Normal(loc, torch.ones(count, 2).double()).to_event(1))
+    weights = torch.ones(count).double()
+    return MatchingProblem(
+        {"x": local}, tuple(sizes), weights, pooling_named("exclusive"), {}, dispersion
+    )
+
+
+@pytest.mark.parametrize("prior", [GroupNorm(), Parametric(5)], ids=str)
+def test_starts_are_feasible_and_reproducible(prior):
+    problem = problem_of([3, 1, 5, 2], spread=3.0)
+    first, second = (list(starts(problem, prior, 9, seed=4)) for _ in "ab")
+    assert len(first) == 10
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    for groups in first:
+        for part in groups.split(problem.sizes):
+            assert len(part.unique()) == len(part)
+        if prior.num_atoms is not None:
+            assert int(groups.max()) < prior.num_atoms
+    assert len({tuple(g.tolist()) for g in first}) > 1
+
+
+def test_many_parties_with_nothing_in_common_do_not_blow_up():
+    # Far apart at a tiny dispersion, every component would be an atom: 600 of them.
+    problem = problem_of([2] * 300, spread=1e3, dispersion=1e-3)
+    limit = _MAX_ATOMS_PER_COMPONENT * 2
+    for groups in starts(problem, GroupNorm(), 4, seed=0):
+        # Once over the limit the threshold doubles with every party, so it is soon reached.
+        assert len(groups.unique()) < 4 * limit
+
+
+@pytest.mark.parametrize("pooling", ["inclusive", "exclusive"])
+def test_given_the_number_of_many_atoms_each_is_found(pooling):
+    # k-means++ by itself gives some of 50 atoms two seeds and others none.
+    generator = torch.Generator().manual_seed(0)
+    centres = 7 * torch.randn(50, 50, generator=generator, dtype=torch.float64)
+    probability = torch.rand(50, generator=generator)
+    members, parties = [], []
+    for _ in range(10):
+        own = (torch.rand(50, generator=generator) < probability).nonzero().squeeze(1)
+        loc = centres[own] + torch.randn(len(own), 50, generator=generator, dtype=torch.float64)
+        local = dist.Normal(loc, torch.full_like(loc, 0.1)).to_event(1)
+        parties.append(Posterior({"x": local}, {"x": "component"}))
+        members.append(own)
+    true = torch.cat(members)
+    fusion = fuse(parties, pooling, Parametric(len(true.unique())))
+    atom = torch.cat(fusion.assignment)
+    assert bool(((atom == atom.unsqueeze(1)) == (true == true.unsqueeze(1))).all())
