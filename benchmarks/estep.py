@@ -37,7 +37,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Independent, Normal
 
 import pyro_fusion
-from pyro_fusion import GroupNorm, NormalWishart, Posterior, fuse
+from pyro_fusion import GroupNormPrior, NormalWishart, Posterior, fuse
 from pyro_fusion.assignment import NEW, RelaxedAssignment, coordinate, relaxed, sinkhorn
 from pyro_fusion.families import Factor
 from pyro_fusion.pooling import pooling_named
@@ -134,7 +134,7 @@ def posteriors(kind: str, size: Size, device: str = "cpu") -> list[Posterior]:
     ]
 
 
-def solver_problem(size: Size, device: str = "cpu") -> tuple[list[Tensor], GroupNorm]:
+def solver_problem(size: Size, device: str = "cpu") -> tuple[list[Tensor], GroupNormPrior]:
     """Costs of overlapping Gaussians, and the paper's λ: half their standard deviation."""
     generator = torch.Generator().manual_seed(0)
 
@@ -150,7 +150,7 @@ def solver_problem(size: Size, device: str = "cpu") -> tuple[list[Tensor], Group
         *(Factor.of(Independent(Normal(x, unit.expand_as(x).double()), 1)) for x in (atoms, local))
     )
     parties = [c.contiguous().to(device) for c in cost.split(size.components, 1)]
-    return parties, GroupNorm(float(cost.std()) / 2)
+    return parties, GroupNormPrior(float(cost.std()) / 2)
 
 
 # -- measuring -------------------------------------------------------------------------------------

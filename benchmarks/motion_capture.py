@@ -35,19 +35,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_fusion
-from pyro_fusion import Fusion, GroupNorm, IndianBuffet, NormalWishart, Posterior, fuse
+from pyro_fusion import Fusion, GroupNormPrior, IndianBuffetPrior, NormalWishart, Posterior, fuse
 from pyro_fusion.assignment.priors import AssignmentPrior
 
 AXES = {"initial": "state", "transition": ("state", "state")}
 POOLINGS = ("inclusive", "exclusive", "product")
-PRIORS = {"IndianBuffet": IndianBuffet(), "GroupNorm": GroupNorm()}
+PRIORS = {"IndianBuffetPrior": IndianBuffetPrior(), "GroupNormPrior": GroupNormPrior()}
 # Row -> pooling, prior of the assignment, and what the estimated dispersion is multiplied by.
 FUSIONS: dict[str, tuple[str, AssignmentPrior, float]] = {
     **{f"{p}, {name}": (p, prior, 1.0) for p in POOLINGS for name, prior in PRIORS.items()},
-    **{f"{p}, GroupNorm, 2 T": (p, GroupNorm(), 2.0) for p in POOLINGS[:2]},
+    **{f"{p}, GroupNormPrior, 2 T": (p, GroupNormPrior(), 2.0) for p in POOLINGS[:2]},
 }
 SEPARATE, BEST, JOINT = "separate", "separate, best (oracle)", "one HMM on all sequences"
-SHOWN = ("exclusive, GroupNorm", "product, IndianBuffet")  # defaults
+SHOWN = ("exclusive, GroupNormPrior", "product, IndianBuffetPrior")  # defaults
 
 
 @dataclass(frozen=True)
@@ -248,10 +248,10 @@ def fused(posteriors: Sequence[Posterior], name: str, prior: Prior) -> Fusion:
     """A row of ``FUSIONS``."""
     pooling, belief, factor = FUSIONS[name]
     base = model_of(prior)
-    fusion = fuse(posteriors, pooling, belief, base=base)
+    fusion = fuse(posteriors, pooling, belief, prior=base)
     if factor == 1:
         return fusion
-    return fuse(posteriors, pooling, belief, base=base, dispersion=factor * fusion.dispersion)
+    return fuse(posteriors, pooling, belief, prior=base, dispersion=factor * fusion.dispersion)
 
 
 def solve(data: Data, fitter: Fitter, rows: Rows) -> Paths:

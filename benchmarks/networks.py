@@ -41,7 +41,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import pyro_fusion
-from pyro_fusion import Fusion, IndianBuffet, Parametric, Posterior, fuse
+from pyro_fusion import FixedAtoms, Fusion, IndianBuffetPrior, Posterior, fuse
 from pyro_fusion.plotting.diagnostics import reliability
 
 NUM_PARTIES = 5
@@ -232,7 +232,7 @@ def of_means(posteriors: Sequence[Posterior]) -> Fusion:
             factors[site] = own.to_event(n)
             base[site] = Normal(torch.zeros(loc.shape), prior**0.5).to_event(n)
         points.append(Posterior(factors, p.axes))
-    return fuse(points, "product", IndianBuffet(1.0), base=base, dispersion=1.0)
+    return fuse(points, "product", IndianBuffetPrior(1.0), prior=base, dispersion=1.0)
 
 
 def fusions(setting: Setting, kind: str) -> dict[str, Callable[[Sequence[Posterior]], Fusion]]:
@@ -241,14 +241,16 @@ def fusions(setting: Setting, kind: str) -> dict[str, Callable[[Sequence[Posteri
     allowed = round(TARGETS[kind][1] * size)
     rows: dict[str, Callable[[Sequence[Posterior]], Fusion]] = {}
     for pooling in ("exclusive", "inclusive", "product"):
-        base = {"base": setting.prior} if pooling == "product" else {}
+        base = {"prior": setting.prior} if pooling == "product" else {}
         rows[f"{pooling}, default"] = partial(fuse, pooling=pooling, **base)
         if pooling != "product":  # whose default it is
-            rows[f"{pooling}, IndianBuffet"] = partial(fuse, pooling=pooling, prior=IndianBuffet())
-        rows[f"{pooling}, Parametric({size})"] = partial(
-            fuse, pooling=pooling, prior=Parametric(size), **base
+            rows[f"{pooling}, IndianBuffetPrior"] = partial(
+                fuse, pooling=pooling, assignment_prior=IndianBuffetPrior()
+            )
+        rows[f"{pooling}, FixedAtoms({size})"] = partial(
+            fuse, pooling=pooling, assignment_prior=FixedAtoms(size), **base
         )
-    rows[f"exclusive, Parametric({allowed})"] = partial(fuse, prior=Parametric(allowed))
+    rows[f"exclusive, FixedAtoms({allowed})"] = partial(fuse, assignment_prior=FixedAtoms(allowed))
     return rows
 
 
@@ -295,7 +297,7 @@ def scores(
 
 def units(fusion: Fusion) -> int:
     """In the hidden layers of a fused network."""
-    return sum(m.num_atoms for m in fusion.matchings.values())
+    return sum(m.num_atoms for m in fusion.labels.values())
 
 
 # -- the program -----------------------------------------------------------------------------------
@@ -389,7 +391,7 @@ def draw_picture(path: Path, tables: dict[tuple[str, Setting], dict[str, list[Sc
                 continue
             pooling, _, prior = name.partition(", ")
             fused = pooling in markers
-            color = {"default": "#0072B2", "IndianBuffet": "#D55E00"}.get(prior, "#009E73")
+            color = {"default": "#0072B2", "IndianBuffetPrior": "#D55E00"}.get(prior, "#009E73")
             ax.errorbar(
                 np.mean(x[name]),
                 np.mean(y[name]),

@@ -46,7 +46,7 @@ from torch.distributions import Distribution, MultivariateNormal, kl_divergence
 from tqdm import tqdm
 
 import pyro_fusion
-from pyro_fusion import GroupNorm, NormalWishart, Parametric, Posterior, fuse
+from pyro_fusion import FixedAtoms, GroupNormPrior, NormalWishart, Posterior, fuse
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.families import Factor
 from pyro_fusion.pooling import pooling_named
@@ -267,7 +267,7 @@ class Problem:
 
     def fused(self, pooling: str, prior: AssignmentPrior | None) -> Array:
         parties = self.messages if pooling == "product" else self.parties
-        fusion = fuse(parties, pooling, prior, base={"atom": self.base})
+        fusion = fuse(parties, pooling, prior, prior={"atom": self.base})
         return _location(fusion.posterior.decomposed["atom"])
 
 
@@ -404,14 +404,14 @@ DEFAULTS = ("inclusive", "exclusive", "product")
 # Row -> pooling, prior given the true number.
 FUSIONS: dict[str, tuple[str, Callable[[int], AssignmentPrior | None]]] = {
     **{p: (p, lambda k: None) for p in DEFAULTS},
-    "product, GroupNorm": ("product", lambda k: GroupNorm()),
-    **{f"{p}, ranked": (p, lambda k: GroupNorm(ranked=True)) for p in DEFAULTS[:2]},
-    **{f"{p}, auto": (p, lambda k: GroupNorm(scale="auto")) for p in DEFAULTS[:2]},
+    "product, GroupNormPrior": ("product", lambda k: GroupNormPrior()),
+    **{f"{p}, ranked": (p, lambda k: GroupNormPrior(ranked=True)) for p in DEFAULTS[:2]},
+    **{f"{p}, auto": (p, lambda k: GroupNormPrior(scale="auto")) for p in DEFAULTS[:2]},
     **{
-        f"{p}, auto, ranked": (p, lambda k: GroupNorm(scale="auto", ranked=True))
+        f"{p}, auto, ranked": (p, lambda k: GroupNormPrior(scale="auto", ranked=True))
         for p in DEFAULTS[:2]
     },
-    **{f"{p}, true K": (p, Parametric) for p in DEFAULTS},
+    **{f"{p}, true K": (p, FixedAtoms) for p in DEFAULTS},
 }
 
 
@@ -538,11 +538,11 @@ LEGEND = """
 right %: problems with as many atoms as some party has. K - truth, Hausdorff and OT (1-Wasserstein
 distance between uniform measures on the atoms' means, fused and true): means over the problems.
 seconds: to fuse, one thread. ratio, worst: Hausdorff over that of the average of the true matches,
-mean and largest. inclusive, exclusive, product: the defaults. ranked, auto: GroupNorm(ranked=True),
-GroupNorm(scale="auto"); true K: Parametric, told the number, as k-means on all points is. The best
-single party is the one whose OT is the least, which nobody knows but the oracle. Nobody else knows
-the true matches either: each party's components one to one with the Gaussians that its points are
-from, by symmetric KL divergence. Pooled, they show the error that is not the assignment's, but that
+mean and largest. inclusive, exclusive, product: the defaults. ranked, auto:
+GroupNormPrior(ranked=True), GroupNormPrior(scale="auto"); true K: FixedAtoms, told the number, as
+k-means on all points is. The best single party is the one whose OT is the least, which nobody knows
+but the oracle. Nobody else knows the true matches either: each party's components one to one with
+the Gaussians that its points are from, by symmetric KL divergence. Pooled, they show the error that is not the assignment's, but that
 of the local fits, of what parties differ in, and of the pooling."""
 
 

@@ -46,7 +46,7 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import pyro_fusion
-from pyro_fusion import IndianBuffet, Posterior, fuse
+from pyro_fusion import IndianBuffetPrior, Posterior, fuse
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.readers.sklearn import prior_from_sklearn
 
@@ -61,9 +61,9 @@ TITLES = {
 }
 FUSIONS: dict[str, tuple[str, AssignmentPrior | None]] = {
     "exclusive": ("exclusive", None),
-    "exclusive, IndianBuffet": ("exclusive", IndianBuffet()),
+    "exclusive, IndianBuffetPrior": ("exclusive", IndianBuffetPrior()),
     "inclusive": ("inclusive", None),
-    "inclusive, IndianBuffet": ("inclusive", IndianBuffet()),
+    "inclusive, IndianBuffetPrior": ("inclusive", IndianBuffetPrior()),
     "product": ("product", None),
 }
 
@@ -197,7 +197,7 @@ def rows(
             posteriors,
             pooling,
             assignment_prior,
-            base=base if pooling == "product" else None,
+            prior=base if pooling == "product" else None,
             restarts=restarts,
         )
         seconds = time.perf_counter() - start

@@ -50,7 +50,7 @@ nitpick_ignore_regex = [
     ("py:class", r"ArrayLike|Axes|Dims|Figure|Tensor|Transform"),  # annotations as they stand
     ("py:class", r"base|concentration|weights"),  # parameters that share a line
     ("py:class", r"pyro_fusion\.([\w.]+\._\w+|families\.(member\.Member|sides\.Side))"),
-    ("py:class", r"pyro_fusion\.(guide\.FactorParams|parties\.(Parties|Labelled))"),
+    ("py:class", r"pyro_fusion\.(guide\.FactorParams|parties\.(Parties|LabelProblem))"),
 ]
 
 autodoc_default_options = {"members": True, "show-inheritance": True}

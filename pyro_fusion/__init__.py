@@ -3,7 +3,7 @@
 
 """Fuse posteriors: several parties' Pyro guides into one, without their data."""
 
-from pyro_fusion.assignment.priors import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.assignment.priors import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.errors import (
     DrawsError,
     FileFormatError,
@@ -15,7 +15,7 @@ from pyro_fusion.errors import (
 )
 from pyro_fusion.families import NormalGamma, NormalWishart, pairwise_kl, register_family
 from pyro_fusion.fusion.fuse import fuse
-from pyro_fusion.fusion.result import Fusion, Matching
+from pyro_fusion.fusion.result import FusedLabel, Fusion
 from pyro_fusion.nn import WeightSearch, merge_modules, search_weights
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 from pyro_fusion.program.em import FusionEM
@@ -35,14 +35,14 @@ __all__ = [
     "FusionGibbs",
     "FusionGuide",
     "FusionModel",
-    "GroupNorm",
+    "GroupNormPrior",
     "GuideError",
-    "IndianBuffet",
-    "Matching",
+    "IndianBuffetPrior",
+    "FusedLabel",
     "NormalGamma",
     "NormalWishart",
     "ParameterError",
-    "Parametric",
+    "FixedAtoms",
     "Posterior",
     "PosteriorGuide",
     "StructureError",

@@ -19,8 +19,8 @@ from pyro_fusion import (
     FusionGibbs,
     FusionGuide,
     FusionModel,
-    GroupNorm,
-    IndianBuffet,
+    GroupNormPrior,
+    IndianBuffetPrior,
     Posterior,
     fuse,
 )
@@ -77,8 +77,8 @@ def settings_of(pooling, solver):
     """Of ``fuse``."""
     if solver == "relaxed" and pooling == "product":
         pytest.skip("the relaxed solver is for the KL poolings")
-    prior = GroupNorm() if solver == "relaxed" else None
-    return {"base": base(pooling), "prior": prior, "solver": solver, "restarts": 0}
+    prior = GroupNormPrior() if solver == "relaxed" else None
+    return {"prior": base(pooling), "assignment_prior": prior, "solver": solver, "restarts": 0}
 
 
 def there(parties):
@@ -178,7 +178,7 @@ class TestFusion:
 
     @pytest.mark.parametrize("solver", ["coordinate", "relaxed", "sinkhorn"])
     def test_a_step_reads_no_more_of_a_larger_problem(self, pooling, solver, _no_validation):
-        prior = settings_of(pooling, solver)["prior"] or IndianBuffet()
+        prior = settings_of(pooling, solver)["assignment_prior"] or IndianBuffetPrior()
         reads_of = []
         for sizes in ((2, 2, 2, 2), (5, 6, 6, 4, 6, 6)):
             with elsewhere() as reads:
@@ -186,7 +186,7 @@ class TestFusion:
                     Posterior({"loc": p.factors["loc"]}, {"loc": ("atom",)})
                     for p in there(posteriors(sizes))
                 ]
-                model = FusionModel(normal, prior, pooling, base=base(pooling))
+                model = FusionModel(normal, pooling, prior, prior=base(pooling))
                 # One party has its components in another order than all others.
                 own = torch.cat([o for o in owners(sizes)[1:]])
                 wrong = torch.cat([owners(sizes)[0].roll(1), own])
@@ -207,7 +207,7 @@ class TestFusion:
 
         def fit(parties, reads):
             pyro.clear_param_store()
-            model = FusionModel(parties, None, pooling, base=base(pooling))
+            model = FusionModel(parties, pooling, prior=base(pooling))
             guide = FusionGuide(model, relaxed=relaxed)
             svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)
             reads.clear()
@@ -232,7 +232,7 @@ class TestFusion:
 
     def test_predictive(self, pooling):
         with elsewhere():
-            model = FusionModel(there(posteriors()), None, pooling, base=base(pooling))
+            model = FusionModel(there(posteriors()), pooling, prior=base(pooling))
             draws = pyro.infer.Predictive(model, guide=FusionGuide(model), num_samples=2)()
             assert {v.device for v in draws.values()} == {DEVICE}
             assert {v.device for v in model().values()} == {DEVICE}
@@ -243,7 +243,7 @@ def test_a_program_of_ones_own_reads_no_more(pooling, _no_validation):
     class Model(FusionModel):
         def assignment_prior(self, label):
             rate = torch.ones((), dtype=torch.float64, device=DEVICE)
-            return IndianBuffet(alpha=pyro.sample("alpha", dist.Gamma(2 * rate, rate)))
+            return IndianBuffetPrior(alpha=pyro.sample("alpha", dist.Gamma(2 * rate, rate)))
 
         def scale(self, label):
             return super().scale(label) * (1 + self.party(label)) if label else super().scale(None)
@@ -255,7 +255,7 @@ def test_a_program_of_ones_own_reads_no_more(pooling, _no_validation):
             return super().forward()
 
     with elsewhere() as reads:
-        model = Model(there(posteriors()), None, pooling, base=base(pooling))
+        model = Model(there(posteriors()), pooling, prior=base(pooling))
         svi = SVI(model, Guide(model), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
         svi.step()
         reads.clear()
@@ -269,9 +269,9 @@ class TestSolvers:
         return [10 * torch.rand(6, n, generator=g, dtype=torch.float64) for n in (4, 3, 5, 2)]
 
     def test_relaxed_reads_once_an_iteration(self):
-        here = relaxed(self.costs(), GroupNorm(3.0))
+        here = relaxed(self.costs(), GroupNormPrior(3.0))
         with elsewhere() as reads:
-            far = relaxed([c.to(DEVICE) for c in self.costs()], GroupNorm(3.0))
+            far = relaxed([c.to(DEVICE) for c in self.costs()], GroupNormPrior(3.0))
             iterations = [place for place in reads if "aten._to_copy: interior.py" in place]
             assert far.objective == pytest.approx(here.objective)
             assert far.iterations == here.iterations
@@ -279,9 +279,9 @@ class TestSolvers:
             assert len(iterations) == far.iterations + 1
 
     def test_sinkhorn_reads_once_an_iteration(self):
-        here = sinkhorn(self.costs(), GroupNorm(3.0))
+        here = sinkhorn(self.costs(), GroupNormPrior(3.0))
         with elsewhere() as reads:
-            far = sinkhorn([c.to(DEVICE) for c in self.costs()], GroupNorm(3.0))
+            far = sinkhorn([c.to(DEVICE) for c in self.costs()], GroupNormPrior(3.0))
             assert far.objective == pytest.approx(here.objective)
             assert far.iterations == here.iterations
             assert count(reads)["scaling.py"] == far.iterations
@@ -290,7 +290,7 @@ class TestSolvers:
 def test_gibbs():
     def draws(parties):
         torch.manual_seed(0)
-        model = FusionModel(parties, None, "product", base=base("product"))
+        model = FusionModel(parties, "product", prior=base("product"))
         return FusionGibbs(model).run(20, warmup=5).only_label()
 
     here = draws(posteriors())
@@ -322,7 +322,7 @@ class TestOnTheGPU:
     @pytest.mark.parametrize("relaxed", [False, True])
     def test_svi_waits_for_the_loss_alone(self, pooling, relaxed, _no_validation):
         local = [p.to(device="cuda") for p in posteriors()]
-        model = FusionModel(local, None, pooling, base=base(pooling))
+        model = FusionModel(local, pooling, prior=base(pooling))
         guide = FusionGuide(model, relaxed=relaxed)
         elbo = Trace_ELBO() if pooling == "product" else TraceMeanField_ELBO()
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), elbo)

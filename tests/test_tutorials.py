@@ -69,7 +69,7 @@ def test_alpha_under_predictive():
     parties = [Posterior(factors, {"loc": ("component",)})] * 2
     base = {"loc": dist.Normal(torch.zeros(2), 10.0).to_event(1)}
     with pytest.warns(UserWarning, match="identical"):
-        model = tutorial.AlphaModel(parties, pooling="product", base=base, dispersion=1.0)
+        model = tutorial.AlphaModel(parties, pooling="product", prior=base, dispersion=1.0)
     draws = Predictive(model, guide=tutorial.AlphaGuide(model), num_samples=5)()
     assert draws["alpha"].shape[0] == 5
     assert draws["alpha"].unique().numel() == 5

@@ -42,9 +42,9 @@ def main(num_parties=12, seed=0):
     loc, scale = ((k + 0.5) / (n - k + 0.5)).log(), (1 / (k + 0.5) + 1 / (n - k + 0.5)).sqrt()
     factors = map(dist.Normal, loc.split(3), scale.split(3))
     parties = [Posterior({"log_odds": f}, {"log_odds": ("strain",)}) for f in factors]
-    fusion = fuse(parties, "product", base={"log_odds": PRIOR})
+    fusion = fuse(parties, "product", prior={"log_odds": PRIOR})
 
-    model = CountsModel(parties, pooling="product", base={"log_odds": PRIOR}, dispersion=1.0)
+    model = CountsModel(parties, pooling="product", prior={"log_odds": PRIOR}, dispersion=1.0)
     model.data = k, n
     guide = FusionGuide(model, {"strain": torch.cat(fusion.assignment)})
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.993}), Trace_ELBO())

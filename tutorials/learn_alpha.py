@@ -13,14 +13,14 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 
-from pyro_fusion import FusionEM, FusionGuide, FusionModel, IndianBuffet, Posterior
+from pyro_fusion import FusionEM, FusionGuide, FusionModel, IndianBuffetPrior, Posterior
 
 POSITIVE = dist.constraints.positive
 
 
 class AlphaModel(FusionModel):
     def assignment_prior(self, label):
-        return IndianBuffet(pyro.sample("alpha", dist.Gamma(2.0, 1.0)))
+        return IndianBuffetPrior(pyro.sample("alpha", dist.Gamma(2.0, 1.0)))
 
 
 class AlphaGuide(FusionGuide):
@@ -40,7 +40,10 @@ def main(num_parties=8, seed=0):
         loc = dist.Normal(centres[torch.randperm(5)[:3]], 0.2).sample()
         factors = {"loc": dist.Normal(loc, 0.2).to_event(1)}
         parties.append(Posterior(factors, axes={"loc": ("component",)}))
-    options = {"pooling": "product", "base": {"loc": dist.Normal(torch.zeros(2), 10.0).to_event(1)}}
+    options = {
+        "pooling": "product",
+        "prior": {"loc": dist.Normal(torch.zeros(2), 10.0).to_event(1)},
+    }
 
     # The assignment with alpha at its mode, in closed form; then all else by gradient.
     plain = FusionModel(parties, dispersion=1.0, **options)

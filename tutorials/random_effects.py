@@ -43,8 +43,8 @@ def main(true_tau=0.5, num_parties=50, seed=0):
     parties = [Posterior({"loc": f.to_event(1)}, {"loc": ("component",)}) for f in factors]
     prior = {"loc": dist.Normal(torch.zeros(2), 100.0).to_event(1)}
 
-    assignment = torch.cat(fuse(parties, "product", base=prior).assignment)
-    model = RandomEffects(parties, pooling="product", base=prior, dispersion=1.0)
+    assignment = torch.cat(fuse(parties, "product", prior=prior).assignment)
+    model = RandomEffects(parties, pooling="product", prior=prior, dispersion=1.0)
     guide = FusionGuide(model, {"component": assignment})
     svi = SVI(model, guide, pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.993}), Trace_ELBO())
     for _ in range(700):

@@ -16,7 +16,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import SVI, TraceMeanField_ELBO
 
-from pyro_fusion import FusionEM, FusionGuide, FusionModel, Parametric, Posterior
+from pyro_fusion import FixedAtoms, FusionEM, FusionGuide, FusionModel, Posterior
 
 NU = 4.0
 
@@ -36,11 +36,13 @@ class TrustGuide(FusionGuide):
 
 
 def atoms(parties, weights=None, trust=False):
-    guide = FusionGuide(FusionModel(parties, Parametric(3), weights=weights, dispersion=1.0))
+    guide = FusionGuide(
+        FusionModel(parties, assignment_prior=FixedAtoms(3), weights=weights, dispersion=1.0)
+    )
     FusionEM(guide.model, guide).run()
     if trust:
         pyro.clear_param_store()
-        model = TrustModel(parties, Parametric(3), dispersion=1.0)
+        model = TrustModel(parties, assignment_prior=FixedAtoms(3), dispersion=1.0)
         guide = TrustGuide(model, guide.assignment)
         svi = SVI(model, guide, pyro.optim.Rprop({"lr": 0.1}), TraceMeanField_ELBO())  # no noise
         for _ in range(200):

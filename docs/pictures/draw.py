@@ -40,7 +40,7 @@ def programs() -> None:
         for s in range(4)
     ]
     for pooling in ("exclusive", "inclusive", "product"):
-        model = FusionModel(posteriors, pooling=pooling, base=prior)
+        model = FusionModel(posteriors, pooling=pooling, prior=prior)
         graph = pyro.render_model(model, render_distributions=True)
         graph.render(FOLDER / pooling, format="svg", cleanup=True)
 

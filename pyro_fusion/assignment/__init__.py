@@ -10,7 +10,7 @@ share one:
 
 ``C_s`` the divergences over the dispersion, ``m_k`` the number of parties that have atom ``k``,
 ``w_k`` the prior's weight of its rank by falling popularity (1 but for the rank weights of
-``GroupNorm``), ``o_k`` an opening cost. A component may also have a new atom of its own, at
+``GroupNormPrior``), ``o_k`` an opening cost. A component may also have a new atom of its own, at
 ``w φ(1)`` alone, unless the prior fixes their number.
 
 Every solver takes ``cost`` (per party ``[K, L_s]``; ``inf`` forbids a pair), a prior, and by
@@ -21,7 +21,12 @@ from pyro_fusion.assignment.coordinate import coordinate, match
 from pyro_fusion.assignment.indian_buffet import FiniteIndianBuffet, IndianBuffetProcess
 from pyro_fusion.assignment.joint_matching import JointMatching
 from pyro_fusion.assignment.matching import Matching, RelaxedMatching
-from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.assignment.priors import (
+    AssignmentPrior,
+    FixedAtoms,
+    GroupNormPrior,
+    IndianBuffetPrior,
+)
 from pyro_fusion.assignment.problem import NEW, Assignment, AssignmentProblem, assignment_objective
 from pyro_fusion.assignment.relaxed import RelaxedAssignment, relaxed
 from pyro_fusion.assignment.sinkhorn import SoftAssignment, sinkhorn, soft_assignment
@@ -32,12 +37,12 @@ __all__ = [
     "AssignmentPrior",
     "AssignmentProblem",
     "FiniteIndianBuffet",
-    "GroupNorm",
-    "IndianBuffet",
+    "GroupNormPrior",
+    "IndianBuffetPrior",
     "IndianBuffetProcess",
     "JointMatching",
     "Matching",
-    "Parametric",
+    "FixedAtoms",
     "RelaxedAssignment",
     "RelaxedMatching",
     "SoftAssignment",

@@ -22,7 +22,7 @@ __all__ = ["coordinate", "match"]
 
 def coordinate(
     cost: Sequence[Tensor] | AssignmentProblem,
-    prior: AssignmentPrior,
+    assignment_prior: AssignmentPrior,
     *,
     opening: Tensor | None = None,
     start: Sequence[Tensor] | None = None,
@@ -36,7 +36,7 @@ def coordinate(
 
     :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
         own opening costs.
-    :param prior: of the assignment; with a fixed number of atoms they are the ``K`` given.
+    :param assignment_prior: with a fixed number of atoms they are the ``K`` given.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
     :param start: an assignment to start from. By default each party takes its cheapest atoms, all
         priced alike by the convex envelope of ``φ``; and if that ends no better than where all
@@ -55,7 +55,7 @@ def coordinate(
     Source: Yurochkin et al., *Statistical Model Aggregation via Parameter Matching* (NeurIPS
     2019), alg. 1; exact linear assignment by ``scipy.optimize.linear_sum_assignment``.
     """
-    problem = AssignmentProblem.of(cost, prior, opening)
+    problem = AssignmentProblem.of(cost, assignment_prior, opening)
     check_least(0, restarts=restarts, seed=seed, max_sweeps=max_sweeps)
     descent = Descent.of(problem)
     rng = np.random.default_rng(seed)

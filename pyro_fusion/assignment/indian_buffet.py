@@ -100,7 +100,7 @@ class IndianBuffetProcess(_PartiesByAtoms):
     same partition. If all are equally likely, a partition has the probability
     :math:`P([Z]) \prod_h K_h! / \prod_s L_s!`. There the :math:`K_h!` are gone, and the
     :math:`L_s!` do not depend on the assignment: what is left is the prior of ``fuse``,
-    :class:`~pyro_fusion.IndianBuffet`.
+    :class:`~pyro_fusion.IndianBuffetPrior`.
 
     :param alpha: the mass parameter, positive, a number or a tensor of the batch shape.
     :param num_parties: S.

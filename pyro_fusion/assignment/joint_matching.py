@@ -34,14 +34,14 @@ class JointMatching(TorchDistribution):
 
     with ``m_k`` the popularity of an atom. Atoms have no names: assignments that differ in them
     alone are one, of which ``p`` is the probability; atoms that nobody has are mere room. It is not
-    normalised: of :class:`~pyro_fusion.IndianBuffet`, ``p / Π L_s!`` adds up to 1 over the
+    normalised: of :class:`~pyro_fusion.IndianBuffetPrior`, ``p / Π L_s!`` adds up to 1 over the
     assignments of all sizes ``L_s`` together (see
     :class:`~pyro_fusion.assignment.IndianBuffetProcess`), not over those of the given ones.
 
     The value is a LongTensor ``[N]``, the atom of each component, the parties in turn; or relaxed,
     ``[K, N]`` of probabilities, for which ``φ`` is taken as linear between integers.
 
-    :param prior: has ``φ``, and a constant; its batch shape is that of this.
+    :param assignment_prior: has ``φ``, and a constant; its batch shape is that of this.
     :param sizes: ``L_s`` of each party.
     :param num_atoms: K, the room there is, at least ``max L_s``.
     :param relaxed: whether values are.
@@ -53,15 +53,19 @@ class JointMatching(TorchDistribution):
 
     def __init__(
         self,
-        prior: AssignmentPrior,
+        assignment_prior: AssignmentPrior,
         sizes: Sequence[int],
         num_atoms: int,
         relaxed: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self.prior, self.sizes, self.num_atoms = prior, tuple(sizes), num_atoms
+        self.assignment_prior, self.sizes, self.num_atoms = (
+            assignment_prior,
+            tuple(sizes),
+            num_atoms,
+        )
         self.relaxed, self._device = relaxed, device
-        self._penalty = prior.penalty(len(self.sizes)).to(device, non_blocking=True)
+        self._penalty = assignment_prior.penalty(len(self.sizes)).to(device, non_blocking=True)
         shape = (num_atoms, sum(self.sizes)) if relaxed else (sum(self.sizes),)
         super().__init__(self._penalty.shape[:-1], torch.Size(shape), validate_args=False)
 
@@ -73,7 +77,9 @@ class JointMatching(TorchDistribution):
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> JointMatching:
         """Independent assignments: ``batch_shape`` of them."""
-        new = type(self)(self.prior, self.sizes, self.num_atoms, self.relaxed, self._device)
+        new = type(self)(
+            self.assignment_prior, self.sizes, self.num_atoms, self.relaxed, self._device
+        )
         super(JointMatching, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -97,9 +103,13 @@ class JointMatching(TorchDistribution):
         below = m.detach().floor().clamp(max=len(self.sizes) - 1).long()
         phi = penalty.gather(-1, below)
         phi = phi + (m - below) * (penalty.gather(-1, below + 1) - phi)
-        weights = self.prior.rank_weights(self.num_atoms, max(self.sizes)).to(m, non_blocking=True)
+        weights = self.assignment_prior.rank_weights(self.num_atoms, max(self.sizes)).to(
+            m, non_blocking=True
+        )
         order = m.argsort(descending=True, stable=True)
-        result = -(weights * phi.gather(-1, order)).sum(-1) - self.prior.constant(len(self.sizes))
+        result = -(weights * phi.gather(-1, order)).sum(-1) - self.assignment_prior.constant(
+            len(self.sizes)
+        )
         if not self.relaxed:
             result = result.masked_fill(~self._fits(value), -torch.inf)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))

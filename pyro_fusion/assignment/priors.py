@@ -18,7 +18,13 @@ from torch import Tensor
 from pyro_fusion.assignment.indian_buffet import harmonic_number, popularity_log_weights
 from pyro_fusion.errors import ParameterError, StructureError
 
-__all__ = ["AssignmentPrior", "GroupNorm", "IndianBuffet", "Parametric", "assignment_priors"]
+__all__ = [
+    "AssignmentPrior",
+    "GroupNormPrior",
+    "IndianBuffetPrior",
+    "FixedAtoms",
+    "assignment_priors",
+]
 
 
 class AssignmentPrior(ABC):
@@ -57,7 +63,7 @@ class AssignmentPrior(ABC):
 
 
 @dataclass(frozen=True)
-class IndianBuffet(AssignmentPrior):
+class IndianBuffetPrior(AssignmentPrior):
     r"""The Indian buffet process, the limit of a beta-Bernoulli with many atoms:
 
     .. math:: \varphi(m) = -\log \left[ \alpha \frac{(m-1)!\,(S-m)!}{S!} \right]
@@ -111,7 +117,7 @@ class IndianBuffet(AssignmentPrior):
         if isinstance(self.alpha, Tensor) and self.alpha.numel() != 1:
             return repr(self)
         learned = ", learned" if self.alpha is None else ""
-        return f"IndianBuffet(alpha={self.mass:.4g}{learned})"
+        return f"IndianBuffetPrior(alpha={self.mass:.4g}{learned})"
 
     @property
     def mass(self) -> float:
@@ -141,10 +147,10 @@ class IndianBuffet(AssignmentPrior):
         result = self.mass * harmonic_number(num_parties)
         return result + self.rate * self.mass - (self.concentration - 1) * math.log(self.mass)
 
-    def calibrated(self, spread: Callable[[], float]) -> IndianBuffet:
+    def calibrated(self, spread: Callable[[], float]) -> IndianBuffetPrior:
         return replace(self, alpha=self.mass) if isinstance(self.alpha, Tensor) else self
 
-    def update(self, num_atoms: int, num_parties: int) -> IndianBuffet:
+    def update(self, num_atoms: int, num_parties: int) -> IndianBuffetPrior:
         if self.alpha is not None:
             return self
         # Gamma(c, r) is conjugate: Gamma(c + K, r + H_S), here at its mode.
@@ -155,7 +161,7 @@ class IndianBuffet(AssignmentPrior):
 
 
 @dataclass(frozen=True)
-class GroupNorm(AssignmentPrior):
+class GroupNormPrior(AssignmentPrior):
     r"""The regulariser of the paper, a group norm over parties,
     :math:`\varphi(m) = \lambda \sqrt{m}`.
 
@@ -182,9 +188,9 @@ class GroupNorm(AssignmentPrior):
 
     def __str__(self) -> str:
         scale = self.scale if isinstance(self.scale, str) else f"{self.scale:.4g}"
-        return f"GroupNorm(scale={scale}{', ranked=True' if self.ranked else ''})"
+        return f"GroupNormPrior(scale={scale}{', ranked=True' if self.ranked else ''})"
 
-    def calibrated(self, spread: Callable[[], float]) -> GroupNorm:
+    def calibrated(self, spread: Callable[[], float]) -> GroupNormPrior:
         return replace(self, scale=spread() / 2) if self.scale == "auto" else self
 
     def penalty(self, num_parties: int) -> Tensor:
@@ -200,7 +206,7 @@ class GroupNorm(AssignmentPrior):
 
 
 @dataclass(frozen=True)
-class Parametric(AssignmentPrior):
+class FixedAtoms(AssignmentPrior):
     r"""A fixed number of atoms and no preference among them, :math:`\varphi = 0`.
 
     :param num_atoms: K, at least the number of components of every party.
@@ -233,12 +239,14 @@ def assignment_priors(
     given = prior if isinstance(prior, Mapping) else dict.fromkeys(labels, prior)
     if unknown := set(given) - set(labels):
         raise StructureError(
-            f"prior names labels {sorted(map(str, unknown))}; the labels are {sorted(labels)}"
+            f"assignment_prior names labels {sorted(map(str, unknown))}; the labels are "
+            f"{sorted(labels)}"
         )
-    default = IndianBuffet() if evidence else GroupNorm()
+    default = IndianBuffetPrior() if evidence else GroupNormPrior()
     for one in given.values() if isinstance(prior, Mapping) else (prior,):
         if not isinstance(one, AssignmentPrior | None):
             raise ParameterError(
-                f"prior must be IndianBuffet(), GroupNorm() or Parametric(K), got {one!r}"
+                "assignment_prior must be IndianBuffetPrior(), GroupNormPrior() or FixedAtoms(K), "
+                f"got {one!r}"
             )
     return {label: given.get(label) or default for label in labels}

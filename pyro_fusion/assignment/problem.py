@@ -101,7 +101,7 @@ class AssignmentProblem:
     def of(
         cls,
         cost: Sequence[Tensor] | AssignmentProblem,
-        prior: AssignmentPrior,
+        assignment_prior: AssignmentPrior,
         opening: Tensor | None = None,
     ) -> AssignmentProblem:
         """Check what a solver was given; a checked problem is taken as it is.
@@ -116,9 +116,9 @@ class AssignmentProblem:
             checked problem comes with opening costs, or with a prior other than its own.
         """
         if isinstance(cost, AssignmentProblem):
-            cost._check_same(prior, opening)
+            cost._check_same(assignment_prior, opening)
             return cost
-        new_atoms = prior.num_atoms is None
+        new_atoms = assignment_prior.num_atoms is None
         parties = list(cost)
         _check_shapes(parties, new_atoms)
         num_atoms = len(parties[0])
@@ -135,16 +135,18 @@ class AssignmentProblem:
         if num_atoms == 0:  # as good as one that nobody may have, and no case of its own
             joint = joint.new_full((1, joint.shape[1]), torch.inf)
             opening = torch.zeros(1, dtype=torch.float64)
-        penalty, weights = _of_prior(prior, sizes, len(joint))
+        penalty, weights = _of_prior(assignment_prior, sizes, len(joint))
         return cls(joint, sizes, penalty, weights, opening, new_atoms)
 
-    def _check_same(self, prior: AssignmentPrior, opening: Tensor | None) -> None:
+    def _check_same(self, assignment_prior: AssignmentPrior, opening: Tensor | None) -> None:
         if opening is not None:
             raise ParameterError("a checked problem has its own opening costs: give none with it")
-        penalty, weights = _of_prior(prior, self.sizes, self.num_atoms)
+        penalty, weights = _of_prior(assignment_prior, self.sizes, self.num_atoms)
         same = torch.equal(penalty, self.penalty) and torch.equal(weights, self.weights)
-        if not same or (prior.num_atoms is None) != self.new_atoms:
-            raise ParameterError(f"the problem was checked with another prior than {prior}")
+        if not same or (assignment_prior.num_atoms is None) != self.new_atoms:
+            raise ParameterError(
+                f"the problem was checked with another prior than {assignment_prior}"
+            )
 
     @property
     def num_parties(self) -> int:
@@ -222,21 +224,21 @@ class AssignmentProblem:
 
 def assignment_objective(
     cost: Sequence[Tensor],
-    prior: AssignmentPrior,
+    assignment_prior: AssignmentPrior,
     atoms: Sequence[Tensor],
     opening: Tensor | None = None,
 ) -> float:
     """F of an assignment ``atoms``; arguments and errors as for the solvers."""
-    problem = AssignmentProblem.of(cost, prior, opening)
+    problem = AssignmentProblem.of(cost, assignment_prior, opening)
     return problem.objective(problem.join(atoms))
 
 
 def _of_prior(
-    prior: AssignmentPrior, sizes: tuple[int, ...], num_atoms: int
+    assignment_prior: AssignmentPrior, sizes: tuple[int, ...], num_atoms: int
 ) -> tuple[Tensor, Tensor]:
     """The penalty, and the weights of all ranks there can be and one more."""
     ranks = num_atoms + sum(sizes) + 1
-    return prior.penalty(len(sizes)), prior.rank_weights(ranks, max(sizes))
+    return assignment_prior.penalty(len(sizes)), assignment_prior.rank_weights(ranks, max(sizes))
 
 
 def _check_shapes(cost: list[Tensor], new_atoms: bool) -> None:

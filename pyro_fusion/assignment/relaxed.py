@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment.coordinate import coordinate, match
 from pyro_fusion.assignment.interior import Point, Programme, interior_point
-from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, Parametric
+from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
 from pyro_fusion.assignment.problem import (
     NEW,
     Assignment,
@@ -48,7 +48,7 @@ class RelaxedAssignment(Assignment):
 
 def relaxed(
     cost: Sequence[Tensor] | AssignmentProblem,
-    prior: AssignmentPrior,
+    assignment_prior: AssignmentPrior,
     *,
     opening: Tensor | None = None,
     start: Sequence[Tensor] | None = None,
@@ -73,7 +73,7 @@ def relaxed(
 
     :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
         own opening costs.
-    :param prior: a ``GroupNorm``; or a ``Parametric``, whose relaxation is exact.
+    :param assignment_prior: a ``GroupNormPrior``; or a ``FixedAtoms``, whose relaxation is exact.
     :param opening: None or zeros: an opening cost has no convex counterpart here.
     :param start: an assignment, for ``coordinate`` and for the ranks.
     :param tolerance: of the duality gap, relative to the objective, or to what a new atom costs
@@ -81,8 +81,8 @@ def relaxed(
     :param max_iterations: limit on interior-point iterations in all.
     :return: the best of what ``coordinate`` finds from ``start`` and from the rounded ``soft``;
         ``converged`` says whether the duality gap is within the tolerance. With
-        ``GroupNorm(ranked=True)`` each atom's weight is fixed, by its popularity in ``start``, or
-        else where every party by itself takes its cheapest atoms. ``dual`` then bounds the
+        ``GroupNormPrior(ranked=True)`` each atom's weight is fixed, by its popularity in ``start``,
+        or else where every party by itself takes its cheapest atoms. ``dual`` then bounds the
         programme with these weights, and ``bound`` is ``-inf``, since another order may be better.
     :raises StructureError: if shapes do not fit, or a party has more components than there are
         atoms while their number is fixed.
@@ -90,21 +90,21 @@ def relaxed(
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), eq. 9.
     """
-    if not isinstance(prior, (GroupNorm, Parametric)):
+    if not isinstance(assignment_prior, (GroupNormPrior, FixedAtoms)):
         raise ParameterError(
-            f"the relaxed solver needs a GroupNorm or Parametric prior, got {prior}: the penalty "
-            "of no other is a convex function of the relaxed assignment; use coordinate"
+            f"the relaxed solver needs a GroupNormPrior or FixedAtoms, got {assignment_prior}: the "
+            "penalty of no other is a convex function of the relaxed assignment; use coordinate"
         )
     check_least(0, tolerance=tolerance)
     check_least(1, max_iterations=max_iterations)
-    problem = AssignmentProblem.of(cost, prior, opening)
+    problem = AssignmentProblem.of(cost, assignment_prior, opening)
     if bool(problem.opening.any()):
         raise ParameterError(
             "the relaxed solver takes no opening costs: they are not convex; use coordinate"
         )
     if bool((problem.penalty == 0).all()):
         # Parties do not interact, and a linear assignment is its own relaxation.
-        plain = coordinate(problem, prior, start=start)
+        plain = coordinate(problem, assignment_prior, start=start)
         value = plain.objective
         soft = problem.split(_one_hot(problem, torch.cat(plain.atoms)))
         return RelaxedAssignment(plain.atoms, value, 0, True, value, soft, value, value)
@@ -116,7 +116,7 @@ def relaxed(
     result = relaxation.solve(popularity, tolerance, max_iterations)
     joint = result.soft
     nearest = [_round(p) for p in problem.split(joint.cpu())]
-    ends = [coordinate(problem, prior, start=a) for a in (nearest, start)]
+    ends = [coordinate(problem, assignment_prior, start=a) for a in (nearest, start)]
     best = min(ends, key=lambda a: a.objective)
     fixed_ranks = bool((problem.weights != 1).any())
     return RelaxedAssignment(

@@ -64,7 +64,7 @@ class SoftAssignment:
 
 def sinkhorn(
     cost: Sequence[Tensor] | AssignmentProblem,
-    prior: AssignmentPrior,
+    assignment_prior: AssignmentPrior,
     *,
     opening: Tensor | None = None,
     start: Sequence[Tensor] | None = None,
@@ -79,7 +79,7 @@ def sinkhorn(
 
     :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
         own opening costs.
-    :param prior: of the assignment; with a fixed number of atoms they are the ``K`` given.
+    :param assignment_prior: with a fixed number of atoms they are the ``K`` given.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
     :param start: an assignment whose popularities set the first prices; the result is no worse. By
         default all atoms are priced alike, by the convex envelope of ``φ``.
@@ -96,7 +96,7 @@ def sinkhorn(
     Clustering, Compression, Classification, Regression, and Related Optimization Problems* (Proc.
     IEEE 1998).
     """
-    problem = AssignmentProblem.of(cost, prior, opening)
+    problem = AssignmentProblem.of(cost, assignment_prior, opening)
     if not 0 < annealing < 1:
         raise ParameterError(f"annealing must be between 0 and 1, got {annealing}")
     check_least(0, tolerance=tolerance)
@@ -122,7 +122,7 @@ def sinkhorn(
     )
     candidates.append(_round(problem, state.soft.cpu()))
     best = min(candidates, key=problem.objective)
-    polished = coordinate(problem, prior, start=problem.split(best))
+    polished = coordinate(problem, assignment_prior, start=problem.split(best))
     return Assignment(
         polished.atoms,
         polished.objective,

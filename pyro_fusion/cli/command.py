@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import Literal, NoReturn, TextIO
 
 from pyro_fusion import __version__
-from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, IndianBuffet, Parametric
+from pyro_fusion.assignment.priors import (
+    AssignmentPrior,
+    FixedAtoms,
+    GroupNormPrior,
+    IndianBuffetPrior,
+)
 from pyro_fusion.errors import FusionError, ParameterError
 from pyro_fusion.fusion.fuse import fuse
 from pyro_fusion.posterior import Posterior
@@ -101,17 +106,21 @@ def _parser() -> argparse.ArgumentParser:
         help="how the components of an atom are pooled (default: %(default)s)",
     )
     p.add_argument(
-        "--prior",
-        choices=("indian-buffet", "group-norm", "parametric"),
-        help="of the assignment; by default the one that an option of it is given for, else that "
-        "of pyro_fusion.fuse",
+        "--assignment-prior",
+        choices=("indian-buffet", "group-norm", "fixed-atoms"),
+        help="by default the one that an option of it is given for, else that of pyro_fusion.fuse",
     )
     p.add_argument(
         "--alpha", type=float, help="mass of the Indian buffet; 0, the default, learns it"
     )
     p.add_argument("--scale", type=_scale, help="λ of the group norm, or 'auto' for the paper's")
-    p.add_argument("--num-atoms", type=int, help="number of atoms of the parametric prior")
-    p.add_argument("--base", type=Path, metavar="FILE", help="the prior, for --pooling product")
+    p.add_argument("--num-atoms", type=int, help="number of atoms of fixed-atoms")
+    p.add_argument(
+        "--prior",
+        type=Path,
+        metavar="FILE",
+        help="the prior of the local models, for --pooling product",
+    )
     p.add_argument("--weights", type=float, nargs="+", help="one per file, after the files")
     p.add_argument("--dispersion", type=float, help="T; estimated by default")
     p.add_argument("--seed", type=_integer, default=0, help="of the random starts")
@@ -138,24 +147,26 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _prior(arguments: argparse.Namespace) -> AssignmentPrior | None:
-    """The prior, with the options that belong to it; those of another prior are refused."""
-    belongs = {"alpha": "indian-buffet", "scale": "group-norm", "num_atoms": "parametric"}
+def _assignment_prior(arguments: argparse.Namespace) -> AssignmentPrior | None:
+    """The assignment prior with the options that belong to it; those of others are refused."""
+    belongs = {"alpha": "indian-buffet", "scale": "group-norm", "num_atoms": "fixed-atoms"}
     given = [option for option in belongs if getattr(arguments, option) is not None]
-    name = arguments.prior or (belongs[given[0]] if given else None)
+    name = arguments.assignment_prior or (belongs[given[0]] if given else None)
     for option in given:
         if belongs[option] != name:
-            raise ParameterError(f"--{option.replace('_', '-')} needs --prior {belongs[option]}")
+            raise ParameterError(
+                f"--{option.replace('_', '-')} needs --assignment-prior {belongs[option]}"
+            )
     if name == "group-norm":
-        return GroupNorm() if arguments.scale is None else GroupNorm(arguments.scale)
-    if name == "parametric":
+        return GroupNormPrior() if arguments.scale is None else GroupNormPrior(arguments.scale)
+    if name == "fixed-atoms":
         if arguments.num_atoms is None:
-            raise ParameterError("--prior parametric needs --num-atoms")
-        return Parametric(arguments.num_atoms)
+            raise ParameterError("--assignment-prior fixed-atoms needs --num-atoms")
+        return FixedAtoms(arguments.num_atoms)
     if name == "indian-buffet":
         if arguments.alpha is None:
-            return IndianBuffet()
-        return IndianBuffet(None if arguments.alpha == 0 else arguments.alpha)
+            return IndianBuffetPrior()
+        return IndianBuffetPrior(None if arguments.alpha == 0 else arguments.alpha)
     return None
 
 
@@ -167,20 +178,20 @@ def _fuse(arguments: argparse.Namespace) -> None:
         raise ParameterError(f"{output} exists already; --force overwrites it")
     if not output.parent.is_dir():
         raise ParameterError(f"no such folder: {output.parent}")
-    prior = _prior(arguments)
-    if arguments.base is not None and arguments.pooling != "product":
-        raise ParameterError("--base needs --pooling product")
-    if arguments.base is None and arguments.pooling == "product":
-        raise ParameterError("--pooling product needs --base, a file with the prior")
+    assignment_prior = _assignment_prior(arguments)
+    if arguments.prior is not None and arguments.pooling != "product":
+        raise ParameterError("--prior needs --pooling product")
+    if arguments.prior is None and arguments.pooling == "product":
+        raise ParameterError("--pooling product needs --prior, a file with the prior")
     loaded = [Posterior.load(file) for file in arguments.files]
     posteriors = dict(zip(_names(arguments.files), loaded, strict=True))
-    base = None if arguments.base is None else Posterior.load(arguments.base)
+    prior = None if arguments.prior is None else Posterior.load(arguments.prior)
     fusion = fuse(
         posteriors,
         pooling=arguments.pooling,
-        prior=prior,
+        assignment_prior=assignment_prior,
         weights=arguments.weights,
-        base=base,
+        prior=prior,
         dispersion=arguments.dispersion,
         seed=arguments.seed,
         restarts=arguments.restarts,

@@ -287,7 +287,7 @@ def _run(
         for pooling in _POOLINGS:
             bar.set_description(f"fusing, {pooling}")
             start = time.perf_counter()
-            fusion = fuse(posteriors, pooling=pooling, base=prior, seed=seed)
+            fusion = fuse(posteriors, pooling=pooling, prior=prior, seed=seed)
             seconds = time.perf_counter() - start
             fusions[pooling] = fusion
             fused_rows[pooling] = row(f"fused, {pooling}", fusion.posterior, seconds)

@@ -4,6 +4,6 @@
 """The whole way from local posteriors to one: read, checked, assigned, pooled."""
 
 from pyro_fusion.fusion.fuse import fuse
-from pyro_fusion.fusion.result import Fusion, Matching
+from pyro_fusion.fusion.result import FusedLabel, Fusion
 
-__all__ = ["Fusion", "Matching", "fuse"]
+__all__ = ["Fusion", "FusedLabel", "fuse"]

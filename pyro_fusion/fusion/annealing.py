@@ -11,7 +11,7 @@ from torch import Tensor
 from pyro_fusion.assignment import sinkhorn, soft_assignment
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.families import Factor
-from pyro_fusion.pooling.components import MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, compact
 
 __all__ = ["annealed", "soft_barycenter"]
 
@@ -22,7 +22,7 @@ _NEGLIGIBLE = 1e-3
 _EMPTY = 0.05
 
 
-def soft_barycenter(problem: MatchingProblem, soft: Tensor) -> dict[str, Factor]:
+def soft_barycenter(problem: Components, soft: Tensor) -> dict[str, Factor]:
     """Soft M-step: the atoms of a soft assignment ``[K, N]``, in which each component counts by its
     probability."""
     groups, members = (soft > _NEGLIGIBLE).nonzero().unbind(1)
@@ -30,7 +30,7 @@ def soft_barycenter(problem: MatchingProblem, soft: Tensor) -> dict[str, Factor]
     return part.barycenter(groups, len(soft), part.weights * soft[groups, members])
 
 
-def annealed(problem: MatchingProblem, prior: AssignmentPrior, start: Tensor) -> Tensor:
+def annealed(problem: Components, assignment_prior: AssignmentPrior, start: Tensor) -> Tensor:
     """Soft EM from an assignment ``[N]``, rounded: LongTensor ``[N]``.
 
     ``start`` may have more atoms than are expected: they merge while it is hot.
@@ -42,12 +42,14 @@ def annealed(problem: MatchingProblem, prior: AssignmentPrior, start: Tensor) ->
     temperature = _HOTTEST
     while temperature >= _COLDEST:
         for _ in range(_STEPS):
-            e_step = problem.e_step(atoms, prior)
+            e_step = problem.e_step(atoms, assignment_prior)
             soft = soft_assignment(e_step, temperature, tolerance=0.1, max_iterations=50).soft
             popularity = soft.sum(1)
             kept = popularity > min(_EMPTY, float(popularity.max()) / 2)
             if bool((soft[kept] > _NEGLIGIBLE).any()):  # else all would be alone
                 atoms = soft_barycenter(problem, soft[kept & (soft > _NEGLIGIBLE).any(1)])
         temperature *= _FACTOR
-    result = sinkhorn(problem.e_step(atoms, prior), prior, temperature=_COLDEST)
+    result = sinkhorn(
+        problem.e_step(atoms, assignment_prior), assignment_prior, temperature=_COLDEST
+    )
     return torch.cat(result.atoms)

@@ -12,11 +12,20 @@ from typing import Any, Literal
 import torch
 from torch.distributions import Distribution
 
+from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.posterior import Axes, Posterior
 
-__all__ = ["Inputs", "by_name", "read_parties"]
+__all__ = [
+    "Inputs",
+    "Prior",
+    "by_name",
+    "check_has",
+    "check_prior",
+    "read_parties",
+    "resolve_prior",
+]
 
 Inputs = Sequence[Posterior | Callable[..., Any]] | Mapping[str, Posterior | Callable[..., Any]]
 
@@ -80,19 +89,19 @@ def read_parties(
     return parties, guides
 
 
-Base = Posterior | Mapping[str, Distribution] | Callable[..., Any]
+Prior = Posterior | Mapping[str, Distribution] | Callable[..., Any]
 
 
-def resolve_base(
-    base: Base | None, guides: Sequence[Any], sites: Sequence[str]
+def resolve_prior(
+    prior: Prior | None, guides: Sequence[Any], sites: Sequence[str]
 ) -> dict[str, Factor]:
     """The prior that ``product`` divides out: as given, else that of the guides' own models.
 
     :raises StructureError: if the guides' models have different priors.
     :raises ParameterError: if there is none.
     """
-    if base is not None:
-        return _base_factors(base, sites)
+    if prior is not None:
+        return _as_factors(prior, sites)
     if guides:
         from pyro_fusion.readers.pyro import prior_from_guide
 
@@ -101,9 +110,20 @@ def resolve_base(
             _check_same_prior(priors[0], p, s)
         return dict(priors[0].decomposed)
     raise ParameterError(
-        "pooling 'product' divides out the prior of the local models: give it as `base` "
+        "pooling 'product' divides out the prior of the local models: give it as `prior` "
         "(site -> distribution, or the Pyro model)"
     )
+
+
+def check_prior(prior: Prior | None) -> None:
+    """:raises ParameterError: for an assignment prior in the place of the local models' prior."""
+    given = prior.values() if isinstance(prior, Mapping) else (prior,)
+    for one in given:
+        if isinstance(one, AssignmentPrior):
+            raise ParameterError(
+                f"`prior` is that of the local models' sites, got {one!r}: give a prior of the "
+                "assignment as `assignment_prior`"
+            )
 
 
 def _check_same_prior(first: Posterior, other: Posterior, s: int) -> None:
@@ -112,7 +132,7 @@ def _check_same_prior(first: Posterior, other: Posterior, s: int) -> None:
         if g is None or not _same_prior(f, g):
             raise StructureError(
                 f"site '{site}': the model of guide {s} has another prior than that of guide 0; "
-                "fit them with one prior, or say as `base` which one to divide out"
+                "fit them with one prior, or say as `prior` which one to divide out"
             )
 
 
@@ -129,31 +149,31 @@ def _same_prior(f: Factor, g: Factor) -> bool:
     return True
 
 
-def _base_factors(
-    base: Posterior | Mapping[str, Distribution] | Callable[..., Any], sites: Sequence[str]
+def _as_factors(
+    prior: Posterior | Mapping[str, Distribution] | Callable[..., Any], sites: Sequence[str]
 ) -> dict[str, Factor]:
     """The prior of ``sites`` as factors: from a posterior, a mapping, or a Pyro model that needs
     no arguments."""
-    if isinstance(base, Posterior | Mapping):
-        given = base.decomposed if isinstance(base, Posterior) else base
+    if isinstance(prior, Posterior | Mapping):
+        given = prior.decomposed if isinstance(prior, Posterior) else prior
         for site in sites:
             check_has(given, site)
         return {site: _prior_factor(site, given[site]) for site in sites}
-    if not callable(base):
+    if not callable(prior):
         raise ParameterError(
-            "`base` must be a mapping of sites to distributions, a Posterior or a Pyro model, got "
-            f"{type(base).__name__}"
+            "`prior` must be a mapping of sites to distributions, a Posterior or a Pyro model, got "
+            f"{type(prior).__name__}"
         )
     from pyro_fusion.readers.pyro import prior_from_model
 
-    return dict(prior_from_model(base, sites=sites).decomposed)
+    return dict(prior_from_model(prior, sites=sites).decomposed)
 
 
-def check_has(base: Mapping[str, Any], site: str) -> None:
-    if site not in base:
+def check_has(prior: Mapping[str, Any], site: str) -> None:
+    if site not in prior:
         raise StructureError(
-            f"pooling 'product' needs the prior of site '{site}'; `base` has "
-            f"{sorted(map(str, base))}"
+            f"pooling 'product' needs the prior of site '{site}'; `prior` has "
+            f"{sorted(map(str, prior))}"
         )
 
 
@@ -161,4 +181,4 @@ def _prior_factor(site: str, d: Distribution | Factor) -> Factor:
     try:
         return as_factor(d)
     except FusionError as e:
-        raise type(e)(f"site '{site}' of `base`: {e}") from e
+        raise type(e)(f"site '{site}' of `prior`: {e}") from e

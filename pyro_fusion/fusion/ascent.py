@@ -21,7 +21,7 @@ from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.moves import regroup, rematch
-from pyro_fusion.pooling.components import MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, compact
 
 __all__ = ["Ascent", "EMResult", "State", "expectation_maximization"]
 
@@ -33,7 +33,7 @@ class EMResult:
     :ivar groups: the atom of each component, LongTensor ``[N]``.
     :ivar num_atoms: K; each atom has at least one component.
     :ivar atoms: site -> factor of batch shape ``[K]``.
-    :ivar prior: the prior, its own parameters at their estimates.
+    :ivar assignment_prior: the prior, its own parameters at their estimates.
     :ivar objective: F after the start and after each iteration; never rises.
     :ivar converged: whether it stopped because nothing changed any more.
     :ivar bound: no assignment to these atoms has a lower F; ``-inf`` where the solver knows none.
@@ -42,7 +42,7 @@ class EMResult:
     groups: Tensor
     num_atoms: int
     atoms: dict[str, Factor]
-    prior: AssignmentPrior
+    assignment_prior: AssignmentPrior
     objective: list[float]
     converged: bool
     bound: float
@@ -63,14 +63,14 @@ class Ascent:
 
     def __init__(
         self,
-        problem: MatchingProblem,
-        prior: AssignmentPrior,
+        problem: Components,
+        assignment_prior: AssignmentPrior,
         start: Tensor,
         collapsed: bool = True,
         solver: Callable[..., Assignment] = coordinate,
     ) -> None:
         self.problem, self.solver = problem, solver
-        self.state = _maximise(problem, prior, start)
+        self.state = _maximise(problem, assignment_prior, start)
         self.bound = -math.inf
         # From the cheapest to the dearest: each is taken only where those before do not help.
         steps = (self._e_step, self._regroup, self._move, self._rematch)
@@ -82,7 +82,7 @@ class Ascent:
             groups, _ = compact(step())
             if torch.equal(groups, self.state.groups):
                 continue
-            proposal = _maximise(self.problem, self.state.prior, groups)
+            proposal = _maximise(self.problem, self.state.assignment_prior, groups)
             # Equality up to rounding is convergence; what stands is kept: F never rises.
             now = self.state.objective
             if proposal.objective < now - 1e-12 * abs(now):
@@ -93,7 +93,7 @@ class Ascent:
     def _e_step(self) -> Tensor:
         settings = {"moves": False} if self.solver is coordinate else {}
         result = self._solve(self.solver, **settings)
-        self.bound = result.bound + self.state.prior.constant(self.problem.num_parties)
+        self.bound = result.bound + self.state.assignment_prior.constant(self.problem.num_parties)
         return torch.cat(result.atoms)
 
     def _move(self) -> Tensor:
@@ -101,23 +101,23 @@ class Ascent:
 
     def _solve(self, solver: Callable[..., Assignment], **settings: Any) -> Assignment:
         start = self.problem.split(self.state.groups)
-        return solver(self.state.e_step, self.state.prior, start=start, **settings)
+        return solver(self.state.e_step, self.state.assignment_prior, start=start, **settings)
 
     def _regroup(self) -> Tensor:
         x = self.state
         try:
-            return regroup(self.problem, x.prior, x.groups, x.num_atoms, x.e_step.cost)
+            return regroup(self.problem, x.assignment_prior, x.groups, x.num_atoms, x.e_step.cost)
         except (torch.linalg.LinAlgError, ValueError):
             return x.groups  # some candidate group is improper
 
     def _rematch(self) -> Tensor:
         x = self.state
-        return rematch(self.problem, x.prior, x.groups, x.num_atoms, x.e_step.cost)
+        return rematch(self.problem, x.assignment_prior, x.groups, x.num_atoms, x.e_step.cost)
 
 
 def expectation_maximization(
-    problem: MatchingProblem,
-    prior: AssignmentPrior,
+    problem: Components,
+    assignment_prior: AssignmentPrior,
     start: Tensor,
     max_iterations: int = 100,
     collapsed: bool = True,
@@ -125,7 +125,7 @@ def expectation_maximization(
 ) -> EMResult:
     """Alternate E- and M-steps from an assignment until F no longer falls; arguments as for
     :class:`Ascent`."""
-    ascent = Ascent(problem, prior, start, collapsed, solver)
+    ascent = Ascent(problem, assignment_prior, start, collapsed, solver)
     trace = [ascent.state.objective]
     converged = False
     while not converged and len(trace) <= max_iterations:
@@ -133,14 +133,16 @@ def expectation_maximization(
         if not converged:
             trace.append(ascent.state.objective)
     x = ascent.state
-    return EMResult(x.groups, x.num_atoms, x.atoms, x.prior, trace, converged, ascent.bound)
+    return EMResult(
+        x.groups, x.num_atoms, x.atoms, x.assignment_prior, trace, converged, ascent.bound
+    )
 
 
 @dataclass(frozen=True)
 class State:
     """An assignment, the atoms that are best for it, and the next E-step.
 
-    :ivar groups, num_atoms, atoms, prior: as of :class:`EMResult`.
+    :ivar groups, num_atoms, atoms, assignment_prior: as of :class:`EMResult`.
     :ivar e_step: what a solver is given.
     :ivar objective: F.
     """
@@ -149,15 +151,15 @@ class State:
     num_atoms: int
     atoms: dict[str, Factor]
     e_step: AssignmentProblem
-    prior: AssignmentPrior
+    assignment_prior: AssignmentPrior
     objective: float
 
 
-def _maximise(problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor) -> State:
+def _maximise(problem: Components, assignment_prior: AssignmentPrior, groups: Tensor) -> State:
     """M-step: atoms and the prior's own parameters given the assignment, and F there."""
     groups, num_atoms = compact(groups)
     atoms = problem.barycenter(groups, num_atoms)
-    prior = prior.update(num_atoms, problem.num_parties)
-    e_step = problem.e_step(atoms, prior)
-    objective = prior.constant(problem.num_parties) + e_step.objective(groups)
-    return State(groups, num_atoms, atoms, e_step, prior, objective)
+    assignment_prior = assignment_prior.update(num_atoms, problem.num_parties)
+    e_step = problem.e_step(atoms, assignment_prior)
+    objective = assignment_prior.constant(problem.num_parties) + e_step.objective(groups)
+    return State(groups, num_atoms, atoms, e_step, assignment_prior, objective)

@@ -18,22 +18,22 @@ from pyro_fusion.families.member import show_structure
 from pyro_fusion.families.projection import project_onto
 from pyro_fusion.fusion.arguments import check_has
 
-__all__ = ["atom_base", "base_fill", "located"]
+__all__ = ["atom_prior", "prior_fill", "located"]
 
 
-def atom_base(
-    site: str, base: Mapping[str, Factor], like: Factor, axes: Sequence[int] = ()
+def atom_prior(
+    site: str, prior: Mapping[str, Factor], like: Factor, axes: Sequence[int] = ()
 ) -> Factor:
     """The prior of one atom at ``site``, as a factor of ``like``'s family with batch shape ``[1]``.
 
-    :param base: given priors: of one component, or with the labelled axes, all of whose
+    :param prior: given priors: of one component, or with the labelled axes, all of whose
         components then have the same prior.
     :param like: local factors of components, or entries, along one batch axis.
     :param axes: the labelled axes in the original shape; none for a shared site.
     :raises StructureError: if the site is missing, of another shape, or its components differ.
     """
-    check_has(base, site)
-    g = base[site]
+    check_has(prior, site)
+    g = prior[site]
     shape = like.shape[1:]
     target = (1, *like.base_shape[1:])
     if axes and len(g.shape) == len(shape) + len(axes):
@@ -64,8 +64,8 @@ def atom_base(
     return g
 
 
-def base_fill(
-    site: str, base: Mapping[str, Factor], like: Factor, places: Sequence[int]
+def prior_fill(
+    site: str, prior: Mapping[str, Factor], like: Factor, places: Sequence[int]
 ) -> tuple[float, float] | None:
     """What the prior of a carried site, a factor as ``like`` with its label at the axes
     ``places``, has for every component: of two such axes off their diagonal and on it (a sticky
@@ -73,14 +73,14 @@ def base_fill(
 
     :raises StructureError: if it depends on the order of the components, or is of another family.
     """
-    if site not in base:
+    if site not in prior:
         return None
-    if base[site].structure() != like.structure():
+    if prior[site].structure() != like.structure():
         raise StructureError(
-            f"site '{site}': the prior is {show_structure(base[site].structure())}, expected "
+            f"site '{site}': the prior is {show_structure(prior[site].structure())}, expected "
             f"{show_structure(like.structure())} as the posteriors"
         )
-    values = list(base[site].params.values())
+    values = list(prior[site].params.values())
     if len(places) == 2 and [v.dim() for v in values] == [len(like.shape)]:
         diagonal = torch.zeros_like(values[0], dtype=torch.bool)
         diagonal.diagonal(dim1=places[0], dim2=places[1]).fill_(True)
@@ -104,17 +104,17 @@ def base_fill(
 def located(
     error: ParameterError,
     local: Mapping[str, Factor],
-    base: Mapping[str, Factor | None],
+    prior: Mapping[str, Factor | None],
     sizes: tuple[int, ...],
 ) -> ParameterError:
     """The error of a barycentre, with its site, and the parties that are wider than the prior."""
     for site, f in local.items():
-        prior = base.get(site)
+        one_prior = prior.get(site)
         party = party_of(sizes).tolist()
         wide = set()
-        for n in range(len(party) if prior is not None else 0):
+        for n in range(len(party) if one_prior is not None else 0):
             one = f.index_select(0, torch.tensor([n]))
-            if prior is not None and _wider(one, prior):
+            if one_prior is not None and _wider(one, one_prior):
                 wide.add(party[n])
         if wide:
             parties = ", ".join(f"party {s}" for s in sorted(wide)[:10])

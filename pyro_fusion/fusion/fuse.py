@@ -13,10 +13,10 @@ import torch
 from pyro_fusion.assignment import Assignment
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import naming
-from pyro_fusion.fusion.arguments import Base, Inputs
+from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.checks import Weights
 from pyro_fusion.fusion.parties import Parties
-from pyro_fusion.fusion.result import Fusion, Matching
+from pyro_fusion.fusion.result import FusedLabel, Fusion
 from pyro_fusion.pooling.base import Pooling
 from pyro_fusion.pooling.dispersion import pairwise_spread
 from pyro_fusion.pooling.named import pooling_named
@@ -31,10 +31,10 @@ __all__ = ["fuse"]
 def fuse(
     posteriors: Inputs,
     pooling: str | Pooling = "exclusive",
-    prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
+    assignment_prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
     *,
     weights: Weights = None,
-    base: Base | None = None,
+    prior: Prior | None = None,
     axes: Axes | Literal["auto"] | None = None,
     dispersion: float | None = None,
     seed: int = 0,
@@ -62,12 +62,12 @@ def fuse(
     :param pooling: ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool: the paper's
         barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread)
         or ``"product"`` (Bayes' rule for independent data; needs the prior).
-    :param prior: of the assignment: :class:`~pyro_fusion.IndianBuffet` (default for ``product``,
-        whose evidence it belongs to), :class:`~pyro_fusion.GroupNorm` (default for the others) or
-        :class:`~pyro_fusion.Parametric`; one for all labels, or a mapping from label to prior.
+    :param assignment_prior: :class:`~pyro_fusion.IndianBuffetPrior` (default for ``product``, whose
+        evidence it belongs to), :class:`~pyro_fusion.GroupNormPrior` (default for the others) or
+        :class:`~pyro_fusion.FixedAtoms`; one for all labels, or a mapping from label to prior.
     :param weights: one non-negative weight per party, used relative to their mean; a list, or by
         name.
-    :param base: the prior of the local models, for ``product``: a mapping of sites to
+    :param prior: the prior of the local models, for ``product``: a mapping of sites to
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
         that needs no arguments. By default that of the first guide's own model.
     :param axes: labels for guides, in place of those of their plates, as in
@@ -80,26 +80,26 @@ def fuse(
         a better, there are no more. The best three ends are refined, and the best of them kept.
     :param max_iterations: of coordinate ascent, per start.
     :param solver: of the E-steps. ``"coordinate"``: one party at a time, exactly. ``"relaxed"``:
-        the paper's convex programme, rounded; ``fusion.only_matching().gap`` then says within how
-        much of optimal the assignment to these atoms is (``GroupNorm`` or ``Parametric``, not
+        the paper's convex programme, rounded; ``fusion.only_label().gap`` then says within how
+        much of optimal the assignment to these atoms is (``GroupNormPrior`` or ``FixedAtoms``, not
         ``product``). ``"sinkhorn"``: starts from soft E- and M-steps at falling temperatures. Or a
         function like those of :mod:`pyro_fusion.assignment`, called as ``solver(problem, prior,
         start=...)`` with an :class:`~pyro_fusion.assignment.AssignmentProblem`.
     :param progress: show a progress bar over the starts.
     :raises StructureError: if parties do not fit together; names both, the site and what differs.
-    :raises ParameterError: for weights, base or other arguments out of range, and where ``product``
-        is improper.
+    :raises ParameterError: for weights, prior or other arguments out of range, and where
+        ``product`` is improper.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
     """
     check_run(restarts, max_iterations, seed)
-    parties = Parties.of(posteriors, pooling_named(pooling), weights, base, axes)
+    parties = Parties.of(posteriors, pooling_named(pooling), weights, prior, axes)
     with naming(parties.names):
-        priors = parties.priors(prior)
+        priors = parties.priors(assignment_prior)
         if len(parties.posteriors) == 1:
             return _alone(parties, priors)
-        model = FusionModel(parties, priors, parties.pooling, dispersion=dispersion)
+        model = FusionModel(parties, parties.pooling, priors, dispersion=dispersion)
         em = FusionEM(model, FusionGuide(model), solver=solver)
         return em.run(restarts, max_iterations, seed=seed, progress=progress)
 
@@ -115,7 +115,7 @@ def _alone(parties: Parties, priors: Mapping[str, AssignmentPrior]) -> Fusion:
         own = priors[label].calibrated(lambda: pairwise_spread(*components)).update(size, 1)  # noqa: B023
         objective = own.constant(1) + size * float(own.penalty(1)[1])
         popularity = torch.ones_like(every)
-        matchings[label] = Matching(
+        matchings[label] = FusedLabel(
             label, [every], size, popularity, [objective], 1.0, own, True, [objective]
         )
     total = sum(m.objective[0] for m in matchings.values())

@@ -19,17 +19,17 @@ from torch import Tensor
 from pyro_fusion.families import Factor
 from pyro_fusion.families.partial import PartialFactor
 from pyro_fusion.pooling.base import Pooling
-from pyro_fusion.pooling.components import MatchingProblem
+from pyro_fusion.pooling.components import Components
 from pyro_fusion.pooling.kl import Exclusive, Inclusive
 from pyro_fusion.posterior import Posterior
 
-__all__ = ["Link", "averaged", "entries"]
+__all__ = ["LinkedSite", "averaged", "entries"]
 
 _INCLUSIVE, _EXCLUSIVE = Inclusive(), Exclusive()
 
 
 @dataclass(frozen=True)
-class Link:
+class LinkedSite:
     """A site with several labels.
 
     :ivar labels: of its labelled axes, in their order.
@@ -44,8 +44,8 @@ class Link:
     labels: tuple[str, ...]
     axes: tuple[int, ...]
     index: Mapping[str, Tensor]
-    messages: MatchingProblem
-    problem: MatchingProblem
+    messages: Components
+    problem: Components
 
     def places(
         self, labels: Sequence[str], groups: Mapping[str, Tensor], counts: Mapping[str, int]
@@ -76,9 +76,9 @@ class Link:
         others = [x for x in self.labels if x != label]
         width = math.prod(counts[x] for x in others)
         place = self.index[label] * width + self.places(others, groups, counts)
-        local, base = self.messages.local[self.site], self.messages.base.get(self.site)
+        local, prior = self.messages.local[self.site], self.messages.prior.get(self.site)
         # What is missing must be of the family, and to any power.
-        some = (base or local).map(lambda v: v[:1].expand(length * width, *v.shape[1:])).params
+        some = (prior or local).map(lambda v: v[:1].expand(length * width, *v.shape[1:])).params
         params = {
             name: some[name].index_copy(0, place, v).unflatten(0, (length, width))
             for name, v in local.params.items()
@@ -86,24 +86,24 @@ class Link:
         mass = torch.zeros(length * width, dtype=torch.float64, device=local.device)
         mass = mass.index_fill(0, place, 1.0).unflatten(0, (length, width))
         part = PartialFactor(local.family, params, local.transforms, 1, mass=mass)
-        if base is not None:
-            base = base.map(lambda v: v.unsqueeze(1).expand(1, width, *v.shape[1:]))
-        return part, base
+        if prior is not None:
+            prior = prior.map(lambda v: v.unsqueeze(1).expand(1, width, *v.shape[1:]))
+        return part, prior
 
     # -- for barycentres -------------------------------------------------------------------------
 
     def _rest(self, like: Pooling) -> Factor:
         """What an entry is that nobody has: the prior if it is known, else the barycentre of all
         entries. Batch shape ``[1]``."""
-        base = self.messages.base.get(self.site)
-        if base is not None:
-            return base
+        prior = self.messages.prior.get(self.site)
+        if prior is not None:
+            return prior
         local, weights = self.messages.local[self.site], self.messages.weights
         return like.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
 
     def atoms(
         self,
-        problem: MatchingProblem,
+        problem: Components,
         groups: Mapping[str, Tensor],
         counts: Mapping[str, int],
         rest: Pooling = _INCLUSIVE,
@@ -154,7 +154,7 @@ class Link:
 
 
 def averaged(
-    problem: MatchingProblem, site: str, atoms: Factor, groups: Tensor, acts_on: Tensor
+    problem: Components, site: str, atoms: Factor, groups: Tensor, acts_on: Tensor
 ) -> Factor:
     """The mean effects of atoms over the parties, of which those that lack one have nothing there.
     With ``exclusive`` the parties count by how sure they are, by one over the standard deviation in

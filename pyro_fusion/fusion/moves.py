@@ -18,7 +18,7 @@ from torch import Tensor
 from pyro_fusion.assignment import NEW, match
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.pooling.collapsed import Sums
-from pyro_fusion.pooling.components import MatchingProblem
+from pyro_fusion.pooling.components import Components
 
 __all__ = ["regroup", "rematch"]
 
@@ -28,14 +28,18 @@ _NEAREST = 8
 
 
 def regroup(
-    problem: MatchingProblem, prior: AssignmentPrior, groups: Tensor, num_atoms: int, cost: Tensor
+    problem: Components,
+    assignment_prior: AssignmentPrior,
+    groups: Tensor,
+    num_atoms: int,
+    cost: Tensor,
 ) -> Tensor:
     """Merge pairs of near atoms that no party has both of, and split atoms in two, where that
     lowers F: LongTensor ``[N]``, numbered with gaps. Arguments as for :func:`rematch`."""
     groups = groups.clone()
     sums = Sums.of(problem, groups, num_atoms)
     popularity = torch.bincount(groups, minlength=num_atoms)
-    penalty = prior.penalty(problem.num_parties)
+    penalty = assignment_prior.penalty(problem.num_parties)
     every = torch.arange(num_atoms)
     alone = sums.values(every) + penalty[popularity]
     # What is merged is not also split.
@@ -50,7 +54,11 @@ def regroup(
             if not (taken[a] or taken[b]):
                 groups[groups == b] = a
                 taken[a] = taken[b] = True
-    room = num_atoms if prior.num_atoms is None else prior.num_atoms - len(groups.unique())
+    room = (
+        num_atoms
+        if assignment_prior.num_atoms is None
+        else assignment_prior.num_atoms - len(groups.unique())
+    )
     if room <= 0:
         return groups
     part = _far_parts(problem, groups, num_atoms, cost)
@@ -71,7 +79,7 @@ def regroup(
 
 
 def _near_pairs(
-    problem: MatchingProblem, groups: Tensor, num_atoms: int, cost: Tensor
+    problem: Components, groups: Tensor, num_atoms: int, cost: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Pairs of atoms that no party has both of, each with the few whose members it would cost
     least to take over."""
@@ -87,7 +95,7 @@ def _near_pairs(
     return first, second
 
 
-def _far_parts(problem: MatchingProblem, groups: Tensor, num_atoms: int, cost: Tensor) -> Tensor:
+def _far_parts(problem: Components, groups: Tensor, num_atoms: int, cost: Tensor) -> Tensor:
     """Of each group the members that are nearer to its farthest one than to its atom: ``[N]``."""
     index = groups.to(cost.device)
     own = cost.gather(0, index.unsqueeze(0)).squeeze(0)
@@ -105,8 +113,8 @@ def _far_parts(problem: MatchingProblem, groups: Tensor, num_atoms: int, cost: T
 
 
 def rematch(
-    problem: MatchingProblem,
-    prior: AssignmentPrior,
+    problem: Components,
+    assignment_prior: AssignmentPrior,
     groups: Tensor,
     num_atoms: int,
     cost: Tensor,
@@ -121,10 +129,10 @@ def rematch(
     near = cost.topk(min(_NEAREST, num_atoms), dim=0, largest=False).indices.cpu()
     sums = Sums.of(problem, groups, num_atoms)
     popularity = torch.bincount(groups, minlength=num_atoms)
-    step = prior.penalty(problem.num_parties).diff()
+    step = assignment_prior.penalty(problem.num_parties).diff()
     new = float(step[0])
     ends = torch.tensor([0, *problem.sizes]).cumsum(0).tolist()
-    for s in _promising(problem, sums, groups, near, popularity, step, prior):
+    for s in _promising(problem, sums, groups, near, popularity, step, assignment_prior):
         members = torch.arange(ends[s], ends[s + 1])
         old = groups[members]
         sums.add(members, old, -1.0)
@@ -136,11 +144,11 @@ def rematch(
         is_near[place, torch.arange(len(members)).expand_as(place)] = True
         kept = popularity[standing] > 0
         standing, is_near = standing[kept], is_near[kept]
-        weights = prior.rank_weights(len(popularity) + len(members), max(problem.sizes))
+        weights = assignment_prior.rank_weights(len(popularity) + len(members), max(problem.sizes))
         rank = torch.empty_like(popularity)
         rank[popularity.argsort(descending=True, stable=True)] = torch.arange(len(popularity))
         used = int((popularity > 0).sum())
-        room = None if prior.num_atoms is None else prior.num_atoms - used
+        room = None if assignment_prior.num_atoms is None else assignment_prior.num_atoms - used
         try:
             k, n = is_near.nonzero().unbind(1)
             value = torch.full(is_near.shape, torch.inf, dtype=torch.float64)
@@ -165,13 +173,13 @@ def rematch(
 
 
 def _promising(
-    problem: MatchingProblem,
+    problem: Components,
     sums: Sums,
     groups: Tensor,
     near: Tensor,
     popularity: Tensor,
     step: Tensor,
-    prior: AssignmentPrior,
+    assignment_prior: AssignmentPrior,
 ) -> list[int]:
     """The parties some component of which would gain by itself in another group, if that had no
     component of its party; with all for whom that cannot be told."""
@@ -185,7 +193,10 @@ def _promising(
     join = step[popularity[near].clamp(max=len(step) - 1)]
     there = torch.where(near == groups, torch.inf, there + join)
     best = there.amin(0)
-    if prior.num_atoms is None or int((popularity > 0).sum()) < prior.num_atoms:
+    if (
+        assignment_prior.num_atoms is None
+        or int((popularity > 0).sum()) < assignment_prior.num_atoms
+    ):
         best = best.clamp(max=float(step[0]))
     gains = ~(best >= here - 1e-12 * here.abs())
     return problem.party[gains].unique().tolist()

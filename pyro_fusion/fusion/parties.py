@@ -19,29 +19,36 @@ from torch import Tensor
 from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors
 from pyro_fusion.errors import ParameterError, StructureError, naming
 from pyro_fusion.families import Factor
-from pyro_fusion.fusion.arguments import Base, Inputs, by_name, read_parties, resolve_base
-from pyro_fusion.fusion.atom_prior import atom_base, base_fill, located
+from pyro_fusion.fusion.arguments import (
+    Inputs,
+    Prior,
+    by_name,
+    check_prior,
+    read_parties,
+    resolve_prior,
+)
+from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
-from pyro_fusion.fusion.links import Link, averaged, entries
+from pyro_fusion.fusion.links import LinkedSite, averaged, entries
 from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.base import Pooling
-from pyro_fusion.pooling.components import MatchingProblem, canonical_order, compact
+from pyro_fusion.pooling.components import Components, canonical_order, compact
 from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
 from pyro_fusion.pooling.product import temper
 from pyro_fusion.posterior import Axes, Posterior
 
-__all__ = ["Labelled", "Parties", "locating", "tempered"]
+__all__ = ["LabelProblem", "Parties", "locating", "tempered"]
 
 
 @dataclass(frozen=True)
-class Labelled:
+class LabelProblem:
     """The components along one label.
 
     :ivar label: the label.
     :ivar problem: the components as their assignment is scored: for ``product`` messages tempered
         by weight and dispersion, else as they are.
     :ivar messages: the components as they were handed over.
-    :ivar prior: of the assignment, with what it takes from the posteriors.
+    :ivar assignment_prior: of the assignment, with what it takes from the posteriors.
     :ivar dispersion: T.
     :ivar price: by what the prior is multiplied in the objective: T over that of its group of
         labels, one if it is linked to no other.
@@ -51,11 +58,11 @@ class Labelled:
     """
 
     label: str
-    problem: MatchingProblem
-    messages: MatchingProblem
-    prior: AssignmentPrior
+    problem: Components
+    messages: Components
+    assignment_prior: AssignmentPrior
     dispersion: float
-    ordered: MatchingProblem
+    ordered: Components
     order: Tensor
     price: float = 1.0
 
@@ -71,7 +78,7 @@ class Parties:
     :ivar posteriors: one per party.
     :ivar weights: of the parties, with mean 1: float64 ``[S]``.
     :ivar pooling: the divergence and its barycentre.
-    :ivar base: site -> the prior of the local models, where the pooling needs it.
+    :ivar prior: site -> the prior of the local models, where the pooling needs it.
     :ivar roles: what happens to each site.
     :ivar names: of the parties.
     """
@@ -79,7 +86,7 @@ class Parties:
     posteriors: list[Posterior]
     weights: Tensor
     pooling: Pooling
-    base: dict[str, Factor]
+    prior: dict[str, Factor]
     roles: Roles
     names: tuple[str, ...]
 
@@ -89,10 +96,11 @@ class Parties:
         inputs: Inputs,
         pooling: Pooling,
         weights: Weights,
-        base: Base | None,
+        prior: Prior | None,
         axes: Axes | Literal["auto"] | None,
     ) -> Parties:
         """Read and check what was given; arguments as for :func:`~pyro_fusion.fuse`."""
+        check_prior(prior)
         named = by_name(inputs)
         with naming(names := tuple(named)):
             posteriors, guides = read_parties(list(named.values()), axes)
@@ -101,18 +109,20 @@ class Parties:
             roles = site_roles(posteriors[0])
             warn_unlabelled_simplex(posteriors, roles)
             given: dict[str, Factor] = {}
-            if pooling.needs_base and (base is not None or len(posteriors) > 1):
-                given = resolve_base(base, guides, sorted(posteriors[0].axes))
+            if pooling.needs_prior and (prior is not None or len(posteriors) > 1):
+                given = resolve_prior(prior, guides, sorted(posteriors[0].axes))
         return cls(posteriors, w, pooling, given, roles, names)
 
     def priors(
-        self, prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None
+        self, assignment_prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None
     ) -> dict[str, AssignmentPrior]:
         """The prior of each label.
 
         :raises StructureError: if a party has more components than there may be atoms.
         """
-        result = assignment_priors(prior, list(self.roles.matched), self.pooling.needs_base)
+        result = assignment_priors(
+            assignment_prior, list(self.roles.matched), self.pooling.needs_prior
+        )
         for label, one in result.items():
             for s, p in enumerate(self.posteriors):
                 if one.num_atoms is not None and p.components(label) > one.num_atoms:
@@ -137,10 +147,10 @@ class Parties:
     def labelled(
         self,
         label: str,
-        prior: AssignmentPrior,
+        assignment_prior: AssignmentPrior,
         dispersion: float | None,
         given: Mapping[str, Tensor] | None = None,
-    ) -> Labelled:
+    ) -> LabelProblem:
         """The components along ``label``, in the order of the parties.
 
         :param dispersion: T, or None to estimate it.
@@ -149,10 +159,10 @@ class Parties:
         """
         sites = self.roles.matched[label]
         local, sizes = self.components(label)
-        base = {
-            site: atom_base(site, self.base, local[site], (axis,)).to(dtype=torch.float64)
+        prior = {
+            site: atom_prior(site, self.prior, local[site], (axis,)).to(dtype=torch.float64)
             for site, axis in sites.items()
-            if self.pooling.needs_base
+            if self.pooling.needs_prior
         }
         known = {x: compact(groups) for x, groups in (given or {}).items()}
         for link in self.links:
@@ -161,23 +171,23 @@ class Parties:
                 counts = {x: known[x][1] for x in groups}
                 local[link.site], one = link.columns(label, sum(sizes), groups, counts)
                 if one is not None:
-                    base[link.site] = one
-        messages = self._problem(local, sizes, base)
+                    prior[link.site] = one
+        messages = self._problem(local, sizes, prior)
         order, ordered_sizes = canonical_order(local, sizes, self.weights)
         voting = _voting(messages.in_order(order, ordered_sizes))
         scale = dispersion or 1.0
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
-                scale = estimate_dispersion(*voting, self.pooling, base)
+                scale = estimate_dispersion(*voting, self.pooling, prior)
             messages = replace(messages, dispersion=scale)
             problem = scored(messages)
-        calibrated = prior.calibrated(lambda: pairwise_spread(*voting) / scale)
+        calibrated = assignment_prior.calibrated(lambda: pairwise_spread(*voting) / scale)
         ordered = problem.in_order(order, ordered_sizes)
-        return Labelled(label, problem, messages, calibrated, scale, ordered, order)
+        return LabelProblem(label, problem, messages, calibrated, scale, ordered, order)
 
     def in_one_unit(
-        self, parts: Mapping[str, Labelled]
-    ) -> tuple[dict[str, Labelled], dict[str, Link]]:
+        self, parts: Mapping[str, LabelProblem]
+    ) -> tuple[dict[str, LabelProblem], dict[str, LinkedSite]]:
         """Labels that are linked, each given the others, and the sites that link them, apart from
         each other, and in units of one dispersion: the geometric mean of theirs."""
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
@@ -196,19 +206,19 @@ class Parties:
         return labelled, links
 
     @cached_property
-    def links(self) -> list[Link]:
+    def links(self) -> list[LinkedSite]:
         """The sites with several labels."""
         result = []
         for site, labels in self.roles.linked.items():
             local, sizes, index, axes = entries(self.posteriors, site)
-            base = {}
-            if self.pooling.needs_base:
-                base[site] = atom_base(site, self.base, local, axes).to(dtype=torch.float64)
-            messages = self._problem({site: local}, sizes, base)
-            result.append(Link(site, labels, axes, index, messages, messages))
+            prior = {}
+            if self.pooling.needs_prior:
+                prior[site] = atom_prior(site, self.prior, local, axes).to(dtype=torch.float64)
+            messages = self._problem({site: local}, sizes, prior)
+            result.append(LinkedSite(site, labels, axes, index, messages, messages))
         return result
 
-    def pool(self, part: Labelled, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
+    def pool(self, part: LabelProblem, groups: Tensor, num_atoms: int) -> dict[str, Factor]:
         """The atoms of an assignment ``[N]``, from the messages as they were handed over: site ->
         factor with the axes of the site."""
         sites, first = self.roles.matched[part.label], self.posteriors[0]
@@ -235,8 +245,8 @@ class Parties:
                 f"site '{site}': label '{label}' on {len(rows)} batch axes is not "
                 "supported; one of them must be the event axis of a Dirichlet"
             )
-        prior = base_fill(site, self.base, first, places)
-        fill = None if prior is None else torch.tensor(prior[0], dtype=torch.float64)
+        filled = prior_fill(site, self.prior, first, places)
+        fill = None if filled is None else torch.tensor(filled[0], dtype=torch.float64)
         local = []
         for p, a in zip(self.posteriors, assignment, strict=True):
             f = p.decomposed[site].to(dtype=torch.float64)
@@ -248,32 +258,32 @@ class Parties:
                 f = _rolled(f, a)  # its own place first: the prior of all rows is the same then
             local.append(f if rows else _unsqueeze(f))
         stacked = Factor.cat(local)
-        base = None
-        if self.pooling.needs_base:
-            if prior is None:
+        prior = None
+        if self.pooling.needs_prior:
+            if filled is None:
                 raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
             first_place = torch.zeros(1, dtype=torch.long, device=stacked.device)
-            one = stacked.index_select(0, first_place).map(lambda v: torch.full_like(v, prior[0]))
-            base = one.map(lambda v: v.index_fill(-1, first_place, prior[1]))
+            one = stacked.index_select(0, first_place).map(lambda v: torch.full_like(v, filled[0]))
+            prior = one.map(lambda v: v.index_fill(-1, first_place, filled[1]))
         if not rows:
             every = [torch.tensor([0])] * len(self.posteriors)
-            return _squeeze(self._pool(site, stacked, every, 1, base)).like(first.batch_dim, ())
-        pooled = self._pool(site, stacked, assignment, num_atoms, base)
+            return _squeeze(self._pool(site, stacked, every, 1, prior)).like(first.batch_dim, ())
+        pooled = self._pool(site, stacked, assignment, num_atoms, prior)
         if len(places) == 2:
             pooled = _rolled(pooled, -torch.arange(num_atoms))
         return pooled.like(first.batch_dim, rows)
 
     # -- sites without a label ---------------------------------------------------------------------
 
-    def shared(self, site: str) -> MatchingProblem:
+    def shared(self, site: str) -> Components:
         """A site without a label as a problem of one atom, of which each party has a component."""
         local = Factor.cat(
             [_unsqueeze(p.decomposed[site].to(dtype=torch.float64)) for p in self.posteriors]
         )
-        base = {}
-        if self.pooling.needs_base:
-            base[site] = atom_base(site, self.base, local).to(dtype=torch.float64)
-        return self._problem({site: local}, (1,) * len(self.posteriors), base)
+        prior = {}
+        if self.pooling.needs_prior:
+            prior[site] = atom_prior(site, self.prior, local).to(dtype=torch.float64)
+        return self._problem({site: local}, (1,) * len(self.posteriors), prior)
 
     def share(self, site: str) -> tuple[Factor, float]:
         """Pool a shared site; also its divergence."""
@@ -290,31 +300,29 @@ class Parties:
         local: Factor,
         groups: Sequence[Tensor],
         num_atoms: int,
-        base: Factor | None,
+        prior: Factor | None,
     ) -> Factor:
         """The barycentres of one site, ``groups`` per party; errors name the site."""
         sizes = tuple(len(a) for a in groups)
-        problem = self._problem({site: local}, sizes, {} if base is None else {site: base})
+        problem = self._problem({site: local}, sizes, {} if prior is None else {site: prior})
         with locating(problem):
             return problem.barycenter(torch.cat(list(groups)), num_atoms)[site]
 
     def _problem(
-        self, local: dict[str, Factor], sizes: tuple[int, ...], base: dict[str, Factor]
-    ) -> MatchingProblem:
+        self, local: dict[str, Factor], sizes: tuple[int, ...], prior: dict[str, Factor]
+    ) -> Components:
         """Components, in the order of the parties, each with the weight of its party."""
         weights = self.weights.repeat_interleave(torch.tensor(sizes))
-        return MatchingProblem(
-            local, sizes, weights.to(self.posteriors[0].device), self.pooling, base
-        )
+        return Components(local, sizes, weights.to(self.posteriors[0].device), self.pooling, prior)
 
 
 @contextmanager
-def locating(problem: MatchingProblem) -> Iterator[None]:
+def locating(problem: Components) -> Iterator[None]:
     """Where a barycentre may be improper: the error names the site, and parties where it can."""
     try:
         yield
     except ParameterError as e:
-        raise located(e, problem.local, problem.base, problem.sizes) from e
+        raise located(e, problem.local, problem.prior, problem.sizes) from e
 
 
 def _unsqueeze(f: Factor) -> Factor:
@@ -338,7 +346,7 @@ def _rolled(f: Factor, places: Tensor) -> Factor:
     return f.map(turn)
 
 
-def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...]]:
+def _voting(problem: Components) -> tuple[dict[str, Factor], tuple[int, ...]]:
     """Components and sizes of the parties whose weight is not zero, if these are two at least."""
     party = problem.party
     counts = torch.bincount(party[(problem.weights > 0).cpu()], minlength=problem.num_parties)
@@ -348,21 +356,21 @@ def _voting(problem: MatchingProblem) -> tuple[dict[str, Factor], tuple[int, ...
     return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
 
 
-def scored(messages: MatchingProblem) -> MatchingProblem:
+def scored(messages: Components) -> Components:
     """As an assignment is scored: messages to be multiplied are tempered first, others as is."""
-    return tempered(messages) if messages.pooling.needs_base else messages
+    return tempered(messages) if messages.pooling.needs_prior else messages
 
 
-def tempered(problem: MatchingProblem) -> MatchingProblem:
+def tempered(problem: Components) -> Components:
     """Weights and dispersion moved into the messages, where the evidence is exact."""
     local = {
-        site: temper(f, problem.base[site], problem.weights, problem.dispersion)
+        site: temper(f, problem.prior[site], problem.weights, problem.dispersion)
         for site, f in problem.local.items()
     }
     return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)
 
 
-def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Labelled]) -> None:
+def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, LabelProblem]) -> None:
     """Check that each label has an atom for each component, no two of a party the same, and no
     more than its prior allows.
 
@@ -373,7 +381,7 @@ def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Label
             f"expected an assignment for {sorted(parts)}, got one for {sorted(assignment)}"
         )
     for label, a in assignment.items():
-        sizes, limit = parts[label].problem.sizes, parts[label].prior.num_atoms
+        sizes, limit = parts[label].problem.sizes, parts[label].assignment_prior.num_atoms
         if a.shape != (sum(sizes),) or a.is_floating_point():
             raise StructureError(
                 f"assignment of '{label}': expected a LongTensor of shape [{sum(sizes)}], got "

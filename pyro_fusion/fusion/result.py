@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
     from pyro_fusion.readers.numpyro import NumPyroGuide
 
-__all__ = ["Fusion", "Matching"]
+__all__ = ["Fusion", "FusedLabel"]
 
 
 @dataclass(frozen=True)
-class Matching:
+class FusedLabel:
     """How the components along one label became atoms.
 
     :ivar label: the label.
@@ -37,7 +37,7 @@ class Matching:
     :ivar objective: F after the start and after each iteration; never rises. Of a label that shares
         sites with others: its part, given their assignments, in the last round.
     :ivar dispersion: T.
-    :ivar prior: the prior of the assignment, with its parameters as estimated.
+    :ivar assignment_prior: the prior of the assignment, with its parameters as estimated.
     :ivar converged: whether coordinate ascent stopped by itself.
     :ivar restarts: the objective that each start ended in.
     :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
@@ -49,7 +49,7 @@ class Matching:
     popularity: Tensor
     objective: list[float]
     dispersion: float
-    prior: AssignmentPrior
+    assignment_prior: AssignmentPrior
     converged: bool
     restarts: list[float]
     bound: float = -math.inf
@@ -66,7 +66,7 @@ class Fusion:
 
     :ivar posterior: the fused posterior.
     :ivar pooling: name of the pooling.
-    :ivar matchings: label -> :class:`Matching`; empty if no site has a label.
+    :ivar labels: label -> :class:`FusedLabel`; empty if no site has a label.
     :ivar objective: F after the start and after each iteration; never rises. Labels are done in
         turn: those that share sites are one, and their iterations rounds. It is that of the
         barycentres, before effects are averaged (``outgoing``) and with messages tempered.
@@ -76,7 +76,7 @@ class Fusion:
 
     posterior: Posterior
     pooling: str
-    matchings: Mapping[str, Matching]
+    labels: Mapping[str, FusedLabel]
     objective: list[float]
     shared_objective: float
     party_names: tuple[str, ...]
@@ -92,47 +92,47 @@ class Fusion:
         :meth:`Posterior.to_numpyro <pyro_fusion.Posterior.to_numpyro>`."""
         return self.posterior.to_numpyro()
 
-    def only_matching(self) -> Matching:
+    def only_label(self) -> FusedLabel:
         """The matching, if there is one label.
 
         :raises StructureError: if there is none, or several.
         """
-        if not self.matchings:
+        if not self.labels:
             raise StructureError(
                 "no site has a label, so nothing was assigned: give axes where the posteriors are "
                 "made, or put the components into a plate of the model"
             )
-        if len(self.matchings) != 1:
+        if len(self.labels) != 1:
             raise StructureError(
-                f"expected one label, this fusion has {sorted(self.matchings)}: "
-                "use fusion.matchings[label]"
+                f"expected one label, this fusion has {sorted(self.labels)}: "
+                "use fusion.labels[label]"
             )
-        return next(iter(self.matchings.values()))
+        return next(iter(self.labels.values()))
 
     @property
     def assignment(self) -> list[Tensor]:
         """Per party a LongTensor ``[L_s]``: which atom each component became."""
-        return self.only_matching().assignment
+        return self.only_label().assignment
 
     @property
     def num_atoms(self) -> int:
         """K, the number of atoms."""
-        return self.only_matching().num_atoms
+        return self.only_label().num_atoms
 
     @property
     def popularity(self) -> Tensor:
         """How many parties have each atom, LongTensor ``[K]``."""
-        return self.only_matching().popularity
+        return self.only_label().popularity
 
     @property
     def dispersion(self) -> float:
         """T, as given or estimated."""
-        return self.only_matching().dispersion
+        return self.only_label().dispersion
 
     @property
     def converged(self) -> bool:
         """Whether every label's assignment converged."""
-        return all(m.converged for m in self.matchings.values())
+        return all(m.converged for m in self.labels.values())
 
     def summary(self) -> str:
         """A table to print: one block per label, one row per atom."""
@@ -140,7 +140,7 @@ class Fusion:
         lines = [f"Fusion of {self._parties()}, {self.pooling} pooling"]
         if shared:
             lines.append(f"shared sites: {', '.join(shared)}")
-        for m in self.matchings.values():
+        for m in self.labels.values():
             state = "converged" if m.converged else "NOT converged"
             steps = len(m.objective) - 1
             after = f"after {steps} iterations" if steps else "at once"
@@ -148,7 +148,7 @@ class Fusion:
             lines += [
                 "",
                 f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
-                f"({m.prior}, dispersion {m.dispersion:.4g})",
+                f"({m.assignment_prior}, dispersion {m.dispersion:.4g})",
                 f"objective {m.objective[-1]:.6g}, {state} {after}, best of {len(m.restarts)} "
                 f"starts{known}",
                 "",
@@ -172,7 +172,7 @@ class Fusion:
         return plot_assignment(self, label, ax=ax)
 
     def __repr__(self) -> str:
-        what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.matchings.values())
+        what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.labels.values())
         return f"Fusion({self._parties()}, {self.pooling}: {what or 'shared sites'})"
 
     def _parties(self) -> str:

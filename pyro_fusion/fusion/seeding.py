@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import NEW, coordinate, match
-from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, Parametric
+from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.fusion.ascent import expectation_maximization
-from pyro_fusion.pooling.components import Factors, MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, Factors, compact
 
 __all__ = ["starts"]
 
@@ -27,8 +27,8 @@ _MAX_ATOMS_PER_COMPONENT = 20
 
 
 def starts(
-    problem: MatchingProblem,
-    prior: AssignmentPrior,
+    problem: Components,
+    assignment_prior: AssignmentPrior,
     restarts: int,
     seed: int,
     first: Tensor | None = None,
@@ -48,22 +48,22 @@ def starts(
         if i == 0 and first is not None:
             yield first
             continue
-        if prior.num_atoms is not None and i % 2:
-            yield _seeded(problem, prior.num_atoms, generator)
+        if assignment_prior.num_atoms is not None and i % 2:
+            yield _seeded(problem, assignment_prior.num_atoms, generator)
             continue
-        j = i if prior.num_atoms is None else i // 2
+        j = i if assignment_prior.num_atoms is None else i // 2
         order = torch.arange(problem.num_parties)
         if j >= len(_THRESHOLDS):
             order = torch.randperm(problem.num_parties, generator=generator)
         groups = _joined(problem, order.tolist(), _THRESHOLDS[j % len(_THRESHOLDS)])
-        if prior.num_atoms is not None:
-            free = expectation_maximization(problem, GroupNorm(), groups, collapsed=False)
-            groups = _seeded(problem, prior.num_atoms, generator, free.groups)
+        if assignment_prior.num_atoms is not None:
+            free = expectation_maximization(problem, GroupNormPrior(), groups, collapsed=False)
+            groups = _seeded(problem, assignment_prior.num_atoms, generator, free.groups)
         yield groups
 
 
 def _seeded(
-    problem: MatchingProblem,
+    problem: Components,
     num_atoms: int,
     generator: torch.Generator,
     groups: Tensor | None = None,
@@ -83,16 +83,16 @@ def _seeded(
         p = p if bool(p.sum() > 0) else torch.ones(count)
         chosen = torch.multinomial(p.double(), 1, generator=generator)
         rows.append(_cost(problem, chosen).squeeze(0))
-    result = coordinate(problem.split(torch.stack(rows)), Parametric(wanted))
+    result = coordinate(problem.split(torch.stack(rows)), FixedAtoms(wanted))
     return torch.cat(result.atoms)
 
 
-def _cost(problem: MatchingProblem, index: Tensor) -> Tensor:
+def _cost(problem: Components, index: Tensor) -> Tensor:
     """What each component costs in atoms that are the components ``index``: ``[len(index), N]``."""
     return _cost_of(problem, {k: f.index_select(0, index) for k, f in problem.local.items()})
 
 
-def _cost_of(problem: MatchingProblem, atoms: Factors) -> Tensor:
+def _cost_of(problem: Components, atoms: Factors) -> Tensor:
     """What each component costs in these atoms, with what they cost to use: ``[K, N]``."""
     cost = problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
     if bool(cost.isnan().any()):
@@ -100,7 +100,7 @@ def _cost_of(problem: MatchingProblem, atoms: Factors) -> Tensor:
     return cost
 
 
-def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Tensor:
+def _joined(problem: Components, order: list[int], threshold: float) -> Tensor:
     """The parties join in blocks that double: a block is matched with the atoms of those before,
     then what is new in it among itself, so that there are few costs and barycentres to compute."""
     ends = torch.tensor(problem.sizes).cumsum(0).tolist()
@@ -132,7 +132,7 @@ def _joined(problem: MatchingProblem, order: list[int], threshold: float) -> Ten
 
 
 def _found(
-    problem: MatchingProblem, groups: Tensor, fresh: list[Tensor], num_atoms: int, threshold: float
+    problem: Components, groups: Tensor, fresh: list[Tensor], num_atoms: int, threshold: float
 ) -> int:
     """New atoms for the components ``fresh`` of each party, shared where they are close; the
     number of atoms there are then. Writes to ``groups``."""

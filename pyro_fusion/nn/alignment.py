@@ -11,7 +11,7 @@ import torch
 from pyro.distributions import Normal
 from torch import Tensor
 
-from pyro_fusion.assignment.priors import Parametric
+from pyro_fusion.assignment.priors import FixedAtoms
 from pyro_fusion.errors import StructureError
 from pyro_fusion.fusion.fuse import fuse
 from pyro_fusion.posterior import Axes, Posterior
@@ -60,10 +60,10 @@ def unit_orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[
             f"axes have no label for any of the sites {list(first.axes)[:20]}, so there is nothing "
             "to align"
         )
-    priors = {label: Parametric(first.components(label)) for label in first.labels}
-    fusion = fuse(means, prior=priors, dispersion=1.0, seed=seed, restarts=_RESTARTS)
+    priors = {label: FixedAtoms(first.components(label)) for label in first.labels}
+    fusion = fuse(means, assignment_prior=priors, dispersion=1.0, seed=seed, restarts=_RESTARTS)
     return [
-        {label: found.assignment[s].argsort().cpu() for label, found in fusion.matchings.items()}
+        {label: found.assignment[s].argsort().cpu() for label, found in fusion.labels.items()}
         for s in range(len(posteriors))
     ]
 

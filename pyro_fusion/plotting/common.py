@@ -16,7 +16,7 @@ from pyro_fusion.posterior import Posterior
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from pyro_fusion.fusion.result import Fusion, Matching
+    from pyro_fusion.fusion.result import FusedLabel, Fusion
 
 __all__ = [
     "BLUE",
@@ -56,14 +56,14 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib: pip install 'pyro-fusion[plot]'") from e
 
 
-def matching_of(fusion: Fusion, label: str | None) -> Matching:
+def matching_of(fusion: Fusion, label: str | None) -> FusedLabel:
     if label is None:
-        return fusion.only_matching()
-    if label not in fusion.matchings:
+        return fusion.only_label()
+    if label not in fusion.labels:
         raise StructureError(
-            f"the fusion has no label '{label}'; its labels are {sorted(fusion.matchings)}"
+            f"the fusion has no label '{label}'; its labels are {sorted(fusion.labels)}"
         )
-    return fusion.matchings[label]
+    return fusion.labels[label]
 
 
 def new_axes(ax: Axes | None, width: float, height: float) -> Axes:
@@ -119,7 +119,7 @@ def check_posteriors(
         raise StructureError(
             f"expected the posteriors of {expected} parties, got {len(posteriors)}"
         )
-    for label, matching in fusion.matchings.items():
+    for label, matching in fusion.labels.items():
         for s, (p, a) in enumerate(zip(posteriors, matching.assignment, strict=True)):
             if p.components(label) != len(a):
                 raise StructureError(

@@ -29,15 +29,15 @@ FAR = 1e6
 class Pooling(ABC):
     """How the members of a group become one atom.
 
-    :cvar needs_base: whether the prior is needed.
+    :cvar needs_prior: whether the prior is needed.
     :cvar normalised: whether only the ratios of weights in a group matter.
 
-    ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``base``
+    ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``prior``
     ``[1]`` (the prior of one atom; only ``product`` reads it).
     """
 
     name: ClassVar[str]
-    needs_base: ClassVar[bool] = False
+    needs_prior: ClassVar[bool] = False
     normalised: ClassVar[bool] = True
     failure: ClassVar[str] = "is singular"
 
@@ -46,14 +46,14 @@ class Pooling(ABC):
         """The KL divergence of the pooling, in its direction, elementwise."""
 
     @abstractmethod
-    def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
+    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
         """``D(k; n)``, what component ``n`` adds to the objective in atom ``k``: ``[K, N]``."""
 
-    def pair_cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
+    def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
         """The same of components in one atom each: ``[N]``."""
         return self.divergence(atoms, local)
 
-    def opening(self, atoms: Factor, base: Factor | None = None) -> Tensor:
+    def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
         """What an atom adds to the objective by itself: ``[K]``."""
         return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
 
@@ -63,7 +63,7 @@ class Pooling(ABC):
 
     @abstractmethod
     def from_coordinates(
-        self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
+        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
         """Atoms from the weighted sums of coordinates and of weights, ``[K, P]`` and ``[K, 1]``."""
 
@@ -72,18 +72,18 @@ class Pooling(ABC):
         return local.summands(self.coordinates(local))
 
     def from_statistics(
-        self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
+        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
         """Atoms from the weighted sums of statistics, ``[K, Q]`` and ``[K]``."""
         sums, w, like = like.sums(total, weight, self.coordinates(like))
-        return self.from_coordinates(like.to(dtype=torch.float64), sums, w, base)
+        return self.from_coordinates(like.to(dtype=torch.float64), sums, w, prior)
 
     @abstractmethod
-    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+    def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
         """What a component adds to its group's objective whatever the group: ``[N]``."""
 
     @abstractmethod
-    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+    def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
         """What the group's optimal atom takes off: ``[K]``. The objective of a group is
         ``Σ_n w_n potential_n - group_potential``, with no sum over pairs."""
 
@@ -102,7 +102,7 @@ class Pooling(ABC):
         groups: Tensor,
         num_atoms: int,
         weights: Tensor | None = None,
-        base: Factor | None = None,
+        prior: Factor | None = None,
     ) -> Factor:
         """The atoms that minimise ``Σ_n w_n D(groups[n]; n)`` plus their opening costs.
 
@@ -110,12 +110,12 @@ class Pooling(ABC):
         :param groups: the atom of each component, LongTensor ``[N]``; every atom has at least one.
         :param num_atoms: K.
         :param weights: ``[N]``, non-negative, with a positive sum in each group; ones by default.
-        :param base: batch shape ``[1]``.
+        :param prior: batch shape ``[1]``.
         :raises ParameterError: if an atom is empty, or ``product`` is improper.
         """
         w = torch.ones_like(groups, dtype=torch.float64) if weights is None else weights.double()
-        if self.needs_base:
-            given(base)
+        if self.needs_prior:
+            given(prior)
         count, weight = _sizes(groups, w, num_atoms)
         # Read at once: a GPU waits meanwhile.
         filled, weighed = torch.stack([count.all(), weight.all()]).tolist()
@@ -130,7 +130,7 @@ class Pooling(ABC):
         origin = local.origin
         limit = torch.inf if origin is None else FAR * origin.numel()
         try:
-            own = None if base is None else base.shift(origin)
+            own = None if prior is None else prior.shift(origin)
             atoms = self._sum(local.centred, groups, w, weight, own)
             far = atoms.first.size > limit
         except (torch.linalg.LinAlgError, ValueError):  # perhaps for want of digits
@@ -141,18 +141,18 @@ class Pooling(ABC):
         index = (far.cumsum(0) - 1)[groups[members]]
         part = local.index_select(0, members)
         with self.telling():
-            exact = self._sum_about_means(part, index, w[members], weight[far], base)
+            exact = self._sum_about_means(part, index, w[members], weight[far], prior)
         if not bool(far.all()):
             exact = atoms.shift(origin, sign=1.0).index_copy(far.nonzero().squeeze(-1), exact)
         return exact.to(dtype=local.dtype)
 
     def _sum(
-        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, base: Factor | None
+        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, prior: Factor | None
     ) -> Factor:
-        """The atoms, in the coordinates that ``local`` and ``base`` are in; a LinAlgError or a
+        """The atoms, in the coordinates that ``local`` and ``prior`` are in; a LinAlgError or a
         ValueError if one is no member of the family."""
         total = _group_sum(self.statistics(local), groups, w, len(weight))
-        atoms = self.from_statistics(local, total, weight, base)
+        atoms = self.from_statistics(local, total, weight, prior)
         if not self.normalised:  # means of members are members, but these are no means
             atoms.family.build(atoms.params, validate_args=True)
         if not bool(atoms.first.size.isfinite().all()):
@@ -160,20 +160,20 @@ class Pooling(ABC):
         return atoms
 
     def _sum_about_means(
-        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, base: Factor | None
+        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, prior: Factor | None
     ) -> Factor:
         """The atoms, each summed about the mean location of its group: nothing cancels there."""
         origin = group_mean(local.location(), groups, w, weight)
         shifted = local if origin is None else local.shift(origin[groups])
-        if base is not None:
-            base = base.expand_batch((len(weight),)).shift(origin)
-        return self._sum(shifted, groups, w, weight, base).shift(origin, sign=1.0)
+        if prior is not None:
+            prior = prior.expand_batch((len(weight),)).shift(origin)
+        return self._sum(shifted, groups, w, weight, prior).shift(origin, sign=1.0)
 
 
-def given(base: Factor | None) -> Factor:
-    if base is None:
-        raise ParameterError("pooling 'product' needs the prior of one atom as `base`")
-    return base
+def given(prior: Factor | None) -> Factor:
+    if prior is None:
+        raise ParameterError("pooling 'product' needs the prior of one atom as `prior`")
+    return prior
 
 
 # Sums over groups, in the same order each time. On a GPU by a matrix, no larger than the costs: to

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyro_fusion.families import Factor
 from pyro_fusion.pooling.base import Pooling
-from pyro_fusion.pooling.components import MatchingProblem
+from pyro_fusion.pooling.components import Components
 
 __all__ = ["SiteSums", "Sums", "log_evidence", "log_evidence_of_joining"]
 
@@ -35,14 +35,14 @@ _MAX_REMEMBERED = 1 << 18
 class SiteSums:
     """Sums of one site's statistics over each group, about the origin of all.
 
-    :ivar local, base: in coordinates about that origin.
+    :ivar local, prior: in coordinates about that origin.
     :ivar statistics, potential: of each component, ``[N, P]`` and ``[N]``.
     :ivar total, potentials: their weighted sums over each group, ``[K, P]`` and ``[K]``.
     """
 
     pooling: Pooling
     local: Factor
-    base: Factor | None
+    prior: Factor | None
     statistics: Tensor
     potential: Tensor
     total: Tensor
@@ -50,8 +50,8 @@ class SiteSums:
 
     def value(self, total: Tensor, potential: Tensor, weight: Tensor) -> Tensor:
         """The objective of groups with these sums: ``[K, P]``, ``[K]``, ``[K]`` -> ``[K]``."""
-        atoms = self.pooling.from_statistics(self.local, total, weight, self.base)
-        return potential - self.pooling.group_potential(atoms, weight, self.base)
+        atoms = self.pooling.from_statistics(self.local, total, weight, self.prior)
+        return potential - self.pooling.group_potential(atoms, weight, self.prior)
 
 
 @dataclass
@@ -74,19 +74,19 @@ class Sums:
     known: dict[int, float] | None
 
     @classmethod
-    def of(cls, problem: MatchingProblem, groups: Tensor, num_atoms: int) -> Sums:
+    def of(cls, problem: Components, groups: Tensor, num_atoms: int) -> Sums:
         """Of the groups ``[N]``, in ``0, ..., K-1``."""
         w = problem.weights
         sites = []
         for site, f in problem.local.items():
-            base = problem.base.get(site)
-            base = None if base is None else base.shift(f.origin)
+            prior = problem.prior.get(site)
+            prior = None if prior is None else prior.shift(f.origin)
             statistics = problem.pooling.statistics(f.centred)
-            potential = problem.pooling.potential(f.centred, base)
+            potential = problem.pooling.potential(f.centred, prior)
             zero = w.new_zeros(num_atoms)
             total = w.new_zeros(num_atoms, statistics.shape[1])
             sites.append(
-                SiteSums(problem.pooling, f.centred, base, statistics, potential, total, zero)
+                SiteSums(problem.pooling, f.centred, prior, statistics, potential, total, zero)
             )
         known = None
         if sum(s.total.shape[1] for s in sites) >= _LARGE:
@@ -193,7 +193,7 @@ class Sums:
         return self._known_or(code, of) / self.dispersion - alone
 
 
-def log_evidence(problem: MatchingProblem, groups: Tensor) -> float:
+def log_evidence(problem: Components, groups: Tensor) -> float:
     """Of ``product``: that the components of each group share an atom, against that each has one of
     its own.
 
@@ -207,7 +207,7 @@ def log_evidence(problem: MatchingProblem, groups: Tensor) -> float:
 
 
 def log_evidence_of_joining(
-    problem: MatchingProblem, sums: Sums, members: Tensor, groups: Tensor
+    problem: Components, sums: Sums, members: Tensor, groups: Tensor
 ) -> Tensor:
     """Of ``product``: that a component shares the atom of a group, against that it does not, for
     each with each: ``[len(members), len(groups)]``, on the CPU.

@@ -19,20 +19,20 @@ from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.families import Factor
 from pyro_fusion.pooling.base import Pooling
 
-__all__ = ["Factors", "MatchingProblem", "by_popularity", "canonical_order", "compact"]
+__all__ = ["Factors", "Components", "by_popularity", "canonical_order", "compact"]
 
 Factors = Mapping[str, Factor]
 
 
 @dataclass(frozen=True)
-class MatchingProblem:
+class Components:
     """The components of all parties along one label, and how they are scored and pooled.
 
     :ivar local: site -> factor of batch shape ``[N]``, the components of party 0, of party 1, ...
     :ivar sizes: ``L_s`` of each party; they add up to ``N``.
     :ivar weights: ``[N]``, the weight of each component's party.
     :ivar pooling: the divergence and its barycentre.
-    :ivar base: site -> the prior of one atom, batch shape ``[1]``; empty unless the pooling needs
+    :ivar prior: site -> the prior of one atom, batch shape ``[1]``; empty unless the pooling needs
         it.
     :ivar dispersion: T.
     """
@@ -41,7 +41,7 @@ class MatchingProblem:
     sizes: tuple[int, ...]
     weights: Tensor
     pooling: Pooling
-    base: Factors
+    prior: Factors
     dispersion: float = 1.0
 
     @property
@@ -70,7 +70,7 @@ class MatchingProblem:
         """``[..., N]`` -> one ``[..., L_s]`` per party."""
         return list(x.split(self.sizes, dim=-1))
 
-    def take(self, index: Tensor) -> MatchingProblem:
+    def take(self, index: Tensor) -> Components:
         """The components ``index``, as if of one party."""
         return replace(
             self,
@@ -79,12 +79,12 @@ class MatchingProblem:
             weights=self.weights[index],
         )
 
-    def restricted(self, sites: Container[str]) -> MatchingProblem:
+    def restricted(self, sites: Container[str]) -> Components:
         """The same with these sites alone."""
         local = {k: f for k, f in self.local.items() if k in sites}
-        return replace(self, local=local, base={k: f for k, f in self.base.items() if k in sites})
+        return replace(self, local=local, prior={k: f for k, f in self.prior.items() if k in sites})
 
-    def in_order(self, order: Tensor, sizes: tuple[int, ...]) -> MatchingProblem:
+    def in_order(self, order: Tensor, sizes: tuple[int, ...]) -> Components:
         """The same with components and parties in another order."""
         return replace(self.take(order), sizes=sizes)
 
@@ -92,19 +92,21 @@ class MatchingProblem:
         """``w D / T`` summed over sites: ``[K, N]``."""
         total: Tensor | None = None
         for site, f in self.local.items():
-            term = self.pooling.cost(atoms[site], f, self.base.get(site))
+            term = self.pooling.cost(atoms[site], f, self.prior.get(site))
             total = term if total is None else total.add_(term)
         assert total is not None
         return total.mul_(self.weights / self.dispersion)
 
     def opening(self, atoms: Factors) -> Tensor:
         """The cost of an atom by itself over T, summed over sites: ``[K]``."""
-        terms = [self.pooling.opening(atoms[x], self.base.get(x)) for x in self.local]
+        terms = [self.pooling.opening(atoms[x], self.prior.get(x)) for x in self.local]
         return torch.stack(terms).sum(0) / self.dispersion
 
-    def e_step(self, atoms: Factors, prior: AssignmentPrior) -> AssignmentProblem:
+    def e_step(self, atoms: Factors, assignment_prior: AssignmentPrior) -> AssignmentProblem:
         """What the solvers of an E-step are given."""
-        return AssignmentProblem.of(self.split(self.cost(atoms)), prior, self.opening(atoms))
+        return AssignmentProblem.of(
+            self.split(self.cost(atoms)), assignment_prior, self.opening(atoms)
+        )
 
     def barycenter(
         self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
@@ -113,7 +115,7 @@ class MatchingProblem:
         groups = groups.to(self.weights.device, non_blocking=True)
         w = self.weights if weights is None else weights
         return {
-            site: self.pooling.barycenter(f, groups, num_atoms, w, self.base.get(site))
+            site: self.pooling.barycenter(f, groups, num_atoms, w, self.prior.get(site))
             for site, f in self.local.items()
         }
 
@@ -122,9 +124,9 @@ class MatchingProblem:
         groups = groups.to(self.weights.device, non_blocking=True)
         total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
         for site, atoms in self.barycenter(groups, num_atoms).items():
-            local, base = self.local[site], self.base.get(site)
-            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, base)
-            total += self.pooling.opening(atoms, base).sum() + self.weights @ pairs.double()
+            local, prior = self.local[site], self.prior.get(site)
+            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, prior)
+            total += self.pooling.opening(atoms, prior).sum() + self.weights @ pairs.double()
         return float(total) / self.dispersion
 
 

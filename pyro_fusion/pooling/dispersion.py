@@ -38,8 +38,8 @@ _MAX_EVIDENCE = 200
 _BISECTIONS = 12
 
 _BULK, _TAIL = 1.36, 5.5
-# `GroupNorm` asks one T of two lone components that share an atom, and up to 1.7 of one that joins
-# a popular atom. Prices in other units are translated at the middle of that.
+# `GroupNormPrior` asks one T of two lone components that share an atom, and up to 1.7 of one that
+# joins a popular atom. Prices in other units are translated at the middle of that.
 _MIDDLE = (2 - 2**0.5) ** -0.5
 
 
@@ -47,7 +47,7 @@ def estimate_dispersion(
     local: Mapping[str, Factor],
     sizes: tuple[int, ...],
     pooling: Pooling,
-    base: Mapping[str, Factor] | None = None,
+    prior: Mapping[str, Factor] | None = None,
 ) -> float:
     """An estimate of T from the components of all parties.
 
@@ -76,7 +76,7 @@ def estimate_dispersion(
 
     :param local: site -> factor of batch shape ``[N]``, the components of the parties in turn.
     :param sizes: ``L_s`` of each party; at least two parties.
-    :param base: site -> the prior of one atom, batch shape ``[1]``, for ``product``.
+    :param prior: site -> the prior of one atom, batch shape ``[1]``, for ``product``.
     """
     part, counts, divergence = _pairwise(local, sizes)
     own = party_of(counts)
@@ -107,9 +107,9 @@ def estimate_dispersion(
         )
     if not limit > 0:
         limit = 1.0
-    if pooling.needs_base:
+    if pooling.needs_prior:
         wrong_pairs = is_own[first, party].nonzero().squeeze(-1)
-        return _break_even(limit, part, base or {}, first, second, price, wrong_pairs, len(sizes))
+        return _break_even(limit, part, prior or {}, first, second, price, wrong_pairs, len(sizes))
     if isinstance(pooling, Exclusive):
         return limit
     return _translated(_MIDDLE * limit, price, _merge_costs(part, first, second, pooling)) / _MIDDLE
@@ -128,7 +128,7 @@ def _translated(limit: float, price: Tensor, other: Tensor) -> float:
 def _break_even(
     limit: float,
     local: Mapping[str, Factor],
-    base: Mapping[str, Factor],
+    prior: Mapping[str, Factor],
     first: Tensor,
     second: Tensor,
     price: Tensor,
@@ -150,7 +150,7 @@ def _break_even(
         cost = torch.zeros(len(pairs), dtype=torch.float64)  # minus the log evidence of each merge
         for site, f in local.items():
             part = f.index_select(0, both)
-            index, one = groups.to(part.device), base[site]
+            index, one = groups.to(part.device), prior[site]
             weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
             part = temper(part, one, weights, dispersion)
             atoms = product.barycenter(part, index, len(pairs), weights, one)

@@ -22,21 +22,21 @@ class Inclusive(Pooling):
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(local, atoms)
 
-    def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
+    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
         return pairwise_kl(local, atoms).mT
 
     def coordinates(self, local: Factor) -> Tensor:
         return local.mean
 
     def from_coordinates(
-        self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
+        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
         return like.from_mean(total / weight)
 
-    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+    def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
         return local.dual
 
-    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+    def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
         return atoms.weighted_dual(weight)
 
 
@@ -51,19 +51,19 @@ class Exclusive(Pooling):
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(atoms, local)
 
-    def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
+    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
         return pairwise_kl(atoms, local)
 
     def coordinates(self, local: Factor) -> Tensor:
         return local.natural
 
     def from_coordinates(
-        self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
+        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
         return like.from_natural(total / weight)
 
-    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
+    def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
         return local.log_normalizer
 
-    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
+    def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
         return atoms.weighted_log_normalizer(weight)

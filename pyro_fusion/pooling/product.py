@@ -22,54 +22,54 @@ class Product(Pooling):
     """
 
     name = "product"
-    needs_base = True
+    needs_prior = True
     normalised = False
     failure = (
         "is improper: some local posterior is wider than the prior. Give the prior that was "
-        "really used as `base`, or pool inclusively or exclusively"
+        "really used as `prior`, or pool inclusively or exclusively"
     )
 
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(atoms, local)
 
-    def cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
-        one = given(base).expand_batch(atoms.batch_shape)
+    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+        one = given(prior).expand_batch(atoms.batch_shape)
         origin = atoms.location()  # nothing large cancels there
-        from_base = atoms.shift(origin).divergences(one.shift(origin))
-        return pairwise_kl(atoms, local) - local.over_entries(from_base)
+        from_prior = atoms.shift(origin).divergences(one.shift(origin))
+        return pairwise_kl(atoms, local) - local.over_entries(from_prior)
 
-    def pair_cost(self, atoms: Factor, local: Factor, base: Factor | None = None) -> Tensor:
-        return kl(atoms, local) - kl(atoms.within(local), given(base))
+    def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+        return kl(atoms, local) - kl(atoms.within(local), given(prior))
 
-    def opening(self, atoms: Factor, base: Factor | None = None) -> Tensor:
-        return kl(atoms, given(base)).double()
+    def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
+        return kl(atoms, given(prior)).double()
 
     def coordinates(self, local: Factor) -> Tensor:
         return local.natural
 
     def from_coordinates(
-        self, like: Factor, total: Tensor, weight: Tensor, base: Factor | None = None
+        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
-        return like.from_natural(total + (1 - weight) * given(base).natural)
+        return like.from_natural(total + (1 - weight) * given(prior).natural)
 
-    def potential(self, local: Factor, base: Factor | None = None) -> Tensor:
-        return local.log_normalizer_over(given(base))
+    def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
+        return local.log_normalizer_over(given(prior))
 
-    def group_potential(self, atoms: Factor, weight: Tensor, base: Factor | None = None) -> Tensor:
-        return atoms.log_normalizer_over(given(base))
+    def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
+        return atoms.log_normalizer_over(given(prior))
 
 
-def temper(local: Factor, base: Factor, weights: Tensor, dispersion: float) -> Factor:
+def temper(local: Factor, prior: Factor, weights: Tensor, dispersion: float) -> Factor:
     """The messages ``q_n / p0`` raised to ``w_n / T``: ``η_0 + (η_n - η_0) w_n / T``.
 
-    :param local: batch shape ``[N]``; ``base``: ``[1]``; ``weights``: ``[N]``.
+    :param local: batch shape ``[N]``; ``prior``: ``[1]``; ``weights``: ``[N]``.
     :raises ParameterError: if one is improper.
     """
     origin = local.location()
-    shifted_base = base.expand_batch((len(weights),)).shift(origin)
+    shifted_prior = prior.expand_batch((len(weights),)).shift(origin)
     shifted = local.shift(origin)
-    message = (shifted.natural - shifted_base.natural) * (weights / dispersion).unsqueeze(1)
+    message = (shifted.natural - shifted_prior.natural) * (weights / dispersion).unsqueeze(1)
     with Product.telling():
-        tempered = local.from_natural(shifted_base.natural + message)
+        tempered = local.from_natural(shifted_prior.natural + message)
         tempered.check()
     return tempered.shift(origin, sign=1.0)

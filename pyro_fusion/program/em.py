@@ -15,13 +15,13 @@ from pyro.nn.module import PyroModule
 from torch import Tensor
 
 from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate, relaxed, sinkhorn
-from pyro_fusion.assignment.priors import AssignmentPrior, GroupNorm, Parametric
+from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.annealing import annealed
 from pyro_fusion.fusion.ascent import Ascent, EMResult, expectation_maximization
-from pyro_fusion.fusion.parties import Labelled, locating
-from pyro_fusion.fusion.result import Fusion, Matching
+from pyro_fusion.fusion.parties import LabelProblem, locating
+from pyro_fusion.fusion.result import FusedLabel, Fusion
 from pyro_fusion.fusion.roles import turns
 from pyro_fusion.fusion.seeding import starts
 from pyro_fusion.pooling.components import by_popularity
@@ -33,7 +33,7 @@ __all__ = ["FusionEM", "check_own", "check_run"]
 
 # A search for an assignment, from one that there is or from nothing: its result, and where each
 # start ended; and the same with the assignment in the order of the parties.
-_Search = Callable[[Labelled, Tensor | None], tuple[EMResult, list[float]]]
+_Search = Callable[[LabelProblem, Tensor | None], tuple[EMResult, list[float]]]
 _Found = tuple[Tensor, EMResult, list[float]]
 
 _Solver = Callable[..., Assignment]
@@ -58,8 +58,10 @@ def _same(a: float, b: float) -> bool:
 def _checked(solver: _Solver) -> _Solver:
     """A solver of the user's own, whose assignments are checked."""
 
-    def checked(problem: AssignmentProblem, prior: AssignmentPrior, **settings: Any) -> Assignment:
-        result = solver(problem, prior, **settings)
+    def checked(
+        problem: AssignmentProblem, assignment_prior: AssignmentPrior, **settings: Any
+    ) -> Assignment:
+        result = solver(problem, assignment_prior, **settings)
         if not isinstance(result, Assignment):
             raise ParameterError(
                 f"expected an Assignment from the solver, got {type(result).__name__}"
@@ -97,11 +99,11 @@ def check_own(model: FusionModel, guide: FusionGuide | None = None) -> None:
     ]
     if guide is not None:
         methods.append((guide, FusionGuide, "scale"))
-    for owner, base, name in methods:
-        if getattr(getattr(owner, name), "__func__", None) is not getattr(base, name):
+    for owner, prior, name in methods:
+        if getattr(getattr(owner, name), "__func__", None) is not getattr(prior, name):
             raise ParameterError(
                 f"{type(owner).__name__} overrides {name}(): there are closed forms for "
-                f"{base.__name__}'s own alone; use SVI"
+                f"{prior.__name__}'s own alone; use SVI"
             )
     if guide is not None and guide.model is not model:
         raise ParameterError("the guide is that of another model")
@@ -134,11 +136,11 @@ class FusionEM:
         check_own(model, guide)
         chosen = _solver_named(solver)
         for part in model.parts.values():
-            convex = isinstance(part.prior, (GroupNorm, Parametric))
-            if chosen is relaxed and (model.pooling.needs_base or not convex):
+            convex = isinstance(part.assignment_prior, (GroupNormPrior, FixedAtoms))
+            if chosen is relaxed and (model.pooling.needs_prior or not convex):
                 raise ParameterError(
-                    "solver 'relaxed' needs prior GroupNorm or Parametric and pooling 'inclusive' "
-                    f"or 'exclusive', got {part.prior!r} and {model.pooling.name!r}"
+                    "solver 'relaxed' needs GroupNormPrior or FixedAtoms and pooling 'inclusive' "
+                    f"or 'exclusive', got {part.assignment_prior!r} and {model.pooling.name!r}"
                 )
         self.model, self.guide, self.solver = model, guide, chosen
         self._ascents: dict[str, Ascent] = {}
@@ -167,7 +169,7 @@ class FusionEM:
         self.guide.set_shared()
         return loss
 
-    def _ascent(self, part: Labelled) -> Ascent:
+    def _ascent(self, part: LabelProblem) -> Ascent:
         """Where the last step ended, unless the guide has been moved since."""
         start = self._start(part)
         ascent = self._ascents.get(part.label)
@@ -176,11 +178,11 @@ class FusionEM:
             or ascent.problem is not part.ordered
             or not torch.equal(ascent.state.groups, start)
         ):
-            ascent = Ascent(part.ordered, part.prior, start, solver=self.solver)
+            ascent = Ascent(part.ordered, part.assignment_prior, start, solver=self.solver)
             self._ascents[part.label] = ascent
         return ascent
 
-    def _start(self, part: Labelled) -> Tensor:
+    def _start(self, part: LabelProblem) -> Tensor:
         return self.guide.assignment[part.label].cpu()[part.order]
 
     # -- the whole way ----------------------------------------------------------------------------
@@ -195,12 +197,12 @@ class FusionEM:
         """
         check_run(restarts, max_iterations, seed)
 
-        def search(part: Labelled, first: Tensor | None) -> tuple[EMResult, list[float]]:
+        def search(part: LabelProblem, first: Tensor | None) -> tuple[EMResult, list[float]]:
             with locating(part.messages):
                 return self._search(part, first, restarts, max_iterations, seed, progress)
 
         traces: list[list[float]] = []
-        matchings: dict[str, Matching] = {}
+        matchings: dict[str, FusedLabel] = {}
         for group in self.model.parties.roles.groups:
             if len(group) == 1:
                 part = self.model.parts[group[0]]
@@ -241,7 +243,7 @@ class FusionEM:
                 start = groups[label][part.order]
                 with locating(part.messages):
                     best = expectation_maximization(
-                        part.ordered, part.prior, start, max_iterations, solver=solver
+                        part.ordered, part.assignment_prior, start, max_iterations, solver=solver
                     )
                 ends = found[label][2] if label in found else []
                 if not ends:  # in the light of all others for the first time
@@ -257,20 +259,22 @@ class FusionEM:
         }
         return unsettled, trace
 
-    def _matching(self, label: str, groups: Tensor, best: EMResult, ends: list[float]) -> Matching:
+    def _matching(
+        self, label: str, groups: Tensor, best: EMResult, ends: list[float]
+    ) -> FusedLabel:
         part = self.model.parts[label]
         groups, popularity = by_popularity(groups, best.num_atoms)
         with locating(part.messages):
             atoms = part.problem.barycenter(groups, best.num_atoms)
         self.guide.set_atoms(label, groups, atoms)
-        return Matching(
+        return FusedLabel(
             label,
             list(groups.split(part.problem.sizes)),
             best.num_atoms,
             popularity,
             best.objective,
             part.dispersion,
-            best.prior,
+            best.assignment_prior,
             best.converged,
             ends,
             best.bound,
@@ -278,7 +282,7 @@ class FusionEM:
 
     def _search(
         self,
-        part: Labelled,
+        part: LabelProblem,
         first: Tensor | None,
         restarts: int,
         max_iterations: int,
@@ -289,16 +293,18 @@ class FusionEM:
         takes longer; the best result and where each start ended."""
         from tqdm import tqdm
 
-        problem, prior, solver = part.ordered, part.prior, self.solver
-        begin = starts(problem, prior, restarts, seed, first)
+        problem, assignment_prior, solver = part.ordered, part.assignment_prior, self.solver
+        begin = starts(problem, assignment_prior, restarts, seed, first)
         bar = tqdm(begin, total=restarts + 1, desc="fusing", disable=not progress)
         results: list[EMResult] = []
         ends: list[float] = []
         for start in bar:
             if solver is sinkhorn:
-                start = annealed(problem, prior, start)
+                start = annealed(problem, assignment_prior, start)
             results.append(
-                expectation_maximization(problem, prior, start, max_iterations, collapsed=False)
+                expectation_maximization(
+                    problem, assignment_prior, start, max_iterations, collapsed=False
+                )
             )
             ends.append(results[-1].objective[-1])
             if sum(_same(f, min(ends)) for f in ends) == _AGREEING:
@@ -310,7 +316,7 @@ class FusionEM:
         best: EMResult | None = None
         for i in order[:_REFINED]:
             result = expectation_maximization(
-                problem, prior, results[i].groups, max_iterations, solver=solver
+                problem, assignment_prior, results[i].groups, max_iterations, solver=solver
             )
             ends[i] = result.objective[-1]
             if best is None or result.objective[-1] < best.objective[-1]:
@@ -319,7 +325,7 @@ class FusionEM:
         assert best is not None
         return best, ends
 
-    def _fusion(self, matchings: dict[str, Matching], traces: list[list[float]]) -> Fusion:
+    def _fusion(self, matchings: dict[str, FusedLabel], traces: list[list[float]]) -> Fusion:
         parties, first = self.model.parties, self.model.parties.posteriors[0]
         factors: dict[str, Factor] = {site: atom for site, (atom, _) in self._shared.items()}
         groups = {label: torch.cat(m.assignment) for label, m in matchings.items()}

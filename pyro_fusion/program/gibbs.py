@@ -38,11 +38,11 @@ from torch.distributions import Distribution, Gamma, LogNormal
 from pyro_fusion.assignment.indian_buffet import harmonic_number
 from pyro_fusion.assignment.markov_kernels import match_anew, slice_sample
 from pyro_fusion.assignment.matching import MAX_EXACT
-from pyro_fusion.assignment.priors import IndianBuffet
+from pyro_fusion.assignment.priors import IndianBuffetPrior
 from pyro_fusion.errors import ParameterError, StructureError
-from pyro_fusion.fusion.parties import Labelled, check_assignment, locating, tempered
+from pyro_fusion.fusion.parties import LabelProblem, check_assignment, locating, tempered
 from pyro_fusion.pooling.collapsed import Sums, log_evidence, log_evidence_of_joining
-from pyro_fusion.pooling.components import MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, compact
 from pyro_fusion.program.em import check_own
 from pyro_fusion.program.model import FusionModel
 
@@ -60,7 +60,7 @@ class AssignmentDraws:
     :ivar num_atoms: K, LongTensor ``[num_samples]``.
     :ivar log_density: of assignment, alpha and ``log T``, ``-F`` but for a constant:
         ``[num_samples]``.
-    :ivar alpha: of a learned :class:`~pyro_fusion.IndianBuffet`, ``[num_samples]``, else None.
+    :ivar alpha: of a learned :class:`~pyro_fusion.IndianBuffetPrior`, ``[num_samples]``, else None.
     :ivar dispersion: T if it is learned, ``[num_samples]``, else None.
     """
 
@@ -147,8 +147,8 @@ class GibbsResult:
 class FusionGibbs:
     """Gibbs sampling of the assignment of a ``product`` model, in place of ``SVI``: each
     :meth:`step` matches every party anew, given all others, then draws alpha (of a learned
-    :class:`~pyro_fusion.IndianBuffet`, from ``Gamma(concentration + K, rate + H_S)``) and T (by
-    slice sampling). The top of this file says what is drawn from.
+    :class:`~pyro_fusion.IndianBuffetPrior`, from ``Gamma(concentration + K, rate + H_S)``) and T
+    (by slice sampling). The top of this file says what is drawn from.
 
     :param model: of pooling ``product``, with its own ``assignment_prior``, ``local`` and
         ``scale``.
@@ -243,20 +243,23 @@ class _Chain:
     """The chain along one label. All but the evidence is on the CPU.
 
     :ivar groups: the atom of each component, numbered by first appearance, LongTensor ``[N]``.
-    :ivar prior: with alpha as it is now; ``learned`` has that of alpha, if there is one.
+    :ivar assignment_prior: with alpha as it is now; ``learned`` has that of alpha, if there is one.
     :ivar problem, dispersion: with T as it is now; ``prior_of_dispersion`` if that is learned.
     :ivar loss: after the last sweep.
     :ivar trace: the draws that were kept.
     """
 
     def __init__(
-        self, part: Labelled, start: Tensor, learn_dispersion: bool | Distribution, block: int
+        self, part: LabelProblem, start: Tensor, learn_dispersion: bool | Distribution, block: int
     ) -> None:
-        self.part, self.block, self.prior = part, block, part.prior
-        self.learned: IndianBuffet | None = None
+        self.part, self.block, self.assignment_prior = part, block, part.assignment_prior
+        self.learned: IndianBuffetPrior | None = None
         self.alpha = self.loss = math.nan
-        if isinstance(part.prior, IndianBuffet) and part.prior.alpha is None:
-            self.learned, self.alpha = part.prior, part.prior.mass
+        if (
+            isinstance(part.assignment_prior, IndianBuffetPrior)
+            and part.assignment_prior.alpha is None
+        ):
+            self.learned, self.alpha = part.assignment_prior, part.assignment_prior.mass
         self.problem, self.dispersion = part.problem, part.dispersion
         self.prior_of_dispersion = _prior_of_dispersion(learn_dispersion, part.dispersion)
         self.groups = _by_appearance(start.cpu())
@@ -287,28 +290,28 @@ class _Chain:
             c, r = self.learned.concentration, self.learned.rate
             shape = c + self.groups.max().double() + 1
             self.alpha = float(Gamma(shape, r + harmonic_number(num_parties)).sample())
-            self.prior = replace(self.learned, alpha=self.alpha)
+            self.assignment_prior = replace(self.learned, alpha=self.alpha)
             loss += r * self.alpha - (c - 1) * math.log(self.alpha)
         if self.prior_of_dispersion is not None:
             x = slice_sample(self._log_density_of, math.log(self.dispersion))
             self.dispersion, self.problem = math.exp(x), self._tempered(x)
             loss -= _log_density(self.prior_of_dispersion, x)
-        penalty = self.prior.penalty(num_parties)[torch.bincount(self.groups)]
-        loss += float(penalty.sum()) + self.prior.constant(num_parties)
+        penalty = self.assignment_prior.penalty(num_parties)[torch.bincount(self.groups)]
+        loss += float(penalty.sum()) + self.assignment_prior.constant(num_parties)
         self.loss = loss - log_evidence(self.problem, self.groups)
 
     def _match_all(self) -> None:
         groups, num_atoms = self.groups.clone(), int(self.groups.max()) + 1
         sums = Sums.of(self.problem, groups, num_atoms)
         popularity = torch.bincount(groups, minlength=num_atoms)
-        step = self.prior.penalty(self.problem.num_parties).diff()
+        step = self.assignment_prior.penalty(self.problem.num_parties).diff()
         for members in self.problem.split(torch.arange(len(groups))):
             sums.add(members, groups[members], -1.0)
             popularity[groups[members]] -= 1
             standing = popularity.nonzero().squeeze(-1)
             count, room = len(standing), len(members)
-            if self.prior.num_atoms is not None:
-                room = min(room, self.prior.num_atoms - count)
+            if self.assignment_prior.num_atoms is not None:
+                room = min(room, self.assignment_prior.num_atoms - count)
             evidence = log_evidence_of_joining(self.problem, sums, members, standing)
             logits = evidence - step[popularity[standing]]
             place = torch.full_like(popularity, count)  # a new one, unless others have it
@@ -327,19 +330,19 @@ class _Chain:
     def _log_density_of(self, log_dispersion: float) -> float:
         """Of ``log T`` given the assignment, but for a constant."""
         assert self.prior_of_dispersion is not None
-        prior = _log_density(self.prior_of_dispersion, log_dispersion)
+        assignment_prior = _log_density(self.prior_of_dispersion, log_dispersion)
         try:
-            return prior + log_evidence(self._tempered(log_dispersion), self.groups)
+            return assignment_prior + log_evidence(self._tempered(log_dispersion), self.groups)
         except ParameterError:  # messages to so high a power are improper
             return -math.inf
 
-    def _tempered(self, log_dispersion: float) -> MatchingProblem:
+    def _tempered(self, log_dispersion: float) -> Components:
         return tempered(replace(self.part.messages, dispersion=math.exp(log_dispersion)))
 
 
 def _check_model(model: FusionModel) -> None:
     check_own(model)
-    if not model.pooling.needs_base:
+    if not model.pooling.needs_prior:
         raise ParameterError(
             f"FusionGibbs needs pooling 'product', got {model.pooling.name!r}: a divergence from "
             "the local posteriors is no evidence that components are the same"
@@ -350,9 +353,11 @@ def _check_model(model: FusionModel) -> None:
             "assignments along these"
         )
     for x in model.parts.values():
-        weights = x.prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
+        weights = x.assignment_prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
         if bool((weights != 1).any()):
-            raise ParameterError(f"FusionGibbs needs a prior without rank weights, got {x.prior!r}")
+            raise ParameterError(
+                f"FusionGibbs needs a prior without rank weights, got {x.assignment_prior!r}"
+            )
 
 
 def _by_appearance(groups: Tensor) -> Tensor:
@@ -378,10 +383,10 @@ def _prior_of_dispersion(learn: bool | Distribution, dispersion: float) -> Distr
     return learn
 
 
-def _log_density(prior: Distribution, log_dispersion: float) -> float:
+def _log_density(assignment_prior: Distribution, log_dispersion: float) -> float:
     """Of ``log T``, where T has the prior."""
     value = torch.tensor(log_dispersion, dtype=torch.float64).exp()
-    support: Any = prior.support
+    support: Any = assignment_prior.support
     if not bool(support.check(value)):
         return -math.inf
-    return float(prior.log_prob(value)) + log_dispersion
+    return float(assignment_prior.log_prob(value)) + log_dispersion

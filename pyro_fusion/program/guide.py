@@ -140,7 +140,7 @@ class FusionGuide(PyroModule):
                     )
             model.num_atoms[label] = number
             used = self._used[label]
-            model.set_prior(label, part.prior.update(used, part.problem.num_parties))
+            model.set_prior(label, part.assignment_prior.update(used, part.problem.num_parties))
 
     def soft(self, label: str) -> Tensor:
         """The relaxed assignment, ``[K, N]``."""
@@ -241,7 +241,7 @@ class FusionGuide(PyroModule):
                 return {s: pyro.sample(s, model.local(s, n)) for s in sites}
         # Parameters, outside the plate of components.
         atoms = {s: self.factor(s) for s in sites}
-        if model.pooling.needs_base:
+        if model.pooling.needs_prior:
             with model.atom_plate(label):
                 return {s: pyro.sample(s, FactorDistribution(f)) for s, f in atoms.items()}
         with pairs(label, assignment, self.scale(label)) as (k, _):

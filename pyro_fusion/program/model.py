@@ -40,14 +40,14 @@ from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
-from pyro_fusion.fusion.arguments import Base, Inputs
+from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.fusion.checks import Weights, check_dispersion, warn_identical
-from pyro_fusion.fusion.links import Link
-from pyro_fusion.fusion.parties import Labelled, Parties, locating
+from pyro_fusion.fusion.links import LinkedSite
+from pyro_fusion.fusion.parties import LabelProblem, Parties, locating
 from pyro_fusion.fusion.seeding import starts
 from pyro_fusion.pooling.base import Pooling
-from pyro_fusion.pooling.components import MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, compact
 from pyro_fusion.pooling.kl import Inclusive
 from pyro_fusion.pooling.named import pooling_named
 from pyro_fusion.posterior import Axes
@@ -77,12 +77,12 @@ class FusionModel(PyroModule):
     labels, under its name, and once more if there are sites without one.
 
     :param posteriors: one per party: posteriors or Pyro guides, as for :func:`~pyro_fusion.fuse`.
-    :param prior: of the assignment; :class:`~pyro_fusion.GroupNorm` by default, for ``product``
-        :class:`~pyro_fusion.IndianBuffet`. One for all labels, or a mapping from label to prior.
     :param pooling: ``"exclusive"``, ``"inclusive"`` or ``"product"``.
-    :param weights, base, axes, dispersion: as for :func:`~pyro_fusion.fuse`.
+    :param assignment_prior: :class:`~pyro_fusion.GroupNormPrior` by default, for ``product``
+        :class:`~pyro_fusion.IndianBuffetPrior`. One for all labels, or a mapping from label to one.
+    :param weights, prior, axes, dispersion: as for :func:`~pyro_fusion.fuse`.
     :raises StructureError: if parties do not fit together.
-    :raises ParameterError: for weights, base or dispersion out of range.
+    :raises ParameterError: for weights, prior or dispersion out of range.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), sec. 3.
     """
@@ -90,11 +90,11 @@ class FusionModel(PyroModule):
     def __init__(
         self,
         posteriors: Inputs | Parties,
-        prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
         pooling: str | Pooling = "exclusive",
+        assignment_prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None = None,
         *,
         weights: Weights = None,
-        base: Base | None = None,
+        prior: Prior | None = None,
         axes: Axes | None = None,
         dispersion: float | None = None,
     ) -> None:
@@ -102,12 +102,12 @@ class FusionModel(PyroModule):
         dispersion = check_dispersion(dispersion)
         how = pooling_named(pooling)
         if not isinstance(posteriors, Parties):
-            posteriors = Parties.of(posteriors, how, weights, base, axes)
-        priors = posteriors.priors(prior)
+            posteriors = Parties.of(posteriors, how, weights, prior, axes)
+        priors = posteriors.priors(assignment_prior)
         warn_identical(posteriors.posteriors, posteriors.names)
         self.parties, self.pooling = posteriors, how
-        self.parts: dict[str, Labelled] = {}
-        self.links: dict[str, Link] = {}
+        self.parts: dict[str, LabelProblem] = {}
+        self.links: dict[str, LinkedSite] = {}
         for group in posteriors.roles.groups:
             parts, links = _parts(posteriors, group, priors, dispersion)
             self.parts.update(parts)
@@ -115,7 +115,7 @@ class FusionModel(PyroModule):
         self.shared = {site: posteriors.shared(site) for site in posteriors.roles.shared}
         # Until a guide says how many there are, whenever it is called: room for all.
         self.num_atoms: dict[str, int] = {
-            label: part.prior.num_atoms or sum(part.problem.sizes)
+            label: part.assignment_prior.num_atoms or sum(part.problem.sizes)
             for label, part in self.parts.items()
         }
         self.relaxed = False  # or whether assignments are matrices of probabilities
@@ -126,7 +126,7 @@ class FusionModel(PyroModule):
 
     def assignment_prior(self, label: str) -> AssignmentPrior:
         """The prior of the assignment."""
-        return self.parts[label].prior
+        return self.parts[label].assignment_prior
 
     def local(self, site: str, index: Tensor) -> pyro.distributions.TorchDistribution:
         """The local posteriors of a labelled site, of the components ``index``, or of the parties
@@ -151,13 +151,15 @@ class FusionModel(PyroModule):
         :raises StructureError: if a site or label has a name that the program needs itself.
         """
         roles, sites = self.parties.roles, self.parties.posteriors[0].axes
-        check_names(roles, sites, self.pooling.needs_base)
+        check_names(roles, sites, self.pooling.needs_prior)
         result = {}
         assignments: dict[str, Tensor] = {}
         for label, part in self.parts.items():
-            prior, problem = self.assignment_prior(label), part.problem
+            assignment_prior, problem = self.assignment_prior(label), part.problem
             room, device = self._room(label), problem.weights.device
-            distribution = JointMatching(prior, problem.sizes, room, self.relaxed, device)
+            distribution = JointMatching(
+                assignment_prior, problem.sizes, room, self.relaxed, device
+            )
             with poutine.scale(scale=part.price):
                 assignment = pyro.sample(f"{label}_assignment", distribution)
             _check_value(label, assignment, room)
@@ -172,7 +174,7 @@ class FusionModel(PyroModule):
     def _pool(
         self, label: str | None, sites: Sequence[str], assignment: Tensor
     ) -> dict[str, Tensor]:
-        if self.pooling.needs_base:
+        if self.pooling.needs_prior:
             return self._product(label, sites, assignment)
         # Parameters of atoms, outside the plate of components.
         atoms = {}
@@ -190,19 +192,20 @@ class FusionModel(PyroModule):
     def _product(
         self, label: str | None, sites: Sequence[str], assignment: Tensor
     ) -> dict[str, Tensor]:
-        base = {site: self._problem(site).base[site] for site in sites}
+        prior = {site: self._problem(site).prior[site] for site in sites}
         result = {}
         plate = self.atom_plate(label)
         with plate:
-            for site, one in base.items():
-                prior = FactorDistribution(one.expand_batch((plate.size,)))
-                result[site] = pyro.sample(site, prior)
+            for site, one in prior.items():
+                result[site] = pyro.sample(
+                    site, FactorDistribution(one.expand_batch((plate.size,)))
+                )
         with pairs(label, assignment, self.scale(label)) as (k, n):
-            for site, one in base.items():
-                prior = FactorDistribution(one)
-                value = _gather(result[site], k, prior.event_dim)
+            for site, one in prior.items():
+                density = FactorDistribution(one)
+                value = _gather(result[site], k, density.event_dim)
                 message = self.local(site, n).log_prob(value)
-                pyro.factor(f"{site}_message", message - prior.log_prob(value))
+                pyro.factor(f"{site}_message", message - density.log_prob(value))
         return result
 
     def atom_plate(self, label: str | None) -> pyro.plate:
@@ -237,24 +240,24 @@ class FusionModel(PyroModule):
         """The assignment of all parties to the one atom of a site without a label, ``[S]``."""
         return torch.zeros_like(next(iter(self.shared.values())).weights, dtype=torch.long)
 
-    def _problem(self, site: str) -> MatchingProblem:
+    def _problem(self, site: str) -> Components:
         if site in self.shared:
             return self.shared[site]
         if site in self.links:
             return self.links[site].problem
         return next(p.problem for p in self.parts.values() if site in p.problem.local)
 
-    def set_prior(self, label: str, prior: AssignmentPrior) -> None:
+    def set_prior(self, label: str, assignment_prior: AssignmentPrior) -> None:
         """Put the prior of an assignment in the place of the present one."""
-        self.parts[label] = replace(self.parts[label], prior=prior)
+        self.parts[label] = replace(self.parts[label], assignment_prior=assignment_prior)
 
-    def given(self, label: str, assignment: Mapping[str, Tensor]) -> Labelled:
+    def given(self, label: str, assignment: Mapping[str, Tensor]) -> LabelProblem:
         """The components along a label, in the light of what is given of the assignments ``[N]``
         along those that it shares sites with."""
         part = self.parts[label]
         if not any(label in link.labels for link in self.links.values()):
             return part
-        return self.parties.labelled(label, part.prior, part.dispersion, assignment)
+        return self.parties.labelled(label, part.assignment_prior, part.dispersion, assignment)
 
     def linked_objective(self, group: Sequence[str], assignment: Mapping[str, Tensor]) -> float:
         """The part of F of labels that are linked, at the best atoms for their assignments ``[N]``:
@@ -265,10 +268,12 @@ class FusionModel(PyroModule):
         total = 0.0
         for label in group:
             part, num_parties = self.parts[label], self.parts[label].problem.num_parties
-            prior = part.prior.update(counts[label], num_parties)
+            assignment_prior = part.assignment_prior.update(counts[label], num_parties)
             none = torch.zeros(counts[label], len(groups[label]), dtype=torch.float64)
-            value = AssignmentProblem.of(part.problem.split(none), prior).objective(groups[label])
-            total += part.price * (prior.constant(num_parties) + value)
+            value = AssignmentProblem.of(part.problem.split(none), assignment_prior).objective(
+                groups[label]
+            )
+            total += part.price * (assignment_prior.constant(num_parties) + value)
             total += part.problem.divergence(groups[label], counts[label])
         for link in self.links.values():
             if link.labels[0] in group:
@@ -353,9 +358,9 @@ def _gather(value: Tensor, k: Tensor, event_dim: int) -> Tensor:
     return value.gather(len(batch), index)
 
 
-def _start(part: Labelled, seed: int) -> Tensor:
+def _start(part: LabelProblem, seed: int) -> Tensor:
     with locating(part.messages):
-        return part.as_given(next(starts(part.ordered, part.prior, 0, seed)))
+        return part.as_given(next(starts(part.ordered, part.assignment_prior, 0, seed)))
 
 
 def _parts(
@@ -363,7 +368,7 @@ def _parts(
     group: tuple[str, ...],
     priors: Mapping[str, AssignmentPrior],
     dispersion: float | None,
-) -> tuple[dict[str, Labelled], dict[str, Link]]:
+) -> tuple[dict[str, LabelProblem], dict[str, LinkedSite]]:
     """The components along labels that are linked, and the sites that link them."""
     if len(group) == 1:
         return {group[0]: parties.labelled(group[0], priors[group[0]], dispersion)}, {}
@@ -373,10 +378,12 @@ def _parts(
         part = parties.labelled(label, priors[label], dispersion, found)
         start = _start(part, seed=0)[part.order]
         with locating(part.messages):
-            end = expectation_maximization(part.ordered, part.prior, start, collapsed=False)
+            end = expectation_maximization(
+                part.ordered, part.assignment_prior, start, collapsed=False
+            )
         found[label] = part.as_given(end.groups)
     parts = {x: parties.labelled(x, priors[x], dispersion, found) for x in group}
-    if parties.pooling.needs_base and dispersion is None:
+    if parties.pooling.needs_prior and dispersion is None:
         # The entries that labels have in common are tempered once.
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
         parts = {x: parties.labelled(x, priors[x], scale, found) for x in group}

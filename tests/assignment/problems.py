@@ -8,18 +8,18 @@ import itertools
 import torch
 from torch import Tensor
 
-from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.assignment import NEW
 from pyro_fusion.assignment.priors import AssignmentPrior
 
 PRIORS = [
-    IndianBuffet(1.0),
-    IndianBuffet(0.1),
-    GroupNorm(),
-    GroupNorm(0.3),
-    Parametric(3),
+    IndianBuffetPrior(1.0),
+    IndianBuffetPrior(0.1),
+    GroupNormPrior(),
+    GroupNormPrior(0.3),
+    FixedAtoms(3),
 ]
-RANKED = GroupNorm(0.5, ranked=True)
+RANKED = GroupNormPrior(0.5, ranked=True)
 
 
 def random_costs(seed: int, num_atoms: int, sizes: list[int]) -> list[Tensor]:

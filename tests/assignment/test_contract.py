@@ -11,7 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric, StructureError
+from pyro_fusion import (
+    FixedAtoms,
+    GroupNormPrior,
+    IndianBuffetPrior,
+    ParameterError,
+    StructureError,
+)
 from pyro_fusion.assignment import (
     NEW,
     Assignment,
@@ -28,16 +34,16 @@ SOLVERS: dict[str, Callable[..., Assignment]] = {
     "relaxed": relaxed,
     "sinkhorn": sinkhorn,
 }
-GROUP_NORMS = [GroupNorm(), GroupNorm(0.3), GroupNorm(0.5, ranked=True)]
+GROUP_NORMS = [GroupNormPrior(), GroupNormPrior(0.3), GroupNormPrior(0.5, ranked=True)]
 # With a fixed number of atoms it is that of the problem: None stands for it.
 FOR_SOLVER: dict[str, list[AssignmentPrior | None]] = {
-    "coordinate": [*GROUP_NORMS, IndianBuffet(1.0), IndianBuffet(0.1), None],
+    "coordinate": [*GROUP_NORMS, IndianBuffetPrior(1.0), IndianBuffetPrior(0.1), None],
     "relaxed": [*GROUP_NORMS, None],
-    "sinkhorn": [*GROUP_NORMS, IndianBuffet(1.0), IndianBuffet(0.1), None],
+    "sinkhorn": [*GROUP_NORMS, IndianBuffetPrior(1.0), IndianBuffetPrior(0.1), None],
 }
 CASES = [(name, prior) for name in SOLVERS for prior in FOR_SOLVER[name]]
 every_case = pytest.mark.parametrize(
-    ("name", "prior"), CASES, ids=[f"{n}-{p or 'Parametric'}" for n, p in CASES]
+    ("name", "prior"), CASES, ids=[f"{n}-{p or 'FixedAtoms'}" for n, p in CASES]
 )
 every_solver = pytest.mark.parametrize("name", SOLVERS)
 
@@ -48,7 +54,7 @@ seeds = st.integers(0, 10_000)
 def solve(name, cost, prior, **options) -> Assignment:
     """Solve, and check what holds of any result."""
     if prior is None:
-        prior = Parametric(len(cost[0]))
+        prior = FixedAtoms(len(cost[0]))
     result = SOLVERS[name](cost, prior, **options)
     check_feasible(cost, prior, result)
     value = assignment_objective(cost, prior, result.atoms)
@@ -98,7 +104,7 @@ class TestContract:
     def test_objective_is_between_bound_and_start(self, name, prior, seed):
         sizes = [3, 1, 2, 3]
         cost = random_costs(seed, 3, sizes)
-        prior = prior or Parametric(3)
+        prior = prior or FixedAtoms(3)
         best = brute_force(cost, prior)
         start = random_start(seed, 3, sizes)
         for options in ({}, {"start": start}):
@@ -165,19 +171,19 @@ class TestContract:
 
     def test_one_component_each(self, name, prior):
         cost = random_costs(5, 3, [1] * 5)
-        best = brute_force(cost, prior or Parametric(3))
+        best = brute_force(cost, prior or FixedAtoms(3))
         assert best - 1e-9 <= solve(name, cost, prior).objective <= 1.2 * best
 
     def test_one_atom(self, name, prior):
         cost = [c[:1] for c in random_costs(6, 3, [1, 1, 1] if prior is None else [1, 3, 2])]
-        best = brute_force(cost, prior or Parametric(1))
+        best = brute_force(cost, prior or FixedAtoms(1))
         assert solve(name, cost, prior).objective == pytest.approx(best)
 
     def test_no_standing_atom(self, name, prior):
         cost = [torch.zeros(0, 2), torch.zeros(0, 3)]
         if prior is None:
             with pytest.raises(StructureError, match="party 0 has 2 components, but there are"):
-                SOLVERS[name](cost, Parametric(2))
+                SOLVERS[name](cost, FixedAtoms(2))
             return
         result = SOLVERS[name](cost, prior)
         assert [a.tolist() for a in result.atoms] == [[NEW] * 2, [NEW] * 3]
@@ -200,13 +206,13 @@ class TestContract:
             gone[a, torch.arange(len(a))] = False  # the start is allowed
             c[gone] = torch.inf
         result = solve(name, cost, prior, start=start)
-        prior = prior or Parametric(num_atoms)
+        prior = prior or FixedAtoms(num_atoms)
         assert result.objective <= assignment_objective(cost, prior, start) + 1e-9
         assert math.isfinite(solve(name, cost, prior).objective)
 
 
 @pytest.mark.parametrize(("num_atoms", "sizes"), [(500, [100] * 20), (250, [2] * 2000)])
-@pytest.mark.parametrize("prior", [GroupNorm(), None], ids=str)
+@pytest.mark.parametrize("prior", [GroupNormPrior(), None], ids=str)
 @every_solver
 def test_a_million_entries_of_any_size(name, prior, num_atoms, sizes):
     # Of twenty orders of magnitude, half of them forbidden.
@@ -235,7 +241,7 @@ def test_a_million_entries_of_any_size(name, prior, num_atoms, sizes):
 def test_solvers_agree(seed, sizes, prior, scale):
     cost = [scale * c for c in random_costs(seed, 3, sizes)]
     results = [solve(name, cost, prior) for name in SOLVERS]
-    many = coordinate(cost, prior or Parametric(3), restarts=40)
+    many = coordinate(cost, prior or FixedAtoms(3), restarts=40)
     lowest = min(r.objective for r in results)
     assert all(r.bound <= lowest + 1e-9 for r in results)
     if prior is not GROUP_NORMS[2]:  # with ranks, restarts do not find all
@@ -249,7 +255,7 @@ def test_solvers_agree(seed, sizes, prior, scale):
 def test_opening_costs(name, seed, sizes):
     cost = random_costs(seed, 3, sizes)
     opening = torch.tensor([0.5, 2.0, 0.0], dtype=torch.float64)
-    result = SOLVERS[name](cost, GroupNorm(), opening=opening)
-    assert result.objective >= brute_force(cost, GroupNorm(), opening) - 1e-9
-    value = assignment_objective(cost, GroupNorm(), result.atoms, opening)
+    result = SOLVERS[name](cost, GroupNormPrior(), opening=opening)
+    assert result.objective >= brute_force(cost, GroupNormPrior(), opening) - 1e-9
+    value = assignment_objective(cost, GroupNormPrior(), result.atoms, opening)
     assert result.objective == pytest.approx(value)

@@ -9,14 +9,13 @@ import math
 import pytest
 import torch
 
-from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.assignment import NEW, assignment_objective, coordinate, match
 from tests.assignment.problems import PRIORS, RANKED, brute_force, random_costs
 
 # By name: the package has functions of these names too.
 MODULES = [
-    importlib.import_module(f"pyro_fusion.assignment.{name}")
-    for name in ("coordinate", "transfers")
+    importlib.import_module(f"pyro_fusion.assignment.{name}") for name in ("descent", "transfers")
 ]
 
 
@@ -41,7 +40,7 @@ def test_mostly_equals_enumeration_with_ranks():
     assert sum(equal) >= 0.8 * len(equal)
 
 
-@pytest.mark.parametrize("prior", [*PRIORS, RANKED, GroupNorm(2.0, ranked=True)], ids=str)
+@pytest.mark.parametrize("prior", [*PRIORS, RANKED, GroupNormPrior(2.0, ranked=True)], ids=str)
 @pytest.mark.parametrize("seed", range(10))
 def test_never_rises(prior, seed):
     sizes = [3, 1, 2, 3]
@@ -59,7 +58,9 @@ def test_never_rises(prior, seed):
     assert (torch.tensor(trace, dtype=torch.float64)[[0, *range(6, 11)]].diff() <= 1e-9).all()
 
 
-@pytest.mark.parametrize("prior", [GroupNorm(), GroupNorm(5.0), IndianBuffet(1.0)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [GroupNormPrior(), GroupNormPrior(5.0), IndianBuffetPrior(1.0)], ids=str
+)
 def test_default_start_opens_standing_atoms(prior):
     # From new atoms only, no party alone gains by opening one.
     generator = torch.Generator().manual_seed(0)
@@ -76,26 +77,26 @@ def test_default_start_opens_standing_atoms(prior):
 def test_default_start_is_no_worse_than_new_atoms():
     for seed in range(20):
         cost = [10 * c for c in random_costs(seed, 5, [2, 3])]
-        assert coordinate(cost, GroupNorm(0.5), max_sweeps=1).objective <= 2.5 + 1e-9
+        assert coordinate(cost, GroupNormPrior(0.5), max_sweeps=1).objective <= 2.5 + 1e-9
 
 
 def test_leaves_a_forbidden_start():
     cost = [torch.tensor([[torch.inf, 1.0], [2.0, torch.inf]], dtype=torch.float64)] * 2
     start = [torch.tensor([0, 1]), torch.tensor([1, 0])]
-    for prior in (Parametric(2), GroupNorm(), GroupNorm(ranked=True)):
+    for prior in (FixedAtoms(2), GroupNormPrior(), GroupNormPrior(ranked=True)):
         assert math.isfinite(coordinate(cost, prior, start=start).objective)
 
 
 @pytest.mark.parametrize("chunk", [1, 50])
 def test_parts_do_not_matter(monkeypatch, chunk):
     cost = random_costs(0, 8, [5, 1, 8, 6])
-    whole = coordinate(cost, GroupNorm())
+    whole = coordinate(cost, GroupNormPrior())
     for module in MODULES:
         monkeypatch.setattr(module, "MAX_NUMBERS", chunk)
-    assert torch.equal(torch.cat(coordinate(cost, GroupNorm()).atoms), torch.cat(whole.atoms))
+    assert torch.equal(torch.cat(coordinate(cost, GroupNormPrior()).atoms), torch.cat(whole.atoms))
 
 
-@pytest.mark.parametrize("prior", [GroupNorm(1.0), IndianBuffet(0.1)], ids=str)
+@pytest.mark.parametrize("prior", [GroupNormPrior(1.0), IndianBuffetPrior(0.1)], ids=str)
 def test_a_merge_no_party_would_begin(prior):
     cost = [torch.tensor([[0.0], [0.1]], dtype=torch.float64)] * 3
     cost += [torch.tensor([[0.1], [0.0]], dtype=torch.float64)] * 3
@@ -109,14 +110,14 @@ def test_a_merge_no_party_would_begin(prior):
 def test_equals_enumeration_with_opening_costs_and_ragged_parties(seed):
     cost = random_costs(seed, 4, [1, 3, 2])
     opening = torch.tensor([0.5, 2.0, 0.0, 1.0], dtype=torch.float64)
-    result = coordinate(cost, IndianBuffet(1.0), opening=opening, restarts=40)
-    expected = brute_force(cost, IndianBuffet(1.0), opening)
+    result = coordinate(cost, IndianBuffetPrior(1.0), opening=opening, restarts=40)
+    expected = brute_force(cost, IndianBuffetPrior(1.0), opening)
     assert result.objective == pytest.approx(expected, abs=1e-9)
 
 
 def test_infinite_cost_forbids():
     cost = [torch.tensor([[0.0, 0.0], [torch.inf, 1.0]], dtype=torch.float64)]
-    result = coordinate(cost, Parametric(2))
+    result = coordinate(cost, FixedAtoms(2))
     assert result.atoms[0].tolist() == [0, 1]
 
 

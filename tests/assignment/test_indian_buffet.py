@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from pyro.infer import SVI, Trace_ELBO
 from torch.distributions import constraints
 
-from pyro_fusion import IndianBuffet, ParameterError
+from pyro_fusion import IndianBuffetPrior, ParameterError
 from pyro_fusion.assignment import FiniteIndianBuffet, IndianBuffetProcess
 from pyro_fusion.assignment.indian_buffet import harmonic_number, popularity_log_weights
 
@@ -242,7 +242,7 @@ class TestIndianBuffetProcess:
                     yield from partitions(s + 1, joined + [(s,)] * (sizes[s] - len(taken)))
 
         alpha, num_parties = 0.8, len(sizes)
-        prior = IndianBuffet(alpha)
+        prior = IndianBuffetPrior(alpha)
         phi, constant = prior.penalty(num_parties), prior.constant(num_parties)
         labels = math.prod(math.factorial(size) for size in sizes)
         total = Counter()

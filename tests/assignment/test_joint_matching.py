@@ -13,19 +13,19 @@ import torch
 from pyro import poutine
 from scipy.stats import chi2, poisson
 
-from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.assignment import AssignmentProblem, IndianBuffetProcess
 from pyro_fusion.assignment.joint_matching import JointMatching
 
 SIZES = [(1, 1), (2, 1), (2, 2), (3, 2), (1, 1, 1), (2, 1, 2), (3, 1, 1), (2, 2, 2)]
 PRIORS = [
-    IndianBuffet(0.5),
-    IndianBuffet(3.0),
-    IndianBuffet(),
-    GroupNorm(),
-    GroupNorm(2.0),
-    Parametric(3),
-    Parametric(4),
+    IndianBuffetPrior(0.5),
+    IndianBuffetPrior(3.0),
+    IndianBuffetPrior(),
+    GroupNormPrior(),
+    GroupNormPrior(2.0),
+    FixedAtoms(3),
+    FixedAtoms(4),
 ]
 
 
@@ -89,7 +89,7 @@ class TestDensity:
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     @pytest.mark.parametrize("alpha", [0.3, 1.0, 2.5])
     def test_of_the_buffet_is_normalised(self, sizes, alpha):
-        d = draw(IndianBuffet(alpha), sizes)
+        d = draw(IndianBuffetPrior(alpha), sizes)
         total = sum(math.exp(float(d.log_prob(torch.tensor(a)))) for a in partitions(sizes))
         total /= math.prod(math.factorial(n) for n in sizes)
         assert total == pytest.approx(row_sums_probability(alpha, sizes), rel=1e-9)
@@ -98,7 +98,7 @@ class TestDensity:
     def test_is_that_of_the_buffet_process(self, sizes):
         # A class of matrices is as many partitions as there are ways to name the components of
         # its columns, but for columns that are the same.
-        d, process = draw(IndianBuffet(0.7), sizes), IndianBuffetProcess(0.7, len(sizes))
+        d, process = draw(IndianBuffetPrior(0.7), sizes), IndianBuffetProcess(0.7, len(sizes))
         party = [s for s, n in enumerate(sizes) for _ in range(n)]
         classes: dict[tuple, float] = Counter()
         for a in partitions(sizes):
@@ -120,7 +120,7 @@ class TestDensity:
             truth = -penalty(a, prior, sizes) - prior.constant(len(sizes))
             assert float(d.log_prob(torch.tensor(a))) == pytest.approx(truth, rel=1e-12, abs=1e-12)
 
-    @pytest.mark.parametrize("prior", [*PRIORS, GroupNorm(1.0, ranked=True)], ids=str)
+    @pytest.mark.parametrize("prior", [*PRIORS, GroupNormPrior(1.0, ranked=True)], ids=str)
     def test_depends_on_the_partition_alone(self, prior):
         sizes, value = (3, 2, 2), torch.tensor([0, 1, 2, 2, 0, 3, 2])
         d = draw(prior, sizes, 6)
@@ -134,11 +134,13 @@ class TestDensity:
     def test_with_rank_weights(self):
         sizes, value = (3, 2, 2), torch.tensor([0, 1, 2, 1, 3, 1, 4])
         # Popularities 3, 1, 1, 1, 1: the first three are free, the others 1 and √2 times √1.
-        d = draw(GroupNorm(0.7, ranked=True), sizes, 6)
+        d = draw(GroupNormPrior(0.7, ranked=True), sizes, 6)
         assert float(d.log_prob(value)) == pytest.approx(-0.7 * (1 + math.sqrt(2)))
 
     @pytest.mark.parametrize(
-        "prior", [IndianBuffet(0.7), GroupNorm(), GroupNorm(1.0, ranked=True)], ids=str
+        "prior",
+        [IndianBuffetPrior(0.7), GroupNormPrior(), GroupNormPrior(1.0, ranked=True)],
+        ids=str,
     )
     def test_is_the_objective_of_the_solvers(self, prior):
         sizes, value = (3, 2, 2), torch.tensor([0, 1, 2, 1, 3, 1, 4])
@@ -148,7 +150,7 @@ class TestDensity:
 
     @pytest.mark.parametrize("relaxed", [False, True])
     def test_of_many_values(self, relaxed):
-        d = JointMatching(GroupNorm(1.0, ranked=True), (2, 1, 2), 4, relaxed)
+        d = JointMatching(GroupNormPrior(1.0, ranked=True), (2, 1, 2), 4, relaxed)
         values = d.sample((3, 2))
         assert values.shape == (3, 2) + d.event_shape
         one_by_one = [[d.log_prob(v) for v in row] for row in values]
@@ -157,7 +159,7 @@ class TestDensity:
 
 
 class TestRelaxed:
-    @pytest.mark.parametrize("prior", [*PRIORS, GroupNorm(1.0, ranked=True)], ids=str)
+    @pytest.mark.parametrize("prior", [*PRIORS, GroupNormPrior(1.0, ranked=True)], ids=str)
     @pytest.mark.parametrize("sizes", SIZES, ids=str)
     def test_at_integers_is_the_same(self, prior, sizes):
         room = sum(sizes)
@@ -167,7 +169,7 @@ class TestRelaxed:
             torch.testing.assert_close(soft.log_prob(p), hard.log_prob(a))
 
     def test_between_integers_is_linear(self):
-        prior, sizes = GroupNorm(1.5), (1, 1, 1)
+        prior, sizes = GroupNormPrior(1.5), (1, 1, 1)
         soft = JointMatching(prior, sizes, 2, relaxed=True)
         p = torch.tensor([[1.0, 0.6, 0.9], [0.0, 0.4, 0.1]]).double()
         phi = [1.5 * math.sqrt(m) for m in range(4)]
@@ -175,7 +177,7 @@ class TestRelaxed:
         assert float(soft.log_prob(p)) == pytest.approx(-truth)
 
     def test_gradients(self):
-        prior, sizes = IndianBuffet(0.5), (2, 2, 1)
+        prior, sizes = IndianBuffetPrior(0.5), (2, 2, 1)
         soft = JointMatching(prior, sizes, 3, relaxed=True)
         p = torch.rand(3, 5).double().requires_grad_()
         assert torch.autograd.gradcheck(soft.log_prob, p)
@@ -185,7 +187,7 @@ class TestRelaxed:
         torch.testing.assert_close(slope, -steps.unsqueeze(1).expand(3, 5))
 
     def test_draws_are_matchings(self):
-        soft = JointMatching(GroupNorm(), (2, 2), 3, relaxed=True)
+        soft = JointMatching(GroupNormPrior(), (2, 2), 3, relaxed=True)
         p = soft.sample()
         assert p.shape == soft.event_shape == (3, 4)
         assert bool(soft.support.check(p)) and torch.equal(p.sum(0), torch.ones(4).double())
@@ -195,12 +197,12 @@ class TestDraws:
     @pytest.mark.parametrize(
         "prior, sizes, room",
         [
-            (IndianBuffet(0.5), (2, 2), 4),
-            (IndianBuffet(2.0), (2, 1, 2), 3),
-            (IndianBuffet(2.0), (1, 1, 1), 3),
-            (GroupNorm(1.0), (3, 2), 5),
-            (GroupNorm(1.0), (2, 1, 1), 3),
-            (Parametric(3), (2, 1, 2), 3),
+            (IndianBuffetPrior(0.5), (2, 2), 4),
+            (IndianBuffetPrior(2.0), (2, 1, 2), 3),
+            (IndianBuffetPrior(2.0), (1, 1, 1), 3),
+            (GroupNormPrior(1.0), (3, 2), 5),
+            (GroupNormPrior(1.0), (2, 1, 1), 3),
+            (FixedAtoms(3), (2, 1, 2), 3),
         ],
         ids=str,
     )
@@ -229,7 +231,7 @@ class TestDraws:
         assert statistic < chi2.ppf(0.9999, max(cells - 1, 1))
 
     def test_depend_on_the_seed_alone(self):
-        d = draw(GroupNorm(), (3, 2, 3), 5)
+        d = draw(GroupNormPrior(), (3, 2, 3), 5)
         pyro.set_rng_seed(3)
         first = d.sample((2,))
         pyro.set_rng_seed(3)
@@ -237,14 +239,14 @@ class TestDraws:
         assert d.sample().shape == (8,)
 
     def test_of_a_party_with_as_many_components_as_there_is_room(self):
-        d = draw(GroupNorm(), (3, 3), 3)
+        d = draw(GroupNormPrior(), (3, 3), 3)
         for a in d.sample((10,)):
             assert sorted(a[:3].tolist()) == sorted(a[3:].tolist()) == [0, 1, 2]
 
 
 class TestIsADistribution:
     def test_in_a_program(self):
-        d = draw(GroupNorm(), (2, 3), 4)
+        d = draw(GroupNormPrior(), (2, 3), 4)
         trace = poutine.trace(lambda: pyro.sample("a", d)).get_trace()
         trace.compute_log_prob()
         site = trace.nodes["a"]
@@ -252,7 +254,7 @@ class TestIsADistribution:
 
     @pytest.mark.parametrize("relaxed", [False, True])
     def test_batches(self, relaxed):
-        one = JointMatching(GroupNorm(), (2, 3), 4, relaxed)
+        one = JointMatching(GroupNormPrior(), (2, 3), 4, relaxed)
         d = one.expand((6, 1))
         value = d.sample((2,))
         assert d.batch_shape == (6, 1) and d.event_shape == ((4, 5) if relaxed else (5,))
@@ -263,19 +265,19 @@ class TestIsADistribution:
         assert d.expand((4, 6, 1)).batch_shape == (4, 6, 1)
 
     def test_support(self):
-        support = draw(GroupNorm(), (2, 1), 3).support
+        support = draw(GroupNormPrior(), (2, 1), 3).support
         assert support.is_discrete and support.event_dim == 1
         assert bool(support.check(torch.tensor([0, 2, 1])))
         assert not bool(support.check(torch.tensor([0, 3, 1])))
 
 
 def test_two_components_of_a_party_in_one_atom_have_no_probability():
-    joint = JointMatching(GroupNorm(), (2, 2, 1), 4)
+    joint = JointMatching(GroupNormPrior(), (2, 2, 1), 4)
     values = torch.tensor([[0, 0, 1, 2, 3], [0, 1, 1, 0, 0], [0, 1, 2, 2, 3]])
     assert joint.log_prob(values).isneginf().tolist() == [True, False, True]
 
 
 def test_atoms_that_there_are_not_have_no_probability():
-    joint = JointMatching(GroupNorm(), (2, 1), 3)
+    joint = JointMatching(GroupNormPrior(), (2, 1), 3)
     values = torch.tensor([[0, 1, 2], [0, 3, 2], [0, 1, -1]])
     assert joint.log_prob(values).isneginf().tolist() == [False, True, True]

@@ -8,11 +8,23 @@ import math
 import pytest
 import torch
 
-from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric, StructureError
+from pyro_fusion import (
+    FixedAtoms,
+    GroupNormPrior,
+    IndianBuffetPrior,
+    ParameterError,
+    StructureError,
+)
 from pyro_fusion.assignment.priors import assignment_priors
 
-PRIORS = [IndianBuffet(), IndianBuffet(0.2), IndianBuffet(None), GroupNorm(), GroupNorm(3.0)]
-PRIORS += [GroupNorm(ranked=True), Parametric(4)]
+PRIORS = [
+    IndianBuffetPrior(),
+    IndianBuffetPrior(0.2),
+    IndianBuffetPrior(None),
+    GroupNormPrior(),
+    GroupNormPrior(3.0),
+]
+PRIORS += [GroupNormPrior(ranked=True), FixedAtoms(4)]
 
 
 @pytest.mark.parametrize("prior", PRIORS, ids=str)
@@ -52,12 +64,12 @@ class TestIndianBuffet:
                 + math.lgamma(num_parties - m + 1)
                 - math.lgamma(num_parties + 1 + a)
             )
-            phi = IndianBuffet(alpha).penalty(num_parties)[m]
+            phi = IndianBuffetPrior(alpha).penalty(num_parties)[m]
             assert float(phi) == pytest.approx(-log_p, abs=1e-7)
 
     def test_left_ordered_forms_of_one_party_add_up_to_one(self):
         # One party has K ~ Poisson(α) atoms: with 1/K! for their order the probabilities sum to 1.
-        prior = IndianBuffet(1.7)
+        prior = IndianBuffetPrior(1.7)
         total = sum(
             math.exp(-prior.constant(1) - k * float(prior.penalty(1)[1])) / math.factorial(k)
             for k in range(60)
@@ -65,7 +77,7 @@ class TestIndianBuffet:
         assert total == pytest.approx(1.0, abs=1e-12)
 
     def test_learned_alpha_is_the_mode(self):
-        prior = IndianBuffet(None, concentration=2.0, rate=0.5)
+        prior = IndianBuffetPrior(None, concentration=2.0, rate=0.5)
         best = prior.update(7, 4).mass
         harmonic = 1 + 1 / 2 + 1 / 3 + 1 / 4
 
@@ -77,11 +89,11 @@ class TestIndianBuffet:
     @pytest.mark.parametrize("alpha", [0.0, -1.0, math.inf, math.nan])
     def test_bad_alpha(self, alpha):
         with pytest.raises(ParameterError, match="alpha must be positive"):
-            IndianBuffet(alpha)
+            IndianBuffetPrior(alpha)
 
     def test_alpha_may_be_a_tensor(self):
         alpha = torch.tensor(1.7, dtype=torch.float64, requires_grad=True)
-        prior, number = IndianBuffet(alpha), IndianBuffet(1.7)
+        prior, number = IndianBuffetPrior(alpha), IndianBuffetPrior(1.7)
         torch.testing.assert_close(prior.penalty(4), number.penalty(4), rtol=0, atol=1e-15)
         assert prior.constant(4).item() == pytest.approx(number.constant(4), rel=1e-15)
         # Of an assignment of six parties: log density K log α - α H_S but for constants.
@@ -92,35 +104,35 @@ class TestIndianBuffet:
 
     def test_a_tensor_of_any_dtype_and_of_axes_of_size_one(self):
         for alpha in (torch.tensor(2.0), torch.tensor([[2.0]]), torch.tensor(2)):
-            prior = IndianBuffet(alpha)
+            prior = IndianBuffetPrior(alpha)
             assert prior.mass == 2.0
             assert isinstance(prior.mass, float)
             assert prior.penalty(3).dtype == torch.float64
             assert prior.constant(3).shape == ()
-            assert prior == IndianBuffet(2.0)
-            assert hash(prior) == hash(IndianBuffet(2.0))
-            assert prior != IndianBuffet(2.5)
-            assert repr(prior).startswith("IndianBuffet(alpha=tensor(2")
+            assert prior == IndianBuffetPrior(2.0)
+            assert hash(prior) == hash(IndianBuffetPrior(2.0))
+            assert prior != IndianBuffetPrior(2.5)
+            assert repr(prior).startswith("IndianBuffetPrior(alpha=tensor(2")
             assert prior.update(9, 9) is prior
 
     def test_fuse_takes_the_value_of_a_tensor(self):
         alpha = torch.tensor(0.5, requires_grad=True)
-        prior = IndianBuffet(alpha, 2.0, 3.0).calibrated(lambda: math.nan)
-        assert prior == IndianBuffet(0.5, 2.0, 3.0)
+        prior = IndianBuffetPrior(alpha, 2.0, 3.0).calibrated(lambda: math.nan)
+        assert prior == IndianBuffetPrior(0.5, 2.0, 3.0)
         assert type(prior.alpha) is float
 
     @pytest.mark.parametrize("alpha", [torch.tensor(-1.0), torch.tensor(math.nan)])
     def test_bad_tensor(self, alpha):
         with pytest.raises(ParameterError, match="alpha must be positive"):
-            IndianBuffet(alpha)
+            IndianBuffetPrior(alpha)
 
     def test_a_tensor_of_several_alphas(self):
         """Of as many particles."""
         alpha = torch.tensor([[0.5], [2.0]])
-        prior = IndianBuffet(alpha)
+        prior = IndianBuffetPrior(alpha)
         assert prior.penalty(4).shape == (2, 1, 5) and prior.constant(4).shape == (2, 1)
         for a, row, constant in zip(alpha, prior.penalty(4), prior.constant(4), strict=True):
-            one = IndianBuffet(float(a))
+            one = IndianBuffetPrior(float(a))
             torch.testing.assert_close(row[0], one.penalty(4))
             assert float(constant) == pytest.approx(one.constant(4))
         with pytest.raises(ParameterError, match=r"a number, got a tensor of shape \(2, 1\)"):
@@ -128,7 +140,7 @@ class TestIndianBuffet:
 
     def test_bad_hyperprior(self):
         with pytest.raises(ParameterError, match="concentration >= 1"):
-            IndianBuffet(None, concentration=0.5)
+            IndianBuffetPrior(None, concentration=0.5)
 
 
 def test_group_norm_is_the_norm_of_integral_columns():
@@ -136,25 +148,27 @@ def test_group_norm_is_the_norm_of_integral_columns():
     for m in range(4):
         if m:
             p[m, m - 1] = 1
-        assert float(GroupNorm(2.5).penalty(5)[m]) == pytest.approx(2.5 * float(p.norm()))
+        assert float(GroupNormPrior(2.5).penalty(5)[m]) == pytest.approx(2.5 * float(p.norm()))
 
 
 @pytest.mark.parametrize("scale", [-1.0, math.nan, math.inf])
 def test_bad_scale(scale):
     with pytest.raises(ParameterError, match="scale must be non-negative"):
-        GroupNorm(scale)
+        GroupNormPrior(scale)
 
 
 @pytest.mark.parametrize("num_atoms", [0, -2, 2.5, True])
 def test_bad_num_atoms(num_atoms):
     with pytest.raises(ParameterError, match="num_atoms"):
-        Parametric(num_atoms)
+        FixedAtoms(num_atoms)
 
 
 class TestCalibration:
     def test_the_papers_scale_is_half_the_standard_deviation(self):
-        assert GroupNorm("auto").calibrated(lambda: 7.0) == GroupNorm(3.5)
-        assert GroupNorm("auto", ranked=True).calibrated(lambda: 7.0) == GroupNorm(3.5, ranked=True)
+        assert GroupNormPrior("auto").calibrated(lambda: 7.0) == GroupNormPrior(3.5)
+        assert GroupNormPrior("auto", ranked=True).calibrated(lambda: 7.0) == GroupNormPrior(
+            3.5, ranked=True
+        )
 
     @pytest.mark.parametrize("prior", PRIORS, ids=str)
     def test_what_is_given_stays(self, prior):
@@ -165,38 +179,41 @@ class TestCalibration:
 
     def test_an_unknown_scale_is_an_error_that_says_where_it_comes_from(self):
         with pytest.raises(ParameterError, match="`fuse` finds it"):
-            GroupNorm("auto").penalty(3)
+            GroupNormPrior("auto").penalty(3)
         with pytest.raises(ParameterError, match="non-negative and finite, or 'auto', got 'half'"):
-            GroupNorm("half")
+            GroupNormPrior("half")
 
     def test_rank_weights_are_those_of_the_paper(self):
-        weights = GroupNorm(ranked=True).rank_weights(6, 3)
+        weights = GroupNormPrior(ranked=True).rank_weights(6, 3)
         assert weights.tolist() == pytest.approx([max(0, rank - 3) ** 0.5 for rank in range(1, 7)])
-        for prior in (GroupNorm(), IndianBuffet(), Parametric(3)):
+        for prior in (GroupNormPrior(), IndianBuffetPrior(), FixedAtoms(3)):
             assert prior.rank_weights(4, 2).tolist() == [1.0] * 4
 
 
 class TestOneForEachLabel:
     def test_given_and_default(self):
-        given = {"b": Parametric(3)}
-        assert assignment_priors(given, ["a", "b"], False) == {"a": GroupNorm(), "b": Parametric(3)}
-        assert assignment_priors(given, ["a", "b"], True)["a"] == IndianBuffet()
-        assert assignment_priors(None, ["a"], True) == {"a": IndianBuffet()}
-        assert assignment_priors(GroupNorm(2.0), ["a", "b"], True)["b"] == GroupNorm(2.0)
+        given = {"b": FixedAtoms(3)}
+        assert assignment_priors(given, ["a", "b"], False) == {
+            "a": GroupNormPrior(),
+            "b": FixedAtoms(3),
+        }
+        assert assignment_priors(given, ["a", "b"], True)["a"] == IndianBuffetPrior()
+        assert assignment_priors(None, ["a"], True) == {"a": IndianBuffetPrior()}
+        assert assignment_priors(GroupNormPrior(2.0), ["a", "b"], True)["b"] == GroupNormPrior(2.0)
 
     def test_errors(self):
         with pytest.raises(StructureError, match=r"labels \['c'\]; the labels are \['a', 'b'\]"):
-            assignment_priors({"c": GroupNorm()}, ["a", "b"], False)
+            assignment_priors({"c": GroupNormPrior()}, ["a", "b"], False)
         for wrong in ("buffet", {"a": 3}, 0):
             with pytest.raises(ParameterError, match="prior must be"):
                 assignment_priors(wrong, ["a"], False)
 
 
 def test_tables_have_what_is_in_use():
-    assert str(GroupNorm()) == "GroupNorm(scale=1.707)"
-    assert str(GroupNorm("auto", ranked=True)) == "GroupNorm(scale=auto, ranked=True)"
-    assert str(IndianBuffet(2.0)) == "IndianBuffet(alpha=2)"
+    assert str(GroupNormPrior()) == "GroupNormPrior(scale=1.707)"
+    assert str(GroupNormPrior("auto", ranked=True)) == "GroupNormPrior(scale=auto, ranked=True)"
+    assert str(IndianBuffetPrior(2.0)) == "IndianBuffetPrior(alpha=2)"
     # The mode of Gamma(1 + 3, 1 + 1.5).
-    assert str(IndianBuffet().update(3, 2)) == "IndianBuffet(alpha=1.2, learned)"
-    assert str(IndianBuffet(torch.tensor(0.5))) == "IndianBuffet(alpha=0.5)"
-    assert "tensor" in str(IndianBuffet(torch.tensor([0.5, 1.0])))
+    assert str(IndianBuffetPrior().update(3, 2)) == "IndianBuffetPrior(alpha=1.2, learned)"
+    assert str(IndianBuffetPrior(torch.tensor(0.5))) == "IndianBuffetPrior(alpha=0.5)"
+    assert "tensor" in str(IndianBuffetPrior(torch.tensor([0.5, 1.0])))

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior, ParameterError
 from pyro_fusion.assignment import (
     NEW,
     AssignmentProblem,
@@ -100,7 +100,7 @@ class TestAgreesWithCvxpy:
     @pytest.mark.parametrize("name", CASES)
     def test_group_norm(self, name, scale):
         cost = CASES[name]
-        result = relaxed(cost, GroupNorm(scale))
+        result = relaxed(cost, GroupNormPrior(scale))
         norm = torch.full((len(cost[0]),), scale, dtype=torch.float64)
         optimum = reference(cost, norm, scale)
         assert result.converged and result.duality_gap <= 1e-6
@@ -114,7 +114,9 @@ class TestAgreesWithCvxpy:
         cost, scale = CASES[name], 0.5
         num_atoms, free = len(cost[0]), max(c.shape[1] for c in cost)
         first = [match(c, 10.0 if given_start else scale) for c in cost]
-        result = relaxed(cost, GroupNorm(scale, ranked=True), start=first if given_start else None)
+        result = relaxed(
+            cost, GroupNormPrior(scale, ranked=True), start=first if given_start else None
+        )
         every = torch.cat(first)
         m = torch.bincount(every[every != NEW], minlength=num_atoms)
         weights = (torch.arange(num_atoms + 1) + 1.0 - free).clamp(min=0).double().sqrt()
@@ -131,7 +133,7 @@ class TestAgreesWithCvxpy:
     def test_parametric(self, name):
         cost = CASES[name]
         num_atoms = len(cost[0])
-        result = relaxed(cost, Parametric(num_atoms))
+        result = relaxed(cost, FixedAtoms(num_atoms))
         norm = torch.zeros(num_atoms, dtype=torch.float64)
         optimum = reference(cost, norm, math.inf)
         assert result.objective == result.bound == result.relaxation
@@ -139,7 +141,9 @@ class TestAgreesWithCvxpy:
         check_soft(cost, result, norm, math.inf)
 
 
-@pytest.mark.parametrize("prior", [GroupNorm(), GroupNorm(0.3), GroupNorm(0.0), Parametric(3)])
+@pytest.mark.parametrize(
+    "prior", [GroupNormPrior(), GroupNormPrior(0.3), GroupNormPrior(0.0), FixedAtoms(3)]
+)
 @pytest.mark.parametrize("seed", range(4))
 def test_bound_is_below_every_assignment(prior, seed):
     cost = random_costs(seed, 3, [3, 2, 3])
@@ -159,7 +163,7 @@ def test_bound_is_below_every_assignment(prior, seed):
 )
 def test_closes_the_gap_and_is_no_worse_than_coordinate(seed, sizes, num_atoms, scale, dtype):
     cost = [c.to(dtype) for c in random_costs(seed, num_atoms, sizes)]
-    prior = GroupNorm(scale)
+    prior = GroupNormPrior(scale)
     result = relaxed(cost, prior)
     assert result.converged and result.duality_gap <= 1e-6
     assert result.bound <= result.relaxation
@@ -176,24 +180,24 @@ def test_closes_the_gap_and_is_no_worse_than_coordinate(seed, sizes, num_atoms, 
 @given(seed=st.integers(0, 10_000), size=st.floats(0, 3), scale=st.sampled_from([0.3, 1.0, 4.0]))
 def test_any_multipliers_give_a_bound(seed, size, scale):
     cost = CASES["ragged"]
-    problem = AssignmentProblem.of(cost, GroupNorm(scale))
+    problem = AssignmentProblem.of(cost, GroupNormPrior(scale))
     programme = module._Relaxation.of(problem, torch.zeros(6, dtype=torch.long))
     generator = torch.Generator().manual_seed(seed)
     y = size * torch.randn(24, generator=generator, dtype=torch.float64)
     z = size * torch.rand(24, generator=generator, dtype=torch.float64)
     point = Point(p=y, y=y, z=z, primal=0.0, dual=0.0)
     bound, _ = programme._certify(point, 1.0)
-    assert bound <= relaxed(cost, GroupNorm(scale)).relaxation
+    assert bound <= relaxed(cost, GroupNormPrior(scale)).relaxation
 
 
 @pytest.mark.parametrize("scale", [0.5, 2.0, 20.0])
 def test_entries_left_out_are_brought_back(monkeypatch, scale):
     cost = [c**2 for c in random_costs(0, 30, [10, 7, 12, 10])]
-    whole = relaxed(cost, GroupNorm(scale))
+    whole = relaxed(cost, GroupNormPrior(scale))
     monkeypatch.setattr(module, "_MAX_ENTRIES", 60)
     monkeypatch.setattr(module, "_MAX_PART", 0.0)
     monkeypatch.setattr(module, "_MAX_NUMBERS", 100)
-    parts = relaxed(cost, GroupNorm(scale))
+    parts = relaxed(cost, GroupNormPrior(scale))
     assert parts.converged
     assert parts.iterations > whole.iterations
     assert parts.relaxation == pytest.approx(whole.relaxation, rel=2e-6)
@@ -204,9 +208,9 @@ def test_entries_left_out_are_brought_back(monkeypatch, scale):
 def test_parties_spread_out_a_few_at_a_time(monkeypatch, parties_at_once):
     num_atoms, sizes = 12, [5, 3, 7, 4, 6]
     cost = random_costs(0, num_atoms, sizes)
-    whole = relaxed(cost, GroupNorm())
+    whole = relaxed(cost, GroupNormPrior())
     monkeypatch.setattr(interior, "_MAX_NUMBERS", parties_at_once * num_atoms * max(sizes))
-    parts = relaxed(cost, GroupNorm())
+    parts = relaxed(cost, GroupNormPrior())
     assert parts.iterations == whole.iterations
     assert parts.relaxation == pytest.approx(whole.relaxation, rel=1e-9)
     assert parts.dual == pytest.approx(whole.dual, rel=1e-9)
@@ -245,9 +249,9 @@ def test_rounding_finds_what_coordinate_alone_does_not():
         cost.append(torch.cdist(truth, own + noise) ** 2)
     # From new atoms only, no party alone gains by moving to an atom that nobody has.
     start = [torch.full((5,), NEW) for _ in cost]
-    result = relaxed(cost, GroupNorm(), start=start)
+    result = relaxed(cost, GroupNormPrior(), start=start)
     assert result.gap < 0.01
-    assert result.objective < 0.7 * coordinate(cost, GroupNorm(), start=start).objective
+    assert result.objective < 0.7 * coordinate(cost, GroupNormPrior(), start=start).objective
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -256,7 +260,7 @@ def test_converges_where_the_objective_is_about_zero(seed):
     low, high = -3.0, 3.0
     for _ in range(60):  # the shift at which the optimum is zero
         shift = (low + high) / 2
-        result = relaxed([c + shift for c in cost], GroupNorm(0.3))
+        result = relaxed([c + shift for c in cost], GroupNormPrior(0.3))
         assert result.converged
         assert result.relaxation - result.dual <= 1e-6 * max(0.3, abs(result.relaxation))
         low, high = (shift, high) if result.relaxation < 0 else (low, shift)
@@ -265,48 +269,48 @@ def test_converges_where_the_objective_is_about_zero(seed):
 
 def test_nothing_worth_sharing_needs_no_iteration():
     cost = [10 + c for c in random_costs(0, 4, [3, 2])]
-    result = relaxed(cost, GroupNorm(1.0))
+    result = relaxed(cost, GroupNormPrior(1.0))
     assert result.iterations == 0 and result.converged
     assert result.objective == result.relaxation == result.bound == 5.0
 
 
 def test_stopped_early_it_says_so_and_the_bound_holds():
     cost = CASES["larger"]
-    result = relaxed(cost, GroupNorm(), max_iterations=2)
+    result = relaxed(cost, GroupNormPrior(), max_iterations=2)
     assert result.iterations == 2
     assert not result.converged
-    assert result.bound <= relaxed(cost, GroupNorm()).relaxation <= result.relaxation
+    assert result.bound <= relaxed(cost, GroupNormPrior()).relaxation <= result.relaxation
 
 
 def test_same_problem_same_bits():
-    first, second = (relaxed(CASES["larger"], GroupNorm()) for _ in "ab")
+    first, second = (relaxed(CASES["larger"], GroupNormPrior()) for _ in "ab")
     assert first.relaxation == second.relaxation
     assert all(torch.equal(a, b) for a, b in zip(first.soft, second.soft, strict=True))
 
 
 class TestBadInput:
     def test_prior(self):
-        with pytest.raises(ParameterError, match="needs a GroupNorm or Parametric prior"):
-            relaxed(CASES["ragged"], IndianBuffet())
+        with pytest.raises(ParameterError, match="needs a GroupNormPrior or FixedAtoms prior"):
+            relaxed(CASES["ragged"], IndianBuffetPrior())
 
     def test_opening(self):
         cost = CASES["ragged"]
         with pytest.raises(ParameterError, match="takes no opening costs"):
-            relaxed(cost, GroupNorm(), opening=torch.ones(6))
-        assert relaxed(cost, GroupNorm(), opening=torch.zeros(6)).converged
+            relaxed(cost, GroupNormPrior(), opening=torch.ones(6))
+        assert relaxed(cost, GroupNormPrior(), opening=torch.zeros(6)).converged
 
     def test_two_components_with_one_atom(self):
         cost = [torch.tensor([[0.0, 0.0], [torch.inf, torch.inf], [torch.inf, torch.inf]])]
         with pytest.raises(ParameterError, match="every assignment has infinite cost"):
-            relaxed(cost, Parametric(3))
-        assert relaxed(cost, GroupNorm()).atoms[0].tolist() == [NEW, NEW]
+            relaxed(cost, FixedAtoms(3))
+        assert relaxed(cost, GroupNormPrior()).atoms[0].tolist() == [NEW, NEW]
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", CASES)
 def test_cuda_gives_the_same_result(name):
-    here = relaxed(CASES[name], GroupNorm(1.0))
-    there = relaxed([c.cuda() for c in CASES[name]], GroupNorm(1.0))
+    here = relaxed(CASES[name], GroupNormPrior(1.0))
+    there = relaxed([c.cuda() for c in CASES[name]], GroupNormPrior(1.0))
     assert there.relaxation == pytest.approx(here.relaxation, rel=2e-6)
     assert there.dual == pytest.approx(here.dual, rel=2e-6)
     assert there.soft[0].device.type == "cuda"

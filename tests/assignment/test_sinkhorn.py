@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import linear_sum_assignment
 
-from pyro_fusion import GroupNorm, IndianBuffet, ParameterError, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior, ParameterError
 from pyro_fusion.assignment import NEW, assignment_objective, coordinate
 from pyro_fusion.assignment.problem import AssignmentProblem
 from pyro_fusion.assignment.sinkhorn import SoftAssignment, sinkhorn, soft_assignment
@@ -48,12 +48,12 @@ def convex(cost, temperature, new=None):
 def test_equals_convex_solver(seed, temperature):
     cost = random_costs(seed, 4, [4, 2, 1])
     cost[0][0, 1] = cost[1][2, 0] = torch.inf
-    result = solve(cost, Parametric(4), temperature)
+    result = solve(cost, FixedAtoms(4), temperature)
     for c, p in zip(cost, result.soft.split([4, 2, 1], 1), strict=True):
         torch.testing.assert_close(p, convex(c, temperature), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("prior", [IndianBuffet(1.0), GroupNorm(0.7)], ids=str)
+@pytest.mark.parametrize("prior", [IndianBuffetPrior(1.0), GroupNormPrior(0.7)], ids=str)
 def test_is_its_own_mean_field(prior):
     sizes, temperature = [3, 1, 2], 0.3
     opening = torch.tensor([0.4, 0.0, 0.2, 0.1], dtype=torch.float64)
@@ -75,7 +75,7 @@ def test_is_its_own_mean_field(prior):
 @pytest.mark.parametrize("seed", range(5))
 def test_cold_equals_linear_assignment(seed, size):
     (cost,) = random_costs(seed, 6, [size])
-    result = sinkhorn([cost], Parametric(6))
+    result = sinkhorn([cost], FixedAtoms(6))
     row, column = linear_sum_assignment(cost)
     assert result.objective == pytest.approx(float(cost[row, column].sum()), abs=1e-9)
     assert result.soft is not None
@@ -101,7 +101,12 @@ def test_mostly_equals_enumeration():
     sizes=st.lists(st.integers(0, 4), min_size=1, max_size=5).filter(any),
     num_atoms=st.integers(4, 6),
     prior=st.sampled_from(
-        [IndianBuffet(1.0), GroupNorm(0.7), GroupNorm(0.7, ranked=True), Parametric(6)]
+        [
+            IndianBuffetPrior(1.0),
+            GroupNormPrior(0.7),
+            GroupNormPrior(0.7, ranked=True),
+            FixedAtoms(6),
+        ]
     ),
     temperature=st.sampled_from([None, 1e-6, 0.3, 1e6]),
     scale=st.sampled_from([1e-8, 1.0, 1e12]),
@@ -169,12 +174,14 @@ def test_identical_components_are_treated_alike(prior):
 
 def test_a_party_with_nothing_in_common():
     cost = [0.1 + 10 * (1 - torch.eye(3)), 0.1 + 10 * (1 - torch.eye(3)), torch.full((3, 2), 1e6)]
-    result = sinkhorn(cost, GroupNorm())
+    result = sinkhorn(cost, GroupNormPrior())
     assert [a.tolist() for a in result.atoms] == [[0, 1, 2], [0, 1, 2], [NEW, NEW]]
     assert result.converged
 
 
-@pytest.mark.parametrize("prior", [IndianBuffet(1.0), GroupNorm(), Parametric(20)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [IndianBuffetPrior(1.0), GroupNormPrior(), FixedAtoms(20)], ids=str
+)
 @pytest.mark.parametrize("temperature", [None, 1e-5, 1e-2, 1.0])
 def test_rows_hold(prior, temperature):
     sizes = [20, 3, 16, 8, 20, 11, 1, 14, 6, 18]
@@ -184,14 +191,16 @@ def test_rows_hold(prior, temperature):
             assert float(p.sum(1).max()) <= 1 + 1.1e-3
 
 
-@pytest.mark.parametrize("prior", [GroupNorm(), Parametric(20)], ids=str)
+@pytest.mark.parametrize("prior", [GroupNormPrior(), FixedAtoms(20)], ids=str)
 def test_converges(prior):
     for seed in range(6):
         cost = random_costs(seed, 20, [20, 3, 16, 8, 20, 11, 1, 14, 6, 18])
         assert sinkhorn(cost, prior).converged
 
 
-@pytest.mark.parametrize("prior", [IndianBuffet(1.0), GroupNorm(), Parametric(6)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [IndianBuffetPrior(1.0), GroupNormPrior(), FixedAtoms(6)], ids=str
+)
 @pytest.mark.parametrize("temperature", [1e-6, 0.1, 1.0])
 @pytest.mark.parametrize("max_iterations", [1, 3, 300])
 def test_rows_hold_where_all_costs_are_equal(prior, temperature, max_iterations):
@@ -199,7 +208,7 @@ def test_rows_hold_where_all_costs_are_equal(prior, temperature, max_iterations)
     opening = torch.tensor([0.0, 1.0, 0.3, 2.0, 0.1, 0.7], dtype=torch.float64)
     problem = AssignmentProblem.of(cost, prior, opening)
     result = soft_assignment(problem, temperature, tolerance=0.1, max_iterations=max_iterations)
-    assert result.converged or max_iterations < 300 or isinstance(prior, IndianBuffet)
+    assert result.converged or max_iterations < 300 or isinstance(prior, IndianBuffetPrior)
     for p in problem.split(result.soft):
         assert float(p.sum(1).max()) <= 1 + 1.1e-3
         if prior.num_atoms is not None:
@@ -215,8 +224,8 @@ def test_finds_what_coordinate_needs_restarts_for():
     atoms = 3 * randn(12, 2)
     seen = [torch.randperm(12, generator=generator)[:6] for _ in range(10)]
     cost = [(atoms.unsqueeze(1) - atoms[i] - randn(6, 2)).square().sum(-1) for i in seen]
-    alone, many = coordinate(cost, GroupNorm()), coordinate(cost, GroupNorm(), restarts=9)
-    result = sinkhorn(cost, GroupNorm())
+    alone, many = coordinate(cost, GroupNormPrior()), coordinate(cost, GroupNormPrior(), restarts=9)
+    result = sinkhorn(cost, GroupNormPrior())
     assert result.objective < alone.objective
     assert result.objective == pytest.approx(many.objective, rel=0.01)
 
@@ -225,18 +234,18 @@ class TestBadInput:
     @pytest.mark.parametrize("bad", [0.0, -1.0, float("nan"), float("inf")])
     def test_temperature(self, bad):
         with pytest.raises(ParameterError, match="temperature must be positive"):
-            sinkhorn([torch.ones(1, 1)], GroupNorm(), temperature=bad)
+            sinkhorn([torch.ones(1, 1)], GroupNormPrior(), temperature=bad)
 
     @pytest.mark.parametrize("bad", [0.0, 1.0])
     def test_annealing(self, bad):
         with pytest.raises(ParameterError, match="annealing must be between 0 and 1"):
-            sinkhorn([torch.ones(1, 1)], GroupNorm(), annealing=bad)
+            sinkhorn([torch.ones(1, 1)], GroupNormPrior(), annealing=bad)
 
     def test_all_forbidden(self):
         # Both components of party 1 may only go to atom 0.
         cost = [torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [torch.inf, torch.inf]])]
         with pytest.raises(ParameterError, match="party 1: every assignment has infinite cost"):
-            sinkhorn(cost, Parametric(2))
+            sinkhorn(cost, FixedAtoms(2))
 
 
 @pytest.mark.cuda

@@ -11,7 +11,14 @@ from pyro.distributions import constraints
 from pyro.infer import Predictive
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_fusion import GroupNorm, IndianBuffet, NormalWishart, Posterior, StructureError, fuse
+from pyro_fusion import (
+    GroupNormPrior,
+    IndianBuffetPrior,
+    NormalWishart,
+    Posterior,
+    StructureError,
+    fuse,
+)
 from pyro_fusion.fusion.arguments import resolve_base
 from pyro_fusion.fusion.atom_prior import base_fill
 
@@ -138,8 +145,8 @@ def test_a_hand_written_guide_is_read_exactly(in_plate):
 def test_shuffled_and_missing_states(pooling, indian_buffet):
     # Without evidence a learned alpha may settle at one that has all components apart.
     alpha = None if pooling == "product" else 1.0
-    prior = IndianBuffet(alpha) if indian_buffet else GroupNorm()
-    fusion = fuse(parties(), pooling, prior, base=model)
+    prior = IndianBuffetPrior(alpha) if indian_buffet else GroupNormPrior()
+    fusion = fuse(parties(), pooling, prior, prior=model)
     assert fusion.num_atoms == 4
     states = true_states(fusion)
     assert sorted(states.tolist()) == [0, 1, 2, 3]
@@ -150,7 +157,7 @@ def test_shuffled_and_missing_states(pooling, indian_buffet):
 @pytest.mark.parametrize("pooling", ["inclusive", "exclusive", "product"])
 @pytest.mark.parametrize("in_plate", [True, False])
 def test_the_fused_guide_draws_for_the_model(pooling, in_plate):
-    fusion = fuse(parties(in_plate), pooling, base=model)
+    fusion = fuse(parties(in_plate), pooling, prior=model)
     frames, count = 15, 60
     names = [f"state_{t}" for t in range(frames)]
     sites = [*names, "transition", "frame_7"]
@@ -175,7 +182,7 @@ class TestStickyPrior:
 
     @pytest.mark.parametrize("in_plate", [True, False])
     def test_counts_add_up(self, in_plate):
-        fusion = fuse(parties(in_plate), "product", base=model)
+        fusion = fuse(parties(in_plate), "product", prior=model)
         states = true_states(fusion)
         truth = {"initial": torch.ones(4).double(), "transition": sticky(4)}
         place = states.argsort()  # the atom of each true state
@@ -189,7 +196,7 @@ class TestStickyPrior:
 
     def test_weights_of_parties_weigh_counts(self):
         weights = torch.tensor([2.0, 0.5, 1.0, 0.5]).double()
-        fusion = fuse(parties(), "product", base=model, weights=weights)
+        fusion = fuse(parties(), "product", prior=model, weights=weights)
         place = true_states(fusion).argsort()
         truth = sticky(4)
         for seed, (holds, w) in enumerate(zip(HOLDS, weights, strict=True)):
@@ -201,7 +208,7 @@ class TestStickyPrior:
     def test_a_row_of_a_symmetric_prior_is_enough(self):
         base = {**BASE, "transition": dist.Dirichlet(torch.full((2,), CALM).double())}
         whole = {**base, "transition": dist.Dirichlet(torch.full((3, 3), CALM).double())}
-        one, other = (fuse(parties(), "product", base=b) for b in (base, whole))
+        one, other = (fuse(parties(), "product", prior=b) for b in (base, whole))
         torch.testing.assert_close(
             one.posterior.factors["transition"].concentration,
             other.posterior.factors["transition"].concentration,
@@ -235,4 +242,4 @@ class TestStickyPrior:
     def test_a_prior_that_depends_on_the_order(self, alpha, message):
         base = {**BASE, "transition": dist.Dirichlet(alpha)}
         with pytest.raises(StructureError, match=f"site 'transition'.*{message}"):
-            fuse(parties(), "product", base=base)
+            fuse(parties(), "product", prior=base)

@@ -18,7 +18,7 @@ import pytest
 import torch
 from scipy.optimize import linear_sum_assignment
 
-from pyro_fusion import GroupNorm, IndianBuffet, NormalWishart, fuse
+from pyro_fusion import GroupNormPrior, IndianBuffetPrior, NormalWishart, fuse
 from pyro_fusion.assignment.priors import AssignmentPrior
 from tests.benchmarks.test_simulation import load
 
@@ -215,8 +215,8 @@ def test_hamming_is_that_of_the_best_matching(motion_capture: ModuleType) -> Non
 
 @pytest.mark.parametrize(
     ("pooling", "belief"),
-    [("inclusive", GroupNorm()), ("exclusive", GroupNorm())]
-    + [("product", GroupNorm()), ("product", IndianBuffet())],
+    [("inclusive", GroupNormPrior()), ("exclusive", GroupNormPrior())]
+    + [("product", GroupNormPrior()), ("product", IndianBuffetPrior())],
     ids=["inclusive", "exclusive", "product", "product, Indian buffet"],
 )
 def test_the_states_of_a_simulation_are_recovered(
@@ -226,7 +226,7 @@ def test_the_states_of_a_simulation_are_recovered(
     p = motion_capture.prior_of(2)
     assert [h.num_states for h in simulated_fits] == [len(h) for h in motion_capture.HOLDS]
     posteriors = [motion_capture.posterior_of(h) for h in simulated_fits]
-    fusion = fuse(posteriors, pooling, belief, base=motion_capture.model_of(p))
+    fusion = fuse(posteriors, pooling, belief, prior=motion_capture.model_of(p))
     assert fusion.num_atoms == 4
     hmm = motion_capture.hmm_of(fusion.posterior)
     distance = torch.cdist(hmm.emission.loc[0], means)

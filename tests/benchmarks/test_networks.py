@@ -38,7 +38,7 @@ def test_units_of_one_origin_are_found(networks: ModuleType, sizes: tuple[int, .
         truth.append(orders)
     fusion = fuse(parties)
     for label in setting.hidden:
-        found = torch.cat(fusion.matchings[label].assignment)
+        found = torch.cat(fusion.labels[label].assignment)
         units = torch.cat([orders[label] for orders in truth])
         same = found.unsqueeze(0) == found.unsqueeze(1)
         right = units.unsqueeze(0) == units.unsqueeze(1)

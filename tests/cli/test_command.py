@@ -87,7 +87,7 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 def test_fuse(
     pooling: str, files: list[str], prior: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    base = ["--base", prior] if pooling == "product" else []
+    base = ["--prior", prior] if pooling == "product" else []
     assert main([*FUSE, *files, "-o", "fused.safetensors", "--pooling", pooling, *base]) == 0
     out, err = capsys.readouterr()
     assert err == ""
@@ -119,13 +119,13 @@ def test_same_seed_same_result(files: list[str]) -> None:
 @pytest.mark.parametrize(
     ("options", "shown"),
     [
-        (["--prior", "parametric", "--num-atoms", "4"], "Parametric(num_atoms=4)"),
-        (["--prior", "group-norm", "--scale", "2"], "GroupNorm(scale=2)"),
-        (["--prior", "indian-buffet"], "IndianBuffet("),
-        (["--num-atoms", "5"], "Parametric(num_atoms=5)"),
-        (["--scale", "3"], "GroupNorm(scale=3)"),
-        (["--prior", "group-norm"], "GroupNorm("),
-        (["--alpha", "2"], "IndianBuffet(alpha=2)"),
+        (["--assignment-prior", "fixed-atoms", "--num-atoms", "4"], "FixedAtoms(num_atoms=4)"),
+        (["--assignment-prior", "group-norm", "--scale", "2"], "GroupNormPrior(scale=2)"),
+        (["--assignment-prior", "indian-buffet"], "IndianBuffetPrior("),
+        (["--num-atoms", "5"], "FixedAtoms(num_atoms=5)"),
+        (["--scale", "3"], "GroupNormPrior(scale=3)"),
+        (["--assignment-prior", "group-norm"], "GroupNormPrior("),
+        (["--alpha", "2"], "IndianBuffetPrior(alpha=2)"),
         (["--alpha", "0"], ", learned)"),
         (["--weights", "1", "2", "3"], "Fusion of 3 parties"),
         (["--dispersion", "5"], "dispersion 5)"),
@@ -271,16 +271,22 @@ def test_parties_that_do_not_fit_are_named_by_their_files(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prior", "parametric", "--scale", "1"], "--scale needs --prior group-norm"),
-        (["--alpha", "1", "--num-atoms", "4"], "--num-atoms needs --prior parametric"),
-        (["--prior", "group-norm", "--alpha", "1"], "--alpha needs --prior indian-buffet"),
-        (["--prior", "parametric"], "--prior parametric needs --num-atoms"),
-        (["--prior", "parametric", "--num-atoms", "0"], "num_atoms must be positive"),
-        (["--prior", "parametric", "--num-atoms", "2"], "party north has 3"),
+        (
+            ["--assignment-prior", "fixed-atoms", "--scale", "1"],
+            "--scale needs --assignment-prior group-norm",
+        ),
+        (["--alpha", "1", "--num-atoms", "4"], "--num-atoms needs --assignment-prior fixed-atoms"),
+        (
+            ["--assignment-prior", "group-norm", "--alpha", "1"],
+            "--alpha needs --assignment-prior indian-buffet",
+        ),
+        (["--assignment-prior", "fixed-atoms"], "--assignment-prior fixed-atoms needs --num-atoms"),
+        (["--assignment-prior", "fixed-atoms", "--num-atoms", "0"], "num_atoms must be positive"),
+        (["--assignment-prior", "fixed-atoms", "--num-atoms", "2"], "party north has 3"),
         (["--alpha", "-1"], "alpha must be positive"),
         (["--alpha", "nan"], "alpha must be positive"),
-        (["--pooling", "product"], "--pooling product needs --base"),
-        (["--base", "north.safetensors"], "--base needs --pooling product"),
+        (["--pooling", "product"], "--pooling product needs --prior"),
+        (["--prior", "north.safetensors"], "--prior needs --pooling product"),
         (["--weights", "1", "2"], "expected 3 weights"),
         (["--weights", "1", "2", "-1"], "party 2 (west)"),
         (["--dispersion", "0"], "dispersion must be positive"),
@@ -296,7 +302,7 @@ def test_wrong_options(
 
 def test_a_prior_that_lacks_a_site(files: list[str], refused: Callable[..., str]) -> None:
     Posterior({"weights": dist.Dirichlet(torch.ones(3))}).save("prior")
-    message = refused("fuse", *files, "-o", "x", "--pooling", "product", "--base", "prior")
+    message = refused("fuse", *files, "-o", "x", "--pooling", "product", "--prior", "prior")
     assert "needs the prior of site 'loc'" in message
 
 

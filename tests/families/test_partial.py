@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch.distributions import kl_divergence
 
-from pyro_fusion import GroupNorm
+from pyro_fusion import GroupNormPrior
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.partial import PartialFactor
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.collapsed import Sums
-from pyro_fusion.pooling.components import MatchingProblem
+from pyro_fusion.pooling.components import Components
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 J = 5
@@ -152,7 +152,7 @@ class TestGroups:
             f = Factor.of(wide)
             base = {"x": replace(f, batch_dim=1)}
         weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
-        return MatchingProblem({"x": local}, (2, 2, 2), weights, how, base, 1.5), d
+        return Components({"x": local}, (2, 2, 2), weights, how, base, 1.5), d
 
     def test_barycentres_are_those_of_each_entry(self, family, pooling):
         problem, d = self.problem(family, pooling)
@@ -170,8 +170,8 @@ class TestGroups:
                 own = replace(f.map(lambda v, m=members, j=j: v[m, j]), batch_dim=1)
                 zero = torch.zeros(len(members), dtype=torch.long)
                 one = None
-                if problem.base:
-                    one = replace(problem.base["x"].map(lambda v: v[:, 0]), batch_dim=1)
+                if problem.prior:
+                    one = replace(problem.prior["x"].map(lambda v: v[:, 0]), batch_dim=1)
                 w = problem.weights[members]
                 expected = problem.pooling.barycenter(own, zero, 1, w, one)
                 for name, value in expected.params.items():
@@ -184,7 +184,7 @@ class TestGroups:
         assert problem.divergence(groups, 2) == pytest.approx(total / 1.5)
         sums = Sums.of(problem, groups, 2)
         assert float(sums.values(torch.arange(2)).sum()) == pytest.approx(total / 1.5)
-        e_step = problem.e_step({"x": atoms}, GroupNorm(1.0))
+        e_step = problem.e_step({"x": atoms}, GroupNormPrior(1.0))
         prior = 2 * 3**0.5
         assert e_step.objective(groups) == pytest.approx(total / 1.5 + prior)
 

@@ -7,12 +7,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.annealing import annealed, soft_barycenter
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.pooling import pooling_named
-from pyro_fusion.pooling.components import MatchingProblem
+from pyro_fusion.pooling.components import Components
 
 
 def problem_of(pooling):
@@ -23,8 +23,8 @@ def problem_of(pooling):
     how = pooling_named(pooling)
     base = Factor.of(dist.Normal(torch.zeros(1, 2).double(), 20.0).to_event(1))
     weights = torch.ones(12).double()
-    return MatchingProblem(
-        {"x": local}, (3,) * 4, weights, how, {"x": base} if how.needs_base else {}, 2.0
+    return Components(
+        {"x": local}, (3,) * 4, weights, how, {"x": base} if how.needs_prior else {}, 2.0
     )
 
 
@@ -47,7 +47,7 @@ def test_inclusive_is_the_weighted_mixture_projected():
 
 
 @pytest.mark.parametrize("pooling", ["inclusive", "exclusive", "product"])
-@pytest.mark.parametrize("prior", [GroupNorm(), IndianBuffet(), Parametric(3)], ids=str)
+@pytest.mark.parametrize("prior", [GroupNormPrior(), IndianBuffetPrior(), FixedAtoms(3)], ids=str)
 def test_finds_three_well_separated_atoms(pooling, prior):
     problem = problem_of(pooling)
     # From far too many atoms, or from a poor assignment where their number is fixed.

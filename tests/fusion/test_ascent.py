@@ -12,18 +12,24 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.fusion.moves import rematch
 from pyro_fusion.fusion.seeding import starts
 from pyro_fusion.pooling import pooling_named
-from pyro_fusion.pooling.components import MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, compact
 from tests.families.members import BARE
 from tests.pooling.test_base import prior_of
 
 POOLINGS = ["inclusive", "exclusive", "product"]
-SMALL_PRIORS = [IndianBuffet(1.0), IndianBuffet(0.3), GroupNorm(0.5), Parametric(3), Parametric(4)]
+SMALL_PRIORS = [
+    IndianBuffetPrior(1.0),
+    IndianBuffetPrior(0.3),
+    GroupNormPrior(0.5),
+    FixedAtoms(3),
+    FixedAtoms(4),
+]
 
 
 @functools.cache
@@ -43,7 +49,7 @@ def partitions(num_parties: int, size: int) -> list[tuple[int, ...]]:
     return [groups for groups, _ in result]
 
 
-def enumerated(problem: MatchingProblem, prior) -> float:
+def enumerated(problem: Components, prior) -> float:
     """The lowest F over all partitions; the value of each possible group is computed once."""
     all_groups = partitions(problem.num_parties, problem.sizes[0])
     members: dict[tuple[int, ...], int] = {}
@@ -70,7 +76,7 @@ def enumerated(problem: MatchingProblem, prior) -> float:
     return best + prior.constant(problem.num_parties)
 
 
-def gaussian_problem(seed: int, pooling: str, spread: float) -> MatchingProblem:
+def gaussian_problem(seed: int, pooling: str, spread: float) -> Components:
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape):
@@ -80,13 +86,13 @@ def gaussian_problem(seed: int, pooling: str, spread: float) -> MatchingProblem:
     local = Factor.of(dist.Normal(loc, randn(9, 2).abs() + 0.5).to_event(1))
     base = Factor.of(dist.Normal(torch.zeros(1, 2).double(), 8.0).to_event(1))
     how = pooling_named(pooling)
-    return MatchingProblem(
+    return Components(
         {"x": local},
         (3, 3, 3),
         torch.ones(9).double(),
         how,
-        {"x": base} if how.needs_base else {},
-        1.0 if how.needs_base else 4.0,
+        {"x": base} if how.needs_prior else {},
+        1.0 if how.needs_prior else 4.0,
     )
 
 
@@ -116,7 +122,13 @@ def test_equals_enumeration(pooling, prior, seed):
     name=st.sampled_from(sorted(BARE)),
     pooling=st.sampled_from(POOLINGS),
     prior=st.sampled_from(
-        [IndianBuffet(1.0), IndianBuffet(None), GroupNorm(), GroupNorm(5.0), Parametric(6)]
+        [
+            IndianBuffetPrior(1.0),
+            IndianBuffetPrior(None),
+            GroupNormPrior(),
+            GroupNormPrior(5.0),
+            FixedAtoms(6),
+        ]
     ),
     sizes=st.lists(st.integers(1, 4), min_size=1, max_size=5),
     dispersion=st.sampled_from([0.1, 1.0, 30.0]),
@@ -126,18 +138,18 @@ def test_objective_never_rises(name, pooling, prior, sizes, dispersion, seed):
     count = sum(sizes)
     local = Factor.of(BARE[name][0](torch.arange(100 * seed, 100 * seed + count)))
     how = pooling_named(pooling)
-    base = {"x": prior_of(name, local)} if how.needs_base else {}
+    base = {"x": prior_of(name, local)} if how.needs_prior else {}
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(len(sizes), generator=generator, dtype=torch.float64) + 0.1
-    if how.needs_base:
+    if how.needs_prior:
         weights = torch.ones(len(sizes), dtype=torch.float64)  # they are in the messages
-    problem = MatchingProblem(
+    problem = Components(
         {"x": local},
         tuple(sizes),
         weights.repeat_interleave(torch.tensor(sizes)),
         how,
         base,
-        1.0 if how.needs_base else dispersion,
+        1.0 if how.needs_prior else dispersion,
     )
     start = torch.cat([torch.randperm(6, generator=generator)[:n] for n in sizes])
     result = expectation_maximization(problem, prior, start)
@@ -149,7 +161,9 @@ def test_objective_never_rises(name, pooling, prior, sizes, dispersion, seed):
         assert len(part.unique()) == len(part)
     if prior.num_atoms is not None:
         assert result.num_atoms <= prior.num_atoms
-    again = expectation_maximization(problem, result.prior, result.groups, collapsed=False)
+    again = expectation_maximization(
+        problem, result.assignment_prior, result.groups, collapsed=False
+    )
     assert again.objective[0] == pytest.approx(result.objective[-1], rel=1e-9, abs=1e-9)
 
 
@@ -157,7 +171,7 @@ def test_objective_never_rises(name, pooling, prior, sizes, dispersion, seed):
 def test_rematching_leaves_a_poor_optimum(pooling):
     # Two parties see the same three atoms; everything starts in groups of its own.
     problem = gaussian_problem(0, pooling, spread=0.1)
-    prior = GroupNorm()
+    prior = GroupNormPrior()
     cost = problem.cost(problem.barycenter(torch.arange(9), 9))
     groups, count = compact(rematch(problem, prior, torch.arange(9), 9, cost))
     assert count == 3
@@ -168,23 +182,23 @@ def test_rematching_leaves_a_poor_optimum(pooling):
 def test_rematching_in_parts_gives_the_same(monkeypatch):
     problem = gaussian_problem(0, "inclusive", spread=0.1)
     cost = problem.cost(problem.barycenter(torch.arange(9), 9))
-    whole = rematch(problem, GroupNorm(), torch.arange(9), 9, cost)
+    whole = rematch(problem, GroupNormPrior(), torch.arange(9), 9, cost)
     monkeypatch.setattr("pyro_fusion.pooling.collapsed._NUMBERS", 1)
-    assert torch.equal(rematch(problem, GroupNorm(), torch.arange(9), 9, cost), whole)
+    assert torch.equal(rematch(problem, GroupNormPrior(), torch.arange(9), 9, cost), whole)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_cuda_gives_the_same_result(pooling):
     problem = gaussian_problem(1, pooling, spread=0.4)
-    moved = MatchingProblem(
+    moved = Components(
         {"x": problem.local["x"].to("cuda")},
         problem.sizes,
         problem.weights.cuda(),
         problem.pooling,
-        {k: f.to("cuda") for k, f in problem.base.items()},
+        {k: f.to("cuda") for k, f in problem.prior.items()},
         problem.dispersion,
     )
-    here, there = (search(p, GroupNorm(), 3) for p in (problem, moved))
+    here, there = (search(p, GroupNormPrior(), 3) for p in (problem, moved))
     assert here.objective[-1] == pytest.approx(there.objective[-1], rel=1e-9)
     assert next(iter(there.atoms.values())).device.type == "cuda"

@@ -15,13 +15,13 @@ from pyro.infer.autoguide import AutoNormal
 from scipy.optimize import linear_sum_assignment
 
 from pyro_fusion import (
+    FixedAtoms,
     FusionError,
-    GroupNorm,
+    GroupNormPrior,
     GuideError,
-    IndianBuffet,
+    IndianBuffetPrior,
     NormalWishart,
     ParameterError,
-    Parametric,
     Posterior,
     StructureError,
     fuse,
@@ -79,7 +79,7 @@ def pooling(request):
 
 class TestRecovery:
     def test_shuffled_and_missing_components(self, pooling):
-        fusion = fuse(parties(), pooling, base=BASE)
+        fusion = fuse(parties(), pooling, prior=BASE)
         assert fusion.num_atoms == 4
         assert same_grouping(fusion.assignment, HOLDS)
         assert sorted(fusion.popularity.tolist()) == [2, 3, 3, 3]
@@ -91,53 +91,55 @@ class TestRecovery:
         assert fusion.posterior.axes["loc"] == ("component", None)
         assert fusion.converged
 
-    @pytest.mark.parametrize("prior", [GroupNorm(), Parametric(4)], ids=str)
+    @pytest.mark.parametrize("prior", [GroupNormPrior(), FixedAtoms(4)], ids=str)
     def test_every_prior(self, pooling, prior):
-        fusion = fuse(parties(), pooling, prior, base=BASE)
+        fusion = fuse(parties(), pooling, prior, prior=BASE)
         assert same_grouping(fusion.assignment, HOLDS)
 
     @pytest.mark.parametrize("solver", ["relaxed", "sinkhorn"])
-    @pytest.mark.parametrize("prior", [GroupNorm(), Parametric(4)], ids=str)
+    @pytest.mark.parametrize("prior", [GroupNormPrior(), FixedAtoms(4)], ids=str)
     def test_every_solver(self, pooling, prior, solver):
         if (pooling, solver) == ("product", "relaxed"):
-            with pytest.raises(ParameterError, match="solver 'relaxed' needs prior GroupNorm"):
-                fuse(parties(), pooling, prior, base=BASE, solver=solver)
+            with pytest.raises(ParameterError, match="solver 'relaxed' needs GroupNormPrior"):
+                fuse(parties(), pooling, prior, prior=BASE, solver=solver)
             return
-        fusion = fuse(parties(), pooling, prior, base=BASE, solver=solver)
+        fusion = fuse(parties(), pooling, prior, prior=BASE, solver=solver)
         assert same_grouping(fusion.assignment, HOLDS)
-        matching = fusion.only_matching()
+        matching = fusion.only_label()
         assert matching.bound <= matching.objective[-1] + 1e-9
         assert (matching.gap < 0.5) == (solver == "relaxed")
         assert ("% for these atoms" in fusion.summary()) == (solver == "relaxed")
 
     @pytest.mark.parametrize("ranked", [False, True])
     def test_the_papers_own_regulariser(self, ranked):
-        fusion = fuse(parties(), prior=GroupNorm("auto", ranked=ranked))
-        expected = fusion.only_matching().prior
+        fusion = fuse(parties(), assignment_prior=GroupNormPrior("auto", ranked=ranked))
+        expected = fusion.only_label().assignment_prior
         assert expected.scale > 0
         # λ = std / 2 in nats: in units of the dispersion it changes with it, F does not.
         again = fuse(
-            parties(), prior=GroupNorm("auto", ranked=ranked), dispersion=2 * fusion.dispersion
+            parties(),
+            assignment_prior=GroupNormPrior("auto", ranked=ranked),
+            dispersion=2 * fusion.dispersion,
         )
-        assert again.only_matching().prior.scale == pytest.approx(expected.scale / 2)
+        assert again.only_label().assignment_prior.scale == pytest.approx(expected.scale / 2)
         for a, b in zip(fusion.assignment, again.assignment, strict=True):
             assert torch.equal(a, b)
 
     @pytest.mark.parametrize("alpha", [None, 0.1, 1.0, 3.0])
     def test_indian_buffet(self, alpha):
-        fusion = fuse(parties(), "product", IndianBuffet(alpha), base=BASE)
+        fusion = fuse(parties(), "product", IndianBuffetPrior(alpha), prior=BASE)
         assert same_grouping(fusion.assignment, HOLDS)
         if alpha is None:  # Gamma(1, 1) prior, four atoms, four parties
             expected = 4 / (1 + 1 + 1 / 2 + 1 / 3 + 1 / 4)
-            assert fusion.matchings["component"].prior.mass == pytest.approx(expected)
+            assert fusion.labels["component"].assignment_prior.mass == pytest.approx(expected)
 
     def test_objective_is_a_trace_that_never_rises(self, pooling):
-        objective = torch.tensor(fuse(parties(1.0), pooling, base=BASE).objective)
+        objective = torch.tensor(fuse(parties(1.0), pooling, prior=BASE).objective)
         assert torch.isfinite(objective).all()
         assert (objective.diff() <= 0).all()
 
     def test_objective_is_the_sum_that_it_claims(self):
-        fusion = fuse(parties(), "exclusive", GroupNorm(0.7))
+        fusion = fuse(parties(), "exclusive", GroupNormPrior(0.7))
         total = fusion.shared_objective + float((0.7 * fusion.popularity.double().sqrt()).sum())
         for p, a in zip(parties(), fusion.assignment, strict=True):
             for site in ("loc", "scale"):
@@ -166,20 +168,20 @@ class TestRecovery:
 
 class TestInvariance:
     def test_order_of_components(self, pooling):
-        first = fuse(parties(0.7), pooling, base=BASE)
+        first = fuse(parties(0.7), pooling, prior=BASE)
         orders = [torch.tensor(o) for o in ([2, 0, 1], [1, 0], [1, 2, 0], [2, 1, 0])]
         moved = [p.permute("component", o) for p, o in zip(parties(0.7), orders, strict=True)]
-        second = fuse(moved, pooling, base=BASE)
+        second = fuse(moved, pooling, prior=BASE)
         assert second.objective[-1] == pytest.approx(first.objective[-1], rel=1e-8, abs=1e-8)
         a = torch.cat([x[o] for x, o in zip(first.assignment, orders, strict=True)])
         b = torch.cat(second.assignment)
         assert torch.equal(a[:, None] == a, b[:, None] == b)
 
     def test_order_of_parties(self, pooling):
-        first = fuse(parties(0.7), pooling, base=BASE, weights=[1, 2, 3, 4])
+        first = fuse(parties(0.7), pooling, prior=BASE, weights=[1, 2, 3, 4])
         order = [2, 0, 3, 1]
         moved = [parties(0.7)[s] for s in order]
-        second = fuse(moved, pooling, base=BASE, weights=[3, 1, 4, 2])
+        second = fuse(moved, pooling, prior=BASE, weights=[3, 1, 4, 2])
         assert second.objective[-1] == pytest.approx(first.objective[-1], rel=1e-8, abs=1e-8)
         a = torch.cat([first.assignment[s] for s in order])
         b = torch.cat(second.assignment)
@@ -192,8 +194,8 @@ class TestInvariance:
         assert torch.equal(first.posterior.log_prob(values), second.posterior.log_prob(values))
 
     def test_scale_of_weights_does_not_matter(self, pooling):
-        first = fuse(parties(), pooling, base=BASE, weights=[1, 2, 1, 1])
-        second = fuse(parties(), pooling, base=BASE, weights=[10, 20, 10, 10])
+        first = fuse(parties(), pooling, prior=BASE, weights=[1, 2, 1, 1])
+        second = fuse(parties(), pooling, prior=BASE, weights=[10, 20, 10, 10])
         torch.testing.assert_close(
             first.posterior.factors["loc"].mean, second.posterior.factors["loc"].mean
         )
@@ -212,7 +214,7 @@ class TestSites:
         d = fuse(parties(), "exclusive").posterior.factors["noise"]
         assert float(d.concentration) == pytest.approx(float(concentration.mean()))
         assert float(d.rate) == pytest.approx(float(rate.mean()))
-        d = fuse(parties(), "product", base=BASE).posterior.factors["noise"]
+        d = fuse(parties(), "product", prior=BASE).posterior.factors["noise"]
         assert float(d.concentration) == pytest.approx(float(concentration.sum()) - 3 * 1.0)
         assert float(d.rate) == pytest.approx(float(rate.sum()) - 3 * 0.1)
         d = fuse(parties(), "inclusive").posterior.factors["noise"]
@@ -220,15 +222,15 @@ class TestSites:
 
     def test_only_shared_sites(self, pooling):
         local = [Posterior({"noise": p.factors["noise"]}) for p in parties()]
-        fusion = fuse(local, pooling, base=BASE)
-        assert fusion.matchings == {}
+        fusion = fuse(local, pooling, prior=BASE)
+        assert fusion.labels == {}
         assert len(fusion.objective) == 1
         with pytest.raises(StructureError, match="no site has a label, so nothing was assigned"):
             fusion.assignment  # noqa: B018
         assert "shared sites: noise" in fusion.summary()
 
     def test_weights_follow_the_assignment(self):
-        fusion = fuse(parties(), "product", base=BASE)
+        fusion = fuse(parties(), "product", prior=BASE)
         concentration = fusion.posterior.factors["weights"].concentration
         expected = torch.ones(4).double()
         for p, a in zip(parties(), fusion.assignment, strict=True):
@@ -297,8 +299,8 @@ class TestSites:
             for p, q in zip(parties(), reversed(parties()), strict=True)
         ]
         fusion = fuse(local)
-        assert same_grouping(fusion.matchings["row"].assignment, HOLDS)
-        assert same_grouping(fusion.matchings["column"].assignment, HOLDS[::-1])
+        assert same_grouping(fusion.labels["row"].assignment, HOLDS)
+        assert same_grouping(fusion.labels["column"].assignment, HOLDS[::-1])
         assert torch.tensor(fusion.objective).diff().le(0).all()
 
     def test_constrained_sites_keep_their_transform(self):
@@ -307,7 +309,7 @@ class TestSites:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_dtype(self, pooling, dtype):
         local = [p.to(dtype=dtype) for p in parties()]
-        fusion = fuse(local, pooling, base=BASE)
+        fusion = fuse(local, pooling, prior=BASE)
         assert fusion.posterior.dtype == dtype
         assert same_grouping(fusion.assignment, HOLDS)
 
@@ -323,12 +325,12 @@ class TestOneParty:
 
     @pytest.mark.parametrize("ranked", [True, False])
     def test_scale_of_the_prior_is_found(self, pooling, ranked):
-        fusion = fuse([party([0, 1, 2], 0)], pooling, GroupNorm("auto", ranked=ranked))
-        assert fusion.only_matching().prior.scale > 0
+        fusion = fuse([party([0, 1, 2], 0)], pooling, GroupNormPrior("auto", ranked=ranked))
+        assert fusion.only_label().assignment_prior.scale > 0
 
     def test_parametric_must_still_fit(self):
         with pytest.raises(StructureError, match="party 0 has 3 components"):
-            fuse([party([0, 1, 2], 0)], prior=Parametric(2))
+            fuse([party([0, 1, 2], 0)], assignment_prior=FixedAtoms(2))
 
 
 class TestWeights:
@@ -339,8 +341,8 @@ class TestWeights:
             dict(far.factors) | {"loc": dist.Normal(loc.loc + 0.5, loc.scale).to_event(1)}, AXES
         )
         three = parties()[:3]
-        with_it = fuse([*three, moved], "exclusive", Parametric(4), weights=[1, 1, 1, 0])
-        without = fuse(three, "exclusive", Parametric(4))
+        with_it = fuse([*three, moved], "exclusive", FixedAtoms(4), weights=[1, 1, 1, 0])
+        without = fuse(three, "exclusive", FixedAtoms(4))
         index = torch.cdist(
             without.posterior.factors["loc"].mean, with_it.posterior.factors["loc"].mean
         ).argmin(1)
@@ -407,7 +409,7 @@ class TestGuides:
         given = fuse(
             [Posterior.from_guide(g) for g in local],
             "product",
-            base={
+            prior={
                 "loc": dist.Normal(torch.zeros(2), 10.0).to_event(1),
                 "noise": dist.LogNormal(0.0, 1.0),
             },
@@ -426,7 +428,7 @@ class TestGuides:
     def test_product_with_a_model_as_base(self):
         # The model has no data, so its observed site is no exponential family: not read.
         local = [Posterior.from_guide(g, axes={"weights": "component"}) for g in self.guides()]
-        fusion = fuse(local, "product", base=self.model)
+        fusion = fuse(local, "product", prior=self.model)
         assert fusion.num_atoms == 3
 
     def test_guides_of_different_priors(self):
@@ -508,13 +510,13 @@ class TestBadInput:
                 base = dist.MultivariateNormal(torch.zeros(2).double(), eye)
             parties.append(Posterior({"x": local}, {"x": "component"}))
         with pytest.raises(ParameterError, match=r"site 'x'.*improper"):
-            fuse(parties, "product", base={"x": base}, dispersion=0.1)
+            fuse(parties, "product", prior={"x": base}, dispersion=0.1)
 
     def test_solver(self):
         with pytest.raises(ParameterError, match=r"solver must be one of .*'relaxed'.* got 'lp'"):
             fuse(parties(), solver="lp")
-        with pytest.raises(ParameterError, match="solver 'relaxed' needs prior GroupNorm"):
-            fuse(parties(), prior=IndianBuffet(), solver="relaxed")
+        with pytest.raises(ParameterError, match="solver 'relaxed' needs GroupNormPrior"):
+            fuse(parties(), assignment_prior=IndianBuffetPrior(), solver="relaxed")
 
     @pytest.mark.parametrize(
         ("other", "message"),
@@ -576,35 +578,38 @@ class TestBadInput:
 
     def test_too_few_atoms(self):
         with pytest.raises(StructureError, match="party 1 has 2 components along 'component'"):
-            fuse([normal_party().select("component", [0]), normal_party()], prior=Parametric(1))
+            fuse(
+                [normal_party().select("component", [0]), normal_party()],
+                assignment_prior=FixedAtoms(1),
+            )
 
     def test_product_without_prior(self):
-        with pytest.raises(ParameterError, match="give it as `base`"):
+        with pytest.raises(ParameterError, match="give it as `prior`"):
             fuse([normal_party(), normal_party()], "product")
 
     def test_prior_of_a_missing_site(self):
         with pytest.raises(StructureError, match="needs the prior of site 'z'"):
-            fuse(two_parties(), "product", base={"y": dist.Normal(0.0, 1.0)})
+            fuse(two_parties(), "product", prior={"y": dist.Normal(0.0, 1.0)})
 
     def test_prior_of_another_shape(self):
         base = {"z": dist.Normal(torch.zeros(5), 1.0).to_event(1)}
         with pytest.raises(StructureError, match=r"site 'z'.*shape \(5,\), expected \(3,\)"):
-            fuse(two_parties(), "product", base=base)
+            fuse(two_parties(), "product", prior=base)
 
     def test_prior_that_tells_components_apart(self):
         base = {"z": dist.Normal(torch.arange(6.0).reshape(2, 3), 1.0).to_event(1)}
         with pytest.raises(StructureError, match="site 'z': the prior differs between"):
-            fuse(two_parties(), "product", base=base)
+            fuse(two_parties(), "product", prior=base)
 
     def test_prior_narrower_than_the_posteriors(self):
         base = {"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)}
         narrow = normal_party(scale=torch.full((2, 3), 0.1))
         wide = normal_party(scale=torch.full((2, 3), 9.0))
         with pytest.raises(ParameterError, match=r"site 'z', party 1, party 2: .*wider than the"):
-            fuse([narrow, normal_party(), wide], "product", base=base)
+            fuse([narrow, normal_party(), wide], "product", prior=base)
         shared = [Posterior({"z": dist.Normal(float(i), 1.0)}) for i in range(2)]
         with pytest.raises(ParameterError, match=r"site 'z', party 0, party 1: .*wider than the"):
-            fuse(shared, "product", base={"z": dist.Normal(0.0, 0.5)})
+            fuse(shared, "product", prior={"z": dist.Normal(0.0, 0.5)})
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
     def test_dispersion(self, value):
@@ -614,18 +619,18 @@ class TestBadInput:
     @pytest.mark.parametrize(
         ("base", "message"),
         [
-            ("x", "`base` must be a mapping"),
-            ({"z": dist.StudentT(3.0)}, "site 'z' of `base`: no exponential family"),
+            ("x", "`prior` must be a mapping"),
+            ({"z": dist.StudentT(3.0)}, "site 'z' of `prior`: no exponential family"),
         ],
     )
     def test_base(self, base, message):
         with pytest.raises(FusionError, match=message):
-            fuse(two_parties(), "product", base=base)
+            fuse(two_parties(), "product", prior=base)
 
     def test_prior_of_another_family_for_a_carried_site(self):
         base = {**BASE, "weights": dist.Gamma(1.0, 1.0)}
         with pytest.raises(StructureError, match="site 'weights': the prior is Gamma, expected"):
-            fuse(parties(), "product", base=base)
+            fuse(parties(), "product", prior=base)
 
     @pytest.mark.parametrize("seed", [None, 1.5, True])
     def test_seed(self, seed):
@@ -638,7 +643,7 @@ class TestBadInput:
 
     def test_prior_that_is_none(self):
         with pytest.raises(ParameterError, match="prior must be"):
-            fuse([normal_party(), normal_party()], prior="indian-buffet")
+            fuse([normal_party(), normal_party()], assignment_prior="indian-buffet")
 
     def test_label_that_cannot_be_matched(self):
         p = Posterior({"weights": dist.Dirichlet(torch.ones(3))}, {"weights": "component"})
@@ -655,7 +660,7 @@ class TestBadInput:
         before = [p.sample() for p in local]
         values = [p.log_prob(v) for p, v in zip(local, before, strict=True)]
         with pytest.raises(FusionError):  # found out in the middle of the work
-            fuse(local, "product", base={"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)})
+            fuse(local, "product", prior={"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)})
         after = [p.log_prob(v) for p, v in zip(local, before, strict=True)]
         assert all(torch.equal(a, b) for a, b in zip(values, after, strict=True))
 
@@ -680,8 +685,8 @@ def test_summary_and_repr():
 @pytest.mark.cuda
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_cuda(pooling):
-    here = fuse(parties(), pooling, base=BASE)
-    there = fuse([p.to("cuda") for p in parties()], pooling, base=BASE)
+    here = fuse(parties(), pooling, prior=BASE)
+    there = fuse([p.to("cuda") for p in parties()], pooling, prior=BASE)
     assert there.posterior.device.type == "cuda"
     assert there.objective[-1] == pytest.approx(here.objective[-1], rel=1e-9)
 
@@ -721,7 +726,7 @@ class TestNames:
             fuse(
                 {"north": Posterior({"z": dist.Normal(torch.zeros(3), 1.0)}, {"z": "k"})}
                 | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)}, {"z": "k"})},
-                prior=Parametric(2),
+                assignment_prior=FixedAtoms(2),
             )
         with pytest.raises(StructureError, match="party 1: expected a Posterior") as error:
             fuse([*parties()[:1], 3])
@@ -827,11 +832,11 @@ class TestWhatNewcomersDo:
             fuse(parties(), parties()[0])
 
     def test_a_base_for_other_sites(self):
-        with pytest.raises(StructureError, match=r"prior of site 'mu'; `base` has \['loc'\]"):
+        with pytest.raises(StructureError, match=r"prior of site 'mu'; `prior` has \['loc'\]"):
             fuse(
                 [self.mixture(-5.0, 5.0, axes={"w": "c", "mu": "c"}) for _ in range(2)],
                 "product",
-                base={"loc": dist.Normal(0.0, 9.0)},
+                prior={"loc": dist.Normal(0.0, 9.0)},
             )
 
     def test_features_that_are_labelled_as_components_are(self):

@@ -16,14 +16,14 @@ from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import kl_divergence
 
 from pyro_fusion import (
+    FixedAtoms,
     FusionEM,
     FusionGibbs,
     FusionGuide,
     FusionModel,
-    GroupNorm,
-    IndianBuffet,
+    GroupNormPrior,
+    IndianBuffetPrior,
     ParameterError,
-    Parametric,
     Posterior,
     StructureError,
     fuse,
@@ -82,7 +82,7 @@ def parties(seed=0, sizes=((4, 3), (5, 4), (4, 3), (5, 4)), noise=0.05, scale=0.
 
 
 def settings_of(pooling):
-    return {"pooling": pooling, **({"base": BASE} if pooling == "product" else {})}
+    return {"pooling": pooling, **({"prior": BASE} if pooling == "product" else {})}
 
 
 @pytest.fixture(params=POOLINGS)
@@ -137,10 +137,10 @@ class TestObjective:
     def test_counts_each_factor_once(self, pooling):
         posteriors, _ = parties()
         weights = [1.5, 0.5, 1.0, 1.0]
-        prior = GroupNorm(2.0)
+        prior = GroupNormPrior(2.0)
         fusion = fuse(posteriors, pooling, prior, weights=weights)
-        groups = {k: m.assignment for k, m in fusion.matchings.items()}
-        scales = {k: m.dispersion for k, m in fusion.matchings.items()}
+        groups = {k: m.assignment for k, m in fusion.labels.items()}
+        scales = {k: m.dispersion for k, m in fusion.labels.items()}
         unit = (scales["h1"] * scales["h2"]) ** 0.5
         linked = [p for p in posteriors]
         only = [
@@ -151,7 +151,7 @@ class TestObjective:
             for p in linked
         ]
         expected = by_loops(only, groups, pooling, weights) / unit
-        for label, m in fusion.matchings.items():
+        for label, m in fusion.labels.items():
             norm = float((2.0 * m.popularity.double().sqrt()).sum())
             expected += scales[label] / unit * norm
         assert fusion.objective[-1] == pytest.approx(expected + fusion.shared_objective)
@@ -159,7 +159,9 @@ class TestObjective:
     def test_is_the_elbo(self, pooling):
         """At any assignment, with the best atoms."""
         posteriors, _ = parties(sizes=((3, 2), (2, 3)), num_units=(4, 3))
-        model = FusionModel(posteriors, GroupNorm(1.0), **settings_of(pooling))
+        model = FusionModel(
+            posteriors, assignment_prior=GroupNormPrior(1.0), **settings_of(pooling)
+        )
         g = torch.Generator().manual_seed(0)
         for _ in range(3):
             start = {
@@ -178,7 +180,7 @@ class TestObjective:
 
     def test_svi_reaches_it(self):
         posteriors, _ = parties(sizes=((3, 2), (2, 3)), num_units=(4, 3))
-        model = FusionModel(posteriors, GroupNorm(1.0))
+        model = FusionModel(posteriors, assignment_prior=GroupNormPrior(1.0))
         guide = FusionGuide(model)
         best = TraceMeanField_ELBO().loss(model, guide)
         with torch.no_grad():
@@ -190,13 +192,13 @@ class TestObjective:
             svi.step()
         assert TraceMeanField_ELBO().loss(model, guide) == pytest.approx(best, rel=1e-3)
 
-    @pytest.mark.parametrize("prior", [GroupNorm(), IndianBuffet(), Parametric(6)])
+    @pytest.mark.parametrize("prior", [GroupNormPrior(), IndianBuffetPrior(), FixedAtoms(6)])
     def test_never_rises(self, pooling, prior):
         posteriors, _ = parties(seed=3, noise=0.4, scale=0.2)
-        fusion = fuse(posteriors, prior=prior, **settings_of(pooling))
+        fusion = fuse(posteriors, assignment_prior=prior, **settings_of(pooling))
         trace = torch.tensor(fusion.objective, dtype=torch.float64)
         assert (trace.diff() <= 1e-9 * trace[:-1].abs()).all()
-        model = FusionModel(posteriors, prior, **settings_of(pooling))
+        model = FusionModel(posteriors, assignment_prior=prior, **settings_of(pooling))
         em = FusionEM(model, FusionGuide(model))
         losses = [em.step() for _ in range(6)]
         assert all(b <= a + 1e-9 * abs(a) for a, b in itertools.pairwise(losses))
@@ -218,19 +220,19 @@ class TestRecovery:
     def test_units_of_both_layers(self, pooling, seed):
         posteriors, truth = parties(seed)
         fusion = fuse(posteriors, **settings_of(pooling))
-        assert all(is_right(m, truth) for m in fusion.matchings.values())
-        counts = {k: m.num_atoms for k, m in fusion.matchings.items()}
+        assert all(is_right(m, truth) for m in fusion.labels.values())
+        counts = {k: m.num_atoms for k, m in fusion.labels.items()}
         assert fusion.posterior.factors["W2"].batch_shape == (counts["h2"], counts["h1"])
         # Right entries too: those of the network that all units are from.
         every = network(seed)
         where = {}
-        for label, m in fusion.matchings.items():
+        for label, m in fusion.labels.items():
             unit = torch.empty(m.num_atoms, dtype=torch.long)
             for a, t in zip(m.assignment, truth, strict=True):
                 unit[a] = t[label]
             where[label] = unit
         has = torch.zeros(counts["h2"], counts["h1"], dtype=torch.bool)
-        for a, b in zip(*(fusion.matchings[x].assignment for x in ("h2", "h1")), strict=True):
+        for a, b in zip(*(fusion.labels[x].assignment for x in ("h2", "h1")), strict=True):
             has[a.unsqueeze(1), b] = True
         expected = every["W2"][where["h2"]][:, where["h1"]]
         found = fusion.posterior.factors["W2"].mean
@@ -240,7 +242,7 @@ class TestRecovery:
     def test_no_assignment_is_better(self):
         """Of two parties with two units in each layer: all pairs of assignments."""
         posteriors, _ = parties(5, ((2, 2), (2, 2)), 0.6, 0.4, num_units=(3, 3))
-        model = FusionModel(posteriors, GroupNorm(), dispersion=4.0)
+        model = FusionModel(posteriors, assignment_prior=GroupNormPrior(), dispersion=4.0)
         ways = [[0, 1, *x] for x in itertools.permutations(range(4), 2)]
         best = min(
             model.linked_objective(("h1", "h2"), {"h1": torch.tensor(a), "h2": torch.tensor(b)})
@@ -277,7 +279,7 @@ class TestRecovery:
             f = {**f, "W1": dist.Normal(w, f["W1"].scale), "b1": dist.Normal(b, f["b1"].scale)}
             alike.append(Posterior(f, AXES))
         fusion = fuse(alike, dispersion=10.0)
-        assert is_right(fusion.matchings["h1"], truth)
+        assert is_right(fusion.labels["h1"], truth)
 
     def test_three_layers_without_biases(self):
         """The middle layers have no site of their own."""
@@ -296,9 +298,9 @@ class TestRecovery:
             factors = {k: dist.Normal(v, torch.full_like(v, 0.1)) for k, v in own.items()}
             posteriors.append(Posterior(factors, axes))
             orders.append({"x": a, "y": b, "z": c})
-        for prior in (GroupNorm(), Parametric(4)):
-            fusion = fuse(posteriors, prior=prior)
-            for label, m in fusion.matchings.items():
+        for prior in (GroupNormPrior(), FixedAtoms(4)):
+            fusion = fuse(posteriors, assignment_prior=prior)
+            for label, m in fusion.labels.items():
                 found = torch.cat(m.assignment)
                 units = torch.cat([o[label] for o in orders])
                 same = units.unsqueeze(0) == units.unsqueeze(1)
@@ -326,11 +328,11 @@ class TestRecovery:
             factors = {k: dist.Normal(v, torch.full_like(v, 0.1)) for k, v in noisy.items()}
             posteriors.append(Posterior(factors, axes))
         one = dist.Normal(torch.zeros((), dtype=torch.float64), 3.0)
-        base = {"base": dict.fromkeys(axes, one)} if pooling == "product" else {}
+        base = {"prior": dict.fromkeys(axes, one)} if pooling == "product" else {}
         model = FusionModel(posteriors, pooling=pooling, **base)
         guide = FusionGuide(model)
         fusion = FusionEM(model, guide).run(restarts=1)
-        assert guide.num_atoms == {k: m.num_atoms for k, m in fusion.matchings.items()}
+        assert guide.num_atoms == {k: m.num_atoms for k, m in fusion.labels.items()}
         elbo = Trace_ELBO() if pooling == "product" else TraceMeanField_ELBO()
         assert elbo.loss(model, guide) == pytest.approx(fusion.objective[-1])
 
@@ -348,7 +350,7 @@ class TestRecovery:
             posteriors.append(Posterior(factors, axes))
             orders.append({"c1": i, "c2": j})
         fusion = fuse(posteriors)
-        for label, m in fusion.matchings.items():
+        for label, m in fusion.labels.items():
             found, units = torch.cat(m.assignment), torch.cat([o[label] for o in orders])
             same = units.unsqueeze(0) == units.unsqueeze(1)
             assert torch.equal(found.unsqueeze(0) == found.unsqueeze(1), same)
@@ -435,7 +437,7 @@ class TestOutgoing:
         plain, fusion = fuse(posteriors), fuse(given)
         assert plain.objective == pytest.approx(fusion.objective)
         before, after = plain.posterior.factors, fusion.posterior.factors
-        matchings = fusion.matchings
+        matchings = fusion.labels
         own = [
             (set(a.tolist()), set(b.tolist()))
             for a, b in zip(*(matchings[x].assignment for x in ("h2", "h1")), strict=True)
@@ -545,10 +547,10 @@ class TestStructure:
             scale[place] = 50.0  # the prior's is 3
             wide = Posterior({**f, "W2": dist.Normal(f["W2"].loc, scale)}, AXES)
             local = [wide, *posteriors[1:]]
-            fusion = fuse(local, "product", base=BASE, weights=[0, 1, 1], dispersion=1.0)
+            fusion = fuse(local, "product", prior=BASE, weights=[0, 1, 1], dispersion=1.0)
             found.append(fusion.objective[-1])
             with pytest.raises(ParameterError, match=r"'W2', party 0: "):
-                fuse(local, "product", base=BASE, dispersion=0.9)
+                fuse(local, "product", prior=BASE, dispersion=0.9)
         assert found[0] == pytest.approx(found[1])
 
     def test_wrong_prior(self):
@@ -556,17 +558,17 @@ class TestStructure:
         g = torch.Generator().manual_seed(0)
         bad = dist.Normal(torch.randn(3, 4, generator=g).double(), 3.0)
         with pytest.raises(StructureError, match="'W2': the prior differs between components"):
-            fuse(posteriors, "product", base={**BASE, "W2": bad})
+            fuse(posteriors, "product", prior={**BASE, "W2": bad})
 
     def test_prior_with_the_axes(self):
         posteriors, _ = parties()
         whole = dist.Normal(torch.zeros(3, 4).double(), 3.0)
-        one = fuse(posteriors, "product", base=BASE)
-        two = fuse(posteriors, "product", base={**BASE, "W2": whole})
+        one = fuse(posteriors, "product", prior=BASE)
+        two = fuse(posteriors, "product", prior={**BASE, "W2": whole})
         assert one.objective == two.objective
         # What no party has is the prior.
         has = torch.zeros_like(one.posterior.factors["W2"].mean, dtype=torch.bool)
-        for a, b in zip(*(one.matchings[x].assignment for x in ("h2", "h1")), strict=True):
+        for a, b in zip(*(one.labels[x].assignment for x in ("h2", "h1")), strict=True):
             has[a.unsqueeze(1), b] = True
         assert not bool(has.all())
         assert (one.posterior.factors["W2"].stddev[~has] == 3.0).all()
@@ -618,8 +620,8 @@ def test_networks_that_are_very_sure_are_fused(pooling, scale):
         )
         for s in range(2)
     ]
-    base = {"base": {k: BASE[k] for k in sites}} if pooling == "product" else {}
+    base = {"prior": {k: BASE[k] for k in sites}} if pooling == "product" else {}
     fusion = fuse(local, pooling, restarts=0, **base)
     trace = fusion.objective
     assert all(b <= a + 1e-6 * abs(a) for a, b in itertools.pairwise(trace))
-    assert set(fusion.matchings) == {"h1", "h2"}
+    assert set(fusion.labels) == {"h1", "h2"}

@@ -11,22 +11,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_fusion import GroupNorm, IndianBuffet, Parametric
+from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.fusion.moves import regroup, rematch
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.collapsed import Sums
-from pyro_fusion.pooling.components import MatchingProblem, compact
+from pyro_fusion.pooling.components import Components, compact
 from tests.families.members import BARE
 from tests.pooling.test_base import prior_of
 
 POOLINGS = ["inclusive", "exclusive", "product"]
-PRIORS = [IndianBuffet(1.0), IndianBuffet(0.1), GroupNorm(), GroupNorm(5.0), Parametric(7)]
+PRIORS = [
+    IndianBuffetPrior(1.0),
+    IndianBuffetPrior(0.1),
+    GroupNormPrior(),
+    GroupNormPrior(5.0),
+    FixedAtoms(7),
+]
 
 
-def collapsed(problem: MatchingProblem, prior: AssignmentPrior, groups: torch.Tensor) -> float:
+def collapsed(problem: Components, prior: AssignmentPrior, groups: torch.Tensor) -> float:
     """F of these groups with their best atoms."""
     groups, num_atoms = compact(groups)
     atoms = problem.barycenter(groups, num_atoms)
@@ -56,12 +62,12 @@ def normals(loc, sizes, pooling="exclusive", scale=1.0, weights=None, dispersion
     how = pooling_named(pooling)
     local = Factor.of(dist.Normal(loc, scale.expand(loc.shape)).to_event(1))
     base = Factor.of(dist.Normal(loc.mean(0, keepdim=True), 1e3 * scale.max()).to_event(1))
-    return MatchingProblem(
+    return Components(
         {"x": local},
         tuple(sizes),
         torch.ones(len(loc)).double() if weights is None else weights,
         how,
-        {"x": base} if how.needs_base else {},
+        {"x": base} if how.needs_prior else {},
         dispersion,
     )
 
@@ -72,15 +78,15 @@ def any_problem(name, pooling, sizes, dispersion, seed):
     how = pooling_named(pooling)
     generator = torch.Generator().manual_seed(seed)
     weights = torch.rand(len(sizes), generator=generator, dtype=torch.float64) + 0.1
-    if how.needs_base:
+    if how.needs_prior:
         weights.fill_(1.0)  # they are in the messages
-    return MatchingProblem(
+    return Components(
         {"x": local},
         tuple(sizes),
         weights.repeat_interleave(torch.tensor(sizes)),
         how,
-        {"x": prior_of(name, local)} if how.needs_base else {},
-        1.0 if how.needs_base else dispersion,
+        {"x": prior_of(name, local)} if how.needs_prior else {},
+        1.0 if how.needs_prior else dispersion,
     )
 
 
@@ -147,7 +153,7 @@ class TestAnyProblem:
 class TestTheOnlyImprovement:
     """Constructed so that one move helps, and is found."""
 
-    prior = GroupNorm(1.0)
+    prior = GroupNormPrior(1.0)
 
     def check(self, how, problem, groups, expected):
         groups, expected = torch.tensor(groups), torch.tensor(expected)
@@ -193,7 +199,7 @@ def test_groups_that_are_remembered_cost_what_they_did(pooling, monkeypatch):
     base = {"x": Factor.of(dist.Dirichlet(torch.full((1, 250), 0.1, dtype=torch.float64)))}
     local = {"x": Factor.of(dist.Dirichlet(alpha))}
     weights = torch.ones(9, dtype=torch.float64)
-    problem = MatchingProblem(local, (3, 3, 3), weights, how, base if how.needs_base else {}, 5.0)
+    problem = Components(local, (3, 3, 3), weights, how, base if how.needs_prior else {}, 5.0)
 
     def prices():
         """In groups that others had the numbers of before."""
@@ -219,7 +225,9 @@ def test_groups_that_are_remembered_cost_what_they_did(pooling, monkeypatch):
 @pytest.mark.parametrize(
     ("origin", "unit"), [(1e8, 1.0), (1e8, 1e-6), (1e12, 1.0), (0.0, 1e-8), (None, 1e-3)], ids=str
 )
-@pytest.mark.parametrize("prior", [GroupNorm(), IndianBuffet(0.1), Parametric(7)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [GroupNormPrior(), IndianBuffetPrior(0.1), FixedAtoms(7)], ids=str
+)
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_without_digits_f_still_falls(pooling, prior, origin, unit, weightless):
     generator = torch.Generator().manual_seed(0)

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from pyro_fusion import (
-    GroupNorm,
-    IndianBuffet,
+    FixedAtoms,
+    GroupNormPrior,
+    IndianBuffetPrior,
     ParameterError,
-    Parametric,
     Posterior,
     StructureError,
 )
@@ -24,12 +24,12 @@ POOLINGS = ["exclusive", "inclusive", "product"]
 SIZES = tuple(len(h) for h in HOLDS)
 
 
-def read(pooling="exclusive", local=None, weights=None, base=BASE):
-    return Parties.of(local or parties(), pooling_named(pooling), weights, base, None)
+def read(pooling="exclusive", local=None, weights=None, prior=BASE):
+    return Parties.of(local or parties(), pooling_named(pooling), weights, prior, None)
 
 
 def labelled(pooling="exclusive", prior=None, dispersion=2.0, **settings):
-    return read(pooling, **settings).labelled("component", prior or GroupNorm(), dispersion)
+    return read(pooling, **settings).labelled("component", prior or GroupNormPrior(), dispersion)
 
 
 @pytest.fixture(params=POOLINGS)
@@ -87,19 +87,19 @@ class TestLabelled:
         torch.testing.assert_close(part.messages.weights, w[part.messages.party])
         assert part.problem.dispersion == 1.0 and bool((part.problem.weights == 1).all())
         for site, f in part.problem.local.items():
-            plain, prior = part.messages.local[site], part.messages.base[site]
+            plain, prior = part.messages.local[site], part.messages.prior[site]
             share = (part.messages.weights / 4.0).unsqueeze(1)
             truth = prior.natural + share * (plain.natural - prior.natural)
             torch.testing.assert_close(f.natural, truth)
         lost = part.problem.take((part.problem.party == 3).nonzero().squeeze(1))
-        prior = part.messages.base["loc"].expand_batch((3,))
+        prior = part.messages.prior["loc"].expand_batch((3,))
         assert float(kl(lost.local["loc"], prior).max()) < 1e-12
 
     def test_prior_is_calibrated(self):
-        part = labelled(prior=GroupNorm("auto"), dispersion=3.0)
-        assert isinstance(part.prior.scale, float) and part.dispersion == 3.0
-        twice = labelled(prior=GroupNorm("auto"), dispersion=6.0)
-        assert twice.prior.scale == pytest.approx(part.prior.scale / 2)
+        part = labelled(prior=GroupNormPrior("auto"), dispersion=3.0)
+        assert isinstance(part.assignment_prior.scale, float) and part.dispersion == 3.0
+        twice = labelled(prior=GroupNormPrior("auto"), dispersion=6.0)
+        assert twice.assignment_prior.scale == pytest.approx(part.assignment_prior.scale / 2)
 
     def test_dispersion_is_estimated_or_given(self, pooling):
         assert labelled(pooling, dispersion=2.5).dispersion == 2.5
@@ -113,11 +113,11 @@ class TestLabelled:
 
     def test_pool_takes_the_messages(self):
         given = read("product")
-        part = given.labelled("component", IndianBuffet(), 4.0)
+        part = given.labelled("component", IndianBuffetPrior(), 4.0)
         groups = torch.tensor([k for h in HOLDS for k in h])
         atoms = given.pool(part, groups, 4)
         for site, f in atoms.items():
-            prior, local = part.messages.base[site], part.messages.local[site]
+            prior, local = part.messages.prior[site], part.messages.local[site]
             for k in range(4):
                 members = local.natural[groups == k]
                 truth = prior.natural[0] + (members - prior.natural).sum(0)
@@ -129,7 +129,7 @@ class TestShared:
         given = read(pooling, weights=[1.0, 3.0, 2.0, 0.5])
         atom, divergence = given.share("noise")
         assert atom.batch_shape == ()
-        prior = given.shared("noise").base.get("noise")
+        prior = given.shared("noise").prior.get("noise")
         total = float(kl(atom.expand_batch((1,)), prior)) if prior is not None else 0.0
         for p, w in zip(given.posteriors, given.weights.tolist(), strict=True):
             local = p.decomposed["noise"]
@@ -160,11 +160,11 @@ class TestShared:
 class TestErrors:
     def test_too_few_atoms(self):
         given = read()
-        given.priors(Parametric(3))
-        given.priors({"component": GroupNorm()})
+        given.priors(FixedAtoms(3))
+        given.priors({"component": GroupNormPrior()})
         match = "party 0 has 3 components along 'component', but the prior allows only 2 atoms"
         with pytest.raises(StructureError, match=match):
-            given.priors({"component": Parametric(2)})
+            given.priors({"component": FixedAtoms(2)})
 
     @pytest.mark.parametrize(
         "inputs, match",
@@ -187,22 +187,22 @@ class TestErrors:
             read(local=[parties()[0], guide])
 
     def test_no_base(self):
-        with pytest.raises(ParameterError, match="give it as `base`"):
-            read("product", base=None)
-        assert read("product", base=None, local=parties()[:1]).base == {}
+        with pytest.raises(ParameterError, match="give it as `prior`"):
+            read("product", prior=None)
+        assert read("product", prior=None, local=parties()[:1]).prior == {}
 
     def test_location(self):
         wide = dist.Normal(torch.zeros(2).double(), 0.01).to_event(1)
-        given = read("product", base={**BASE, "loc": wide})
+        given = read("product", prior={**BASE, "loc": wide})
         with pytest.raises(ParameterError, match=r"site 'loc'.*is improper") as error:
-            part = given.labelled("component", IndianBuffet(), 1.0)
+            part = given.labelled("component", IndianBuffetPrior(), 1.0)
             with locating(part.messages):
                 part.problem.barycenter(torch.zeros(sum(SIZES), dtype=torch.long), 1)
         assert "party 0, party 1, party 2, party 3" in str(error.value)
 
     def test_location_of_a_shared_site(self):
         narrow = dist.Gamma(torch.tensor(100.0).double(), torch.tensor(50.0).double())
-        given = read("product", base={**BASE, "noise": narrow})
+        given = read("product", prior={**BASE, "noise": narrow})
         with pytest.raises(ParameterError, match="'noise', party 0, party 1, party 2, party 3: "):
             given.share("noise")
 

@@ -7,11 +7,11 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from pyro_fusion import GroupNorm, Parametric, Posterior, fuse
+from pyro_fusion import FixedAtoms, GroupNormPrior, Posterior, fuse
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.seeding import _MAX_ATOMS_PER_COMPONENT, starts
 from pyro_fusion.pooling import pooling_named
-from pyro_fusion.pooling.components import MatchingProblem
+from pyro_fusion.pooling.components import Components
 
 
 def problem_of(sizes, spread=1.0, dispersion=1.0):
@@ -19,12 +19,12 @@ def problem_of(sizes, spread=1.0, dispersion=1.0):
     loc = spread * torch.randn(count, 2, dtype=torch.float64)
     local = Factor.of(dist.Normal(loc, torch.ones(count, 2).double()).to_event(1))
     weights = torch.ones(count).double()
-    return MatchingProblem(
+    return Components(
         {"x": local}, tuple(sizes), weights, pooling_named("exclusive"), {}, dispersion
     )
 
 
-@pytest.mark.parametrize("prior", [GroupNorm(), Parametric(5)], ids=str)
+@pytest.mark.parametrize("prior", [GroupNormPrior(), FixedAtoms(5)], ids=str)
 def test_starts_are_feasible_and_reproducible(prior):
     problem = problem_of([3, 1, 5, 2], spread=3.0)
     first, second = (list(starts(problem, prior, 9, seed=4)) for _ in "ab")
@@ -42,7 +42,7 @@ def test_many_parties_with_nothing_in_common_do_not_blow_up():
     # Far apart at a tiny dispersion, every component would be an atom: 600 of them.
     problem = problem_of([2] * 300, spread=1e3, dispersion=1e-3)
     limit = _MAX_ATOMS_PER_COMPONENT * 2
-    for groups in starts(problem, GroupNorm(), 4, seed=0):
+    for groups in starts(problem, GroupNormPrior(), 4, seed=0):
         # Once over the limit the threshold doubles with every party, so it is soon reached.
         assert len(groups.unique()) < 4 * limit
 
@@ -61,6 +61,6 @@ def test_given_the_number_of_many_atoms_each_is_found(pooling):
         parties.append(Posterior({"x": local}, {"x": "component"}))
         members.append(own)
     true = torch.cat(members)
-    fusion = fuse(parties, pooling, Parametric(len(true.unique())))
+    fusion = fuse(parties, pooling, FixedAtoms(len(true.unique())))
     atom = torch.cat(fusion.assignment)
     assert bool(((atom == atom.unsqueeze(1)) == (true == true.unsqueeze(1))).all())

@@ -7,8 +7,8 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 
-from pyro_fusion import Fusion, Matching, Posterior
-from pyro_fusion.assignment.priors import Parametric
+from pyro_fusion import FusedLabel, Fusion, Posterior
+from pyro_fusion.assignment.priors import FixedAtoms
 
 
 def fusion(
@@ -20,14 +20,14 @@ def fusion(
     num_atoms = 1 + max(map(max, assignment))
     atoms = torch.arange(float(num_atoms))
     tensors = [torch.tensor(a) for a in assignment]
-    matching = Matching(
+    matching = FusedLabel(
         label="component",
         assignment=tensors,
         num_atoms=num_atoms,
         popularity=torch.bincount(torch.cat(tensors), minlength=num_atoms),
         objective=[5.0, 3.0, 2.5],
         dispersion=1.0,
-        prior=Parametric(num_atoms),
+        prior=FixedAtoms(num_atoms),
         converged=True,
         restarts=[2.5],
     )

@@ -61,7 +61,7 @@ class TestContract:
     def test_is_a_minimum(self, pooling, family):
         name, local = family
         how = pooling_named(pooling)
-        base = prior_of(name, local) if how.needs_base else None
+        base = prior_of(name, local) if how.needs_prior else None
         atoms = how.barycenter(local, GROUPS, 3, WEIGHTS, base)
         best = self.objective(how, atoms, local, base)
         assert torch.isfinite(best).all()
@@ -78,7 +78,7 @@ class TestContract:
     def test_objective_is_a_difference_of_potentials(self, pooling, family):
         name, local = family
         how = pooling_named(pooling)
-        base = prior_of(name, local) if how.needs_base else None
+        base = prior_of(name, local) if how.needs_prior else None
         atoms = how.barycenter(local, GROUPS, 3, WEIGHTS, base)
         weight = torch.zeros(3, dtype=torch.float64).index_add(0, GROUPS, WEIGHTS)
         potential = how.potential(local, base) * WEIGHTS
@@ -91,7 +91,7 @@ class TestContract:
     def test_a_group_of_one_is_itself(self, pooling, family):
         name, local = family
         how = pooling_named(pooling)
-        base = prior_of(name, local) if how.needs_base else None
+        base = prior_of(name, local) if how.needs_prior else None
         atoms = how.barycenter(local, torch.arange(7), 7, None, base)
         assert (kl(local, atoms) < 1e-9).all()
         total = how.opening(atoms, base) + how.cost(atoms, local, base).diagonal()
@@ -100,7 +100,7 @@ class TestContract:
     def test_order_does_not_matter(self, pooling, family):
         name, local = family
         how = pooling_named(pooling)
-        base = prior_of(name, local) if how.needs_base else None
+        base = prior_of(name, local) if how.needs_prior else None
         atoms = how.barycenter(local, GROUPS, 3, WEIGHTS, base)
         order = torch.tensor([6, 2, 4, 0, 1, 5, 3])
         again = how.barycenter(local.index_select(0, order), GROUPS[order], 3, WEIGHTS[order], base)
@@ -190,13 +190,13 @@ class TestClosedForms:
             Factor.of(dist.Normal(self.loc, self.scale).to_event(1)),
             groups,
             2,
-            base=Factor.of(base),
+            prior=Factor.of(base),
         )
         far = how.barycenter(
             Factor.of(dist.Normal(origin + unit * self.loc, unit * self.scale).to_event(1)),
             groups,
             2,
-            base=Factor.of(far_base),
+            prior=Factor.of(far_base),
         )
         # A double at 1e4 is known to 2e-12, so the positions to 2e-8 of the unit.
         error = (far.params["loc"] - origin) / unit - near.params["loc"]
@@ -243,7 +243,7 @@ class TestProductIsBayesRule:
         local = Factor.cat([Factor.of(d) for d in batch])
         base = Factor.of(prior.expand((1,)))
         groups = torch.zeros(len(batch), dtype=torch.long)
-        atom = pooling_named("product").barycenter(local, groups, 1, base=base).distribution()
+        atom = pooling_named("product").barycenter(local, groups, 1, prior=base).distribution()
         assert float(kl_divergence(atom, pooled.expand((1,)))) < 1e-10
 
     def test_gamma_poisson(self):
@@ -301,12 +301,12 @@ class TestBadInput:
     def test_improper_product(self, make):
         local, base = Factor.of(make(3.0)), Factor.of(make(1.0)).index_select(0, torch.tensor([0]))
         with pytest.raises(ParameterError, match="wider than the prior"):
-            pooling_named("product").barycenter(local, torch.tensor([0, 0]), 1, base=base)
+            pooling_named("product").barycenter(local, torch.tensor([0, 0]), 1, prior=base)
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
 def test_float32_stays_float32(pooling):
     local = Factor.of(dist.Normal(torch.randn(4, 3), torch.rand(4, 3) + 0.1).to_event(1))
     base = Factor.of(dist.Normal(torch.zeros(1, 3), 10.0).to_event(1))
-    atoms = pooling_named(pooling).barycenter(local, torch.tensor([0, 1, 1, 0]), 2, base=base)
+    atoms = pooling_named(pooling).barycenter(local, torch.tensor([0, 1, 1, 0]), 2, prior=base)
     assert atoms.dtype == torch.float32

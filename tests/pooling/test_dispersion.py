@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pyro_fusion import GroupNorm, Posterior, fuse
+from pyro_fusion import GroupNormPrior, Posterior, fuse
 from pyro_fusion.families import Factor
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
@@ -86,8 +86,8 @@ def test_inclusive_is_the_same_limit_in_other_units():
     value = estimate_dispersion(local, (3, 3), pooling_named("inclusive"))
     low, high = (math.log1p((d / 0.2) ** 2) for d in (0.2, 3.0))
     assert low < value < high
-    # Half way between the lone and the popular, where GroupNorm asks 1 and 1.7 dispersions.
-    middle = math.sqrt(GroupNorm().scale)
+    # Half way between the lone and the popular, where GroupNormPrior asks 1 and 1.7 dispersions.
+    middle = math.sqrt(GroupNormPrior().scale)
     limit = (1.36 + 5.5 * math.sqrt(2)) * math.sqrt(merge_price(0.2, 0.1) * merge_price(3.0, 0.1))
     exact = math.log1p(middle * limit) / middle  # exclusive price d² / 4s², inclusive its log1p
     assert value == pytest.approx(exact, rel=0.2)  # interpolated between the pairs that there are
@@ -154,7 +154,7 @@ def test_overconfident_parties_still_agree_on_the_number(pooling, jitter, shared
         parties.append(Posterior({"x": d}, {"x": ("component",)}))
     zero = torch.zeros(4, dtype=torch.float64)
     base = {"x": dist.Normal(zero, 20.0).to_event(1)} if pooling == "product" else None
-    assert fuse(parties, pooling, base=base).num_atoms == len(seen)
+    assert fuse(parties, pooling, prior=base).num_atoms == len(seen)
 
 
 def test_the_order_of_many_parties_does_not_matter():
@@ -167,10 +167,10 @@ def test_the_order_of_many_parties_does_not_matter():
         noise = torch.randn(2, 2, generator=generator, dtype=torch.float64)
         loc = true[has] + 0.1 * (1 + s % 2 * 6) * noise
         parties.append(Posterior({"x": dist.Normal(loc, 0.1).to_event(1)}, {"x": ("component",)}))
-    for prior in (GroupNorm(), GroupNorm("auto")):
-        one, other = (fuse(p, prior=prior, restarts=0) for p in (parties, parties[::-1]))
+    for prior in (GroupNormPrior(), GroupNormPrior("auto")):
+        one, other = (fuse(p, assignment_prior=prior, restarts=0) for p in (parties, parties[::-1]))
         assert one.dispersion == pytest.approx(other.dispersion, rel=1e-9)
-        ends = [f.only_matching().objective[-1] for f in (one, other)]
+        ends = [f.only_label().objective[-1] for f in (one, other)]
         assert ends[0] == pytest.approx(ends[1], rel=1e-9)
 
 

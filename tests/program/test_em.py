@@ -12,13 +12,13 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_fusion import (
+    FixedAtoms,
     FusionEM,
     FusionGuide,
     FusionModel,
-    GroupNorm,
-    IndianBuffet,
+    GroupNormPrior,
+    IndianBuffetPrior,
     ParameterError,
-    Parametric,
     Posterior,
     fuse,
 )
@@ -37,7 +37,7 @@ def random_assignment(seed, num_atoms=7):
 
 
 def program(pooling, prior=None, start=None, local=None, **settings):
-    model = FusionModel(local or parties(1.5), prior, pooling, base=BASE, **settings)
+    model = FusionModel(local or parties(1.5), pooling, prior, prior=BASE, **settings)
     return model, FusionGuide(model, None if start is None else {"component": start})
 
 
@@ -52,7 +52,9 @@ def pooling(request):
 
 class TestStep:
     @pytest.mark.parametrize(
-        "prior", [IndianBuffet(), IndianBuffet(2.0), GroupNorm(), Parametric(7)], ids=str
+        "prior",
+        [IndianBuffetPrior(), IndianBuffetPrior(2.0), GroupNormPrior(), FixedAtoms(7)],
+        ids=str,
     )
     def test_never_raises_the_loss(self, pooling, prior):
         model, guide = program(pooling, prior, random_assignment(0))
@@ -66,7 +68,7 @@ class TestStep:
         start = random_assignment(3)
         model, guide = program(pooling, start=start)
         part = model.parts["component"]
-        direct = expectation_maximization(part.ordered, part.prior, start[part.order])
+        direct = expectation_maximization(part.ordered, part.assignment_prior, start[part.order])
         em = FusionEM(model, guide)
         shared = sum(model.parties.share(site)[1] for site in model.shared)
         losses = [em.step() for _ in range(len(direct.objective))]
@@ -82,7 +84,7 @@ class TestStep:
             pass
         assert now == em.step()
         assert same_grouping(guide.assignment["component"].split(SIZES), HOLDS)
-        best = fuse(parties(), pooling, base=BASE)
+        best = fuse(parties(), pooling, prior=BASE)
         assert now == pytest.approx(best.objective[-1], rel=1e-9)
 
     @pytest.mark.parametrize("same", [False, True])
@@ -99,7 +101,7 @@ class TestStep:
         problem = model.parts["component"].problem
         guide.set_atoms("component", groups, problem.barycenter(groups, number))
         assert model.num_atoms["component"] == number
-        prior = model.parts["component"].prior
+        prior = model.parts["component"].assignment_prior
         other_model, other = program(pooling, start=groups)
         other_model.set_prior("component", prior)
         assert em.step() == pytest.approx(FusionEM(other_model, other).step(), rel=1e-12)
@@ -117,7 +119,7 @@ class TestStep:
     def test_learns_the_mass_of_the_buffet(self):
         model, guide = program("product", start=random_assignment(2))
         FusionEM(model, guide).step()
-        prior, number = model.parts["component"].prior, model.num_atoms["component"]
+        prior, number = model.parts["component"].assignment_prior, model.num_atoms["component"]
         harmonic = sum(1 / (s + 1) for s in range(len(SIZES)))
         assert prior.mass == pytest.approx(number / (1 + harmonic))
         assert model.assignment_prior("component") is prior
@@ -137,21 +139,21 @@ class TestStep:
         (one, *_) = parties()
         model, guide = program(pooling, local=[one])
         loss = FusionEM(model, guide).step()
-        matching = fuse([one], pooling, base=BASE).only_matching()
+        matching = fuse([one], pooling, prior=BASE).only_label()
         shared = sum(model.parties.share(site)[1] for site in model.shared)
         assert loss - shared == pytest.approx(matching.objective[-1], rel=1e-9)
 
 
 class TestRun:
-    @pytest.mark.parametrize("prior", [None, GroupNorm(2.0), Parametric(5)], ids=str)
+    @pytest.mark.parametrize("prior", [None, GroupNormPrior(2.0), FixedAtoms(5)], ids=str)
     def test_is_fuse(self, pooling, prior, seed=3):
         given = {"weights": [1.0, 2.0, 1.0, 0.5], "dispersion": 4.0}
         model, guide = program(pooling, prior, **given)
         ours = FusionEM(model, guide).run(3, 50, seed=seed)
         given |= {"seed": seed, "restarts": 3, "max_iterations": 50}
-        theirs = fuse(parties(1.5), pooling, prior, base=BASE, **given)
+        theirs = fuse(parties(1.5), pooling, prior, prior=BASE, **given)
         assert ours.objective == theirs.objective
-        assert ours.only_matching().restarts == theirs.only_matching().restarts
+        assert ours.only_label().restarts == theirs.only_label().restarts
         for a, b in zip(ours.assignment, theirs.assignment, strict=True):
             assert torch.equal(a, b)
         for site, f in theirs.posterior.decomposed.items():
@@ -177,7 +179,7 @@ class TestRun:
         fusion = FusionEM(model, guide).run(0)
         em = FusionEM(*program(pooling, start=start))
         ends = [em.step() for _ in range(12)]
-        assert len(fusion.only_matching().restarts) == 1
+        assert len(fusion.only_label().restarts) == 1
         assert fusion.objective[-1] <= ends[0] + 1e-9
 
     def test_after_steps_is_no_worse(self, pooling):
@@ -200,11 +202,11 @@ class TestSolvers:
         assert same_grouping(guide.assignment["component"].split(SIZES), HOLDS)
 
     def test_that_do_not_fit(self):
-        model, guide = program("exclusive", IndianBuffet(1.0))
-        with pytest.raises(ParameterError, match="needs prior GroupNorm or Parametric"):
+        model, guide = program("exclusive", IndianBuffetPrior(1.0))
+        with pytest.raises(ParameterError, match="needs GroupNormPrior or FixedAtoms"):
             FusionEM(model, guide, solver="relaxed")
-        model, guide = program("product", GroupNorm())
-        with pytest.raises(ParameterError, match=r"got GroupNorm\(.*\) and 'product'"):
+        model, guide = program("product", GroupNormPrior())
+        with pytest.raises(ParameterError, match=r"got GroupNormPrior\(.*\) and 'product'"):
             FusionEM(model, guide, solver="relaxed")
         with pytest.raises(ParameterError, match=r"solver must be one of .*got 'exact'"):
             FusionEM(model, guide, solver="exact")
@@ -264,7 +266,7 @@ class TestSvi:
     @pytest.mark.parametrize("family", ["Normal", "Gamma", "MultivariateNormal"])
     def test_of_the_product(self, family):
         # A wide prior: the evidence is then well above the noise of the gradients.
-        model, guide = pair("product", family, shared=0, base=base(family, 0, 1e-3))
+        model, guide = pair("product", family, shared=0, prior=base(family, 0, 1e-3))
         best = FusionEM(model, guide).run(2).objective[-1]
         perturb(guide)
         assert by_hand(model, guide) > 0.95 * best < 0
@@ -282,19 +284,19 @@ class TestOfOnesOwn:
             def scale(self, label):
                 return 2 * super().scale(label)
 
-        model = Trusted(posteriors(shared=0), Parametric(3))
+        model = Trusted(posteriors(shared=0), assignment_prior=FixedAtoms(3))
         twice = loss(model, FusionGuide(model))
-        model = FusionModel(posteriors(shared=0), Parametric(3))
+        model = FusionModel(posteriors(shared=0), assignment_prior=FixedAtoms(3))
         assert twice == pytest.approx(2 * loss(model, FusionGuide(model)))
 
     def test_prior(self):
         class Costly(FusionModel):
             def assignment_prior(self, label):
-                return GroupNorm(7.0)
+                return GroupNormPrior(7.0)
 
-        model = Costly(posteriors(), GroupNorm(1.0))
+        model = Costly(posteriors(), assignment_prior=GroupNormPrior(1.0))
         guide = FusionGuide(model)
-        plain = FusionModel(posteriors(), GroupNorm(1.0))
+        plain = FusionModel(posteriors(), assignment_prior=GroupNormPrior(1.0))
         m = torch.bincount(guide.assignment["component"])
         extra = 6 * float(m.double().sqrt().sum())
         assert loss(model, guide) - loss(plain, FusionGuide(plain)) == pytest.approx(extra)
@@ -351,7 +353,7 @@ class TestErrors:
         ]
         base = {"x": dist.Normal(torch.tensor(0.0), 1.0)}
         with pytest.raises(ParameterError, match=r"site 'x'.*improper"):
-            model = FusionModel(local, Parametric(1), "product", base=base)
+            model = FusionModel(local, "product", FixedAtoms(1), prior=base)
             FusionEM(model, FusionGuide(model)).step()
 
     def test_guide_of_another_model_or_with_a_scale_of_its_own(self):

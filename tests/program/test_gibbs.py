@@ -14,13 +14,13 @@ import torch
 from pyro.ops.stats import effective_sample_size
 
 from pyro_fusion import (
+    FixedAtoms,
     FusionGibbs,
     FusionModel,
-    GroupNorm,
-    IndianBuffet,
+    GroupNormPrior,
+    IndianBuffetPrior,
     NormalWishart,
     ParameterError,
-    Parametric,
     Posterior,
     StructureError,
 )
@@ -180,13 +180,13 @@ def gamma_evidence(posteriors, dispersion):
 def wishart_evidence(posteriors, dispersion):
     """By the library's barycentres and divergences."""
     model = FusionModel(
-        posteriors, Parametric(9), "product", base={"x": WISHART}, dispersion=dispersion
+        posteriors, "product", FixedAtoms(9), prior={"x": WISHART}, dispersion=dispersion
     )
     problem = model.parts["component"].problem
 
     def log_evidence(group):
         own = problem.in_order(torch.tensor(group), (1,) * len(group))
-        return -collapsed(own, Parametric(9), torch.zeros(len(group)).long())
+        return -collapsed(own, FixedAtoms(9), torch.zeros(len(group)).long())
 
     return log_evidence
 
@@ -201,7 +201,7 @@ FAMILIES = {
 def model_of(family, sizes, seed, prior, dispersion=1.0):
     make, base, evidence = FAMILIES[family]
     posteriors = make(sizes, seed)
-    model = FusionModel(posteriors, prior, "product", base={"x": base}, dispersion=dispersion)
+    model = FusionModel(posteriors, "product", prior, prior={"x": base}, dispersion=dispersion)
     return model, functools.partial(evidence, posteriors)
 
 
@@ -211,15 +211,15 @@ def model_of(family, sizes, seed, prior, dispersion=1.0):
 @pytest.mark.parametrize(
     ("family", "sizes", "seed", "prior", "dispersion", "block"),
     [
-        ("normal", (3, 3, 3), 0, IndianBuffet(2.0), 1.0, 8),
-        ("normal", (2, 3, 1), 1, IndianBuffet(1.0), 2.0, 0),
-        ("normal", (2, 2, 2), 2, GroupNorm(), 1.0, 8),
-        ("normal", (3, 3, 2), 3, Parametric(4), 3.0, 8),
-        ("normal", (3, 3, 2), 4, Parametric(4), 2.0, 0),
-        ("normal", (2, 2, 2), 5, Parametric(2), 5.0, 0),
-        ("gamma", (3, 2, 2), 6, IndianBuffet(0.5), 1.0, 8),
-        ("gamma", (1, 3, 2), 7, GroupNorm(2.0), 1.0, 0),
-        ("normal_wishart", (2, 2, 2), 8, IndianBuffet(1.0), 1.0, 8),
+        ("normal", (3, 3, 3), 0, IndianBuffetPrior(2.0), 1.0, 8),
+        ("normal", (2, 3, 1), 1, IndianBuffetPrior(1.0), 2.0, 0),
+        ("normal", (2, 2, 2), 2, GroupNormPrior(), 1.0, 8),
+        ("normal", (3, 3, 2), 3, FixedAtoms(4), 3.0, 8),
+        ("normal", (3, 3, 2), 4, FixedAtoms(4), 2.0, 0),
+        ("normal", (2, 2, 2), 5, FixedAtoms(2), 5.0, 0),
+        ("gamma", (3, 2, 2), 6, IndianBuffetPrior(0.5), 1.0, 8),
+        ("gamma", (1, 3, 2), 7, GroupNormPrior(2.0), 1.0, 0),
+        ("normal_wishart", (2, 2, 2), 8, IndianBuffetPrior(1.0), 1.0, 8),
     ],
 )
 def test_every_partition(family, sizes, seed, prior, dispersion, block):
@@ -233,21 +233,21 @@ def test_every_partition(family, sizes, seed, prior, dispersion, block):
 
 @pytest.mark.parametrize("block", [0, 8])
 def test_without_evidence_the_prior_is_drawn(block):
-    sizes, prior = (3, 2, 1), IndianBuffet(1.5)
+    sizes, prior = (3, 2, 1), IndianBuffetPrior(1.5)
     posteriors = [Posterior({"x": BASE.expand((n,))}, AXES) for n in sizes]
-    model = FusionModel(posteriors, prior, "product", base={"x": BASE}, dispersion=1.0)
+    model = FusionModel(posteriors, "product", prior, prior={"x": BASE}, dispersion=1.0)
     result = FusionGibbs(model, block=block).run(500, 50)
     check_assignments(result, sizes, log_weights(sizes, lambda g: 0.0, prior.penalty(3)))
 
 
 def test_learned_alpha():
     """By quadrature over alpha for each partition."""
-    sizes, prior = (2, 3, 2), IndianBuffet(None, 3.0, 2.0)
+    sizes, prior = (2, 3, 2), IndianBuffetPrior(None, 3.0, 2.0)
     model, evidence = model_of("normal", sizes, 10, prior, 2.0)
     result = FusionGibbs(model).run(500, 50)
     alpha = torch.linspace(1e-3, 20, 4000).double()
     log_prior = dist.Gamma(prior.concentration, prior.rate).log_prob(alpha)
-    at_one = log_weights(sizes, evidence(2.0), IndianBuffet(1.0).penalty(3)).unsqueeze(1)
+    at_one = log_weights(sizes, evidence(2.0), IndianBuffetPrior(1.0).penalty(3)).unsqueeze(1)
     count = (partitions(sizes).amax(1) + 1).unsqueeze(1)
     joint = at_one + count * alpha.log() - harmonic_number(3) * alpha + log_prior
     check_assignments(result, sizes, joint.logsumexp(1))
@@ -264,7 +264,7 @@ def test_learned_alpha():
 )
 def test_learned_dispersion(family, prior_of_t):
     """By quadrature over log T for each partition."""
-    sizes, prior = (2, 2, 2), IndianBuffet(1.0)
+    sizes, prior = (2, 2, 2), IndianBuffetPrior(1.0)
     model, evidence = model_of(family, sizes, 11, prior, 2.0)
     result = FusionGibbs(model, learn_dispersion=prior_of_t).run(400, 50)
     given = dist.LogNormal(math.log(2.0), 1.0) if prior_of_t is True else prior_of_t
@@ -283,10 +283,10 @@ def test_learned_dispersion(family, prior_of_t):
 
 def test_a_party_too_large_for_blocks():
     """Two parties of 16 components without evidence: the number of pairs is known."""
-    size, prior = 16, IndianBuffet(4.0)
+    size, prior = 16, IndianBuffetPrior(4.0)
     posteriors = [Posterior({"x": BASE.expand((size,))}, AXES)] * 2
     with pytest.warns(UserWarning, match="identical"):
-        model = FusionModel(posteriors, prior, "product", base={"x": BASE}, dispersion=1.0)
+        model = FusionModel(posteriors, "product", prior, prior={"x": BASE}, dispersion=1.0)
     result = FusionGibbs(model).run(400, 20)
     phi = prior.penalty(2)
     pairs = torch.arange(size + 1).double()
@@ -371,19 +371,21 @@ def shared_model(prior=None, dispersion=2.0, **settings):
         )
         for n in (2, 3, 2)
     ]
-    return FusionModel(posteriors, prior, "product", base=base, dispersion=dispersion, **settings)
+    return FusionModel(posteriors, "product", prior, prior=base, dispersion=dispersion, **settings)
 
 
 def objective(model, groups):
     """F of these groups, by coordinate ascent that does not move."""
     result = model.parties.share("z")[1]
     for label, part in model.parts.items():
-        start = expectation_maximization(part.problem, part.prior, groups[label], 0)
+        start = expectation_maximization(part.problem, part.assignment_prior, groups[label], 0)
         result += start.objective[0]
     return result
 
 
-@pytest.mark.parametrize("prior", [IndianBuffet(1.3), GroupNorm(), Parametric(4)], ids=str)
+@pytest.mark.parametrize(
+    "prior", [IndianBuffetPrior(1.3), GroupNormPrior(), FixedAtoms(4)], ids=str
+)
 def test_the_loss_is_f(prior):
     model = shared_model(prior, weights=[0.5, 1.0, 1.5])
     gibbs = FusionGibbs(model)
@@ -393,7 +395,7 @@ def test_the_loss_is_f(prior):
 
 
 def test_the_loss_where_alpha_and_dispersion_are_learned():
-    prior = IndianBuffet(None, 2.0, 0.5)
+    prior = IndianBuffetPrior(None, 2.0, 0.5)
     gibbs = FusionGibbs(shared_model(prior), learn_dispersion=True)
     for _ in range(3):
         draws = gibbs.run(1, 0).labels
@@ -401,9 +403,11 @@ def test_the_loss_where_alpha_and_dispersion_are_learned():
         for label, d in draws.items():
             alpha, dispersion = float(d.alpha), float(d.dispersion)
             # A model with this T, in which alpha is fixed.
-            part = shared_model(IndianBuffet(alpha), dispersion).parts[label]
+            part = shared_model(IndianBuffetPrior(alpha), dispersion).parts[label]
             groups = gibbs.assignment[label]
-            fixed = expectation_maximization(part.problem, part.prior, groups, 0).objective[0]
+            fixed = expectation_maximization(
+                part.problem, part.assignment_prior, groups, 0
+            ).objective[0]
             fixed += 0.5 * alpha - math.log(alpha)
             fixed -= float(dist.Normal(math.log(2.0), 1.0).log_prob(torch.tensor(dispersion).log()))
             assert -float(d.log_density) == pytest.approx(fixed, rel=1e-6)
@@ -429,7 +433,7 @@ def test_seeds():
 
 
 def test_results():
-    model, _ = model_of("normal", (2, 3, 2), 0, IndianBuffet())
+    model, _ = model_of("normal", (2, 3, 2), 0, IndianBuffetPrior())
     gibbs = FusionGibbs(model, learn_dispersion=True)
     result = gibbs.run(50, 5, 2)
     draws = result.only_label()
@@ -448,7 +452,9 @@ def test_results():
     assert set(draws.effective_sample_sizes()) == {"atoms", "alpha", "dispersion", "log density"}
     text = result.summary()
     assert "50 draws of the atoms of 7 × component of 3 parties" in text and "alpha" in text
-    fixed = FusionGibbs(model_of("normal", (2, 3, 2), 0, GroupNorm())[0]).run(2, 0).only_label()
+    fixed = (
+        FusionGibbs(model_of("normal", (2, 3, 2), 0, GroupNormPrior())[0]).run(2, 0).only_label()
+    )
     assert fixed.alpha is None and fixed.dispersion is None
     # A second run goes on.
     assert not torch.equal(gibbs.run(50, 0).only_label().log_density, draws.log_density)
@@ -456,7 +462,9 @@ def test_results():
 
 def test_one_party_has_nothing_to_share():
     posterior = normals((3,), 0)
-    model = FusionModel(posterior, IndianBuffet(), "product", base={"x": BASE}, dispersion=1.0)
+    model = FusionModel(
+        posterior, "product", IndianBuffetPrior(), prior={"x": BASE}, dispersion=1.0
+    )
     result = FusionGibbs(model).run(3, 0)
     assert torch.equal(result.same(), torch.eye(3).double())
     assert math.isnan(result.only_label().effective_sample_sizes()["atoms"])
@@ -465,7 +473,7 @@ def test_one_party_has_nothing_to_share():
 
 def test_without_a_label_there_is_nothing_to_draw():
     posteriors = [Posterior({"x": dist.Normal(m, 1.0)}) for m in (0.0, 1.0)]
-    model = FusionModel(posteriors, pooling="product", base={"x": dist.Normal(0.0, 5.0)})
+    model = FusionModel(posteriors, pooling="product", prior={"x": dist.Normal(0.0, 5.0)})
     gibbs = FusionGibbs(model)
     assert gibbs.step() == pytest.approx(model.parties.share("x")[1])
     assert gibbs.run(2, 0).labels == {}
@@ -487,13 +495,13 @@ class TestErrors:
     @pytest.mark.parametrize("name", ["assignment_prior", "local", "scale"])
     def test_a_model_of_ones_own(self, name):
         own = type("Own", (FusionModel,), {name: lambda self, *args: None})
-        model = own(normals((2, 2), 0), pooling="product", base={"x": BASE})
+        model = own(normals((2, 2), 0), pooling="product", prior={"x": BASE})
         with pytest.raises(ParameterError, match=rf"Own overrides {name}\(\).*SVI"):
             FusionGibbs(model)
 
     def test_ranks(self):
-        with pytest.raises(ParameterError, match="without rank weights, got GroupNorm"):
-            FusionGibbs(self.model(GroupNorm(ranked=True)))
+        with pytest.raises(ParameterError, match="without rank weights, got GroupNormPrior"):
+            FusionGibbs(self.model(GroupNormPrior(ranked=True)))
 
     @pytest.mark.parametrize(
         "settings", [{"seed": 1.5}, {"seed": True}, {"block": 15}, {"block": -1}]
@@ -526,7 +534,7 @@ class TestErrors:
     )
     def test_start(self, groups, match):
         with pytest.raises(StructureError, match=match):
-            FusionGibbs(self.model(Parametric(5)), {"component": torch.tensor(groups)})
+            FusionGibbs(self.model(FixedAtoms(5)), {"component": torch.tensor(groups)})
         with pytest.raises(StructureError, match=r"expected an assignment for \['component'\]"):
             FusionGibbs(self.model(), {"topic": torch.tensor(groups)})
 
@@ -535,9 +543,9 @@ class TestErrors:
         with pytest.warns(UserWarning, match="identical"):
             model = FusionModel(
                 wide,
-                IndianBuffet(1.0),
                 "product",
-                base={"x": dist.Normal(torch.zeros(1), 7.0).to_event(1)},
+                IndianBuffetPrior(1.0),
+                prior={"x": dist.Normal(torch.zeros(1), 7.0).to_event(1)},
                 dispersion=1.0,
             )
         gibbs = FusionGibbs(model, {"component": torch.arange(3)})
@@ -548,9 +556,11 @@ class TestErrors:
 
 @pytest.mark.cuda
 def test_cuda():
-    here, _ = model_of("normal", (2, 3, 2), 0, IndianBuffet())
+    here, _ = model_of("normal", (2, 3, 2), 0, IndianBuffetPrior())
     posteriors = [p.to("cuda") for p in normals((2, 3, 2), 0)]
-    there = FusionModel(posteriors, IndianBuffet(), "product", base={"x": BASE}, dispersion=1.0)
+    there = FusionModel(
+        posteriors, "product", IndianBuffetPrior(), prior={"x": BASE}, dispersion=1.0
+    )
     assert there.parts["component"].problem.weights.device.type == "cuda"
     for settings in ({}, {"learn_dispersion": True}):
         a, b = (FusionGibbs(m, **settings).run(20, 0).only_label() for m in (here, there))

@@ -14,12 +14,12 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch.nn.functional import one_hot
 
 from pyro_fusion import (
+    FixedAtoms,
     FusionEM,
     FusionGuide,
     FusionModel,
-    GroupNorm,
-    IndianBuffet,
-    Parametric,
+    GroupNormPrior,
+    IndianBuffetPrior,
     Posterior,
     fuse,
 )
@@ -59,7 +59,7 @@ def parties(make):
 def svi(local, pooling, assignment, steps=400):
     """The loss of SVI from an assignment, relaxed and then hard."""
     pyro.clear_param_store()
-    model = FusionModel(local, GroupNorm(), pooling)
+    model = FusionModel(local, pooling, GroupNormPrior())
     guide = FusionGuide(model, {"component": assignment}, relaxed=True)
     infer = SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), TraceMeanField_ELBO())
     for _ in range(steps):
@@ -82,14 +82,14 @@ def svi(local, pooling, assignment, steps=400):
 def test_svi_comes_to_where_coordinate_ascent_does(make, pooling):
     """From assignments at random, to too many atoms: the best of three, as of any mixture."""
     local = parties(make)
-    truth = fuse(local, pooling, GroupNorm()).objective[-1]
+    truth = fuse(local, pooling, GroupNormPrior()).objective[-1]
     g = torch.Generator().manual_seed(0)
     losses = []
     for _ in range(3):
         start = torch.cat(
             [torch.randperm(8, generator=g)[: len(p.factors["x"].mean)] for p in local]
         )
-        model = FusionModel(local, GroupNorm(), pooling)
+        model = FusionModel(local, pooling, GroupNormPrior())
         assert loss(model, FusionGuide(model, {"component": start})) > 1.5 * truth
         losses.append(svi(local, pooling, start))
     assert min(losses) == pytest.approx(truth, rel=0.01)
@@ -134,9 +134,9 @@ def test_names_that_only_some_programs_need():
     local = [Posterior({"party": p.factors["x"]}, {"party": "party"}) for p in parties(normal)]
     assert "party" in FusionModel(local)()
     base = {"party": dist.Normal(torch.zeros(3).double(), 20.0).to_event(1)}
-    assert fuse(local, "product", base=base).num_atoms == 6
+    assert fuse(local, "product", prior=base).num_atoms == 6
     with pytest.raises(StructureError, match="site 'party' has a name that the program"):
-        FusionModel(local, pooling="product", base=base)()
+        FusionModel(local, pooling="product", prior=base)()
 
 
 @pytest.mark.parametrize("label", ["a.b", "train", "parameters"])
@@ -148,7 +148,7 @@ def test_labels_that_are_no_attributes(label):
 
 
 def test_no_more_atoms_than_the_prior_allows():
-    model = FusionModel(parties(normal), Parametric(6))
+    model = FusionModel(parties(normal), assignment_prior=FixedAtoms(6))
     with pytest.raises(StructureError, match="the prior allows 6 atoms, got 18"):
         FusionGuide(model, {"component": torch.arange(18)})
 
@@ -183,7 +183,9 @@ class TestState:
     @pytest.mark.parametrize("relaxed", [False, True])
     def test_state_of_another_number_of_atoms(self, pooling, relaxed):
         one = {"component": torch.tensor([0, 1, 2, 1, 0, 2, 3, 1])}
-        model, guide = pair(pooling, prior=IndianBuffet(), assignment=one, relaxed=relaxed)
+        model, guide = pair(
+            pooling, assignment_prior=IndianBuffetPrior(), assignment=one, relaxed=relaxed
+        )
         perturb(guide)
         torch.manual_seed(0)
         expected = loss(model, guide, best_elbo(pooling))
@@ -192,7 +194,9 @@ class TestState:
         file.seek(0)
         states = torch.load(file, weights_only=True)
         for other in ({"component": torch.arange(8)}, None):
-            model, guide = pair(pooling, prior=IndianBuffet(), assignment=other, relaxed=relaxed)
+            model, guide = pair(
+                pooling, assignment_prior=IndianBuffetPrior(), assignment=other, relaxed=relaxed
+            )
             model.load_state_dict(states[0])
             guide.load_state_dict(states[1])
             assert torch.equal(guide.assignment["component"], one["component"])
@@ -294,7 +298,7 @@ class TestTurns:
             assert loss(model, guide, best_elbo(pooling)) == pytest.approx(end, rel=1e-9)
 
     def test_atoms_that_nobody_has_after_rounding_count_for_nothing(self, pooling):
-        model, guide = pair(pooling, prior=IndianBuffet())
+        model, guide = pair(pooling, assignment_prior=IndianBuffetPrior())
         truth = FusionEM(model, guide).run()
         guide = FusionGuide(model, {"component": torch.arange(8)}, relaxed=True)
         with torch.no_grad():
@@ -303,7 +307,7 @@ class TestTurns:
         guide.harden()
         assert guide.num_atoms["component"] == 8 > truth.num_atoms
         assert loss(model, guide) < float("inf")
-        expected = truth.matchings["component"].prior.mass
+        expected = truth.labels["component"].assignment_prior.mass
         assert model.assignment_prior("component").mass == pytest.approx(expected)
 
     def test_the_atoms_of_a_model_that_was_loaded(self, pooling):
@@ -372,7 +376,7 @@ class TestOwnPrograms:
     def test_vectorized(self, pooling):
         class Model(FusionModel):
             def assignment_prior(self, label):
-                return IndianBuffet(alpha=pyro.sample("alpha", dist.Gamma(5.0, 5.0)))
+                return IndianBuffetPrior(alpha=pyro.sample("alpha", dist.Gamma(5.0, 5.0)))
 
             def scale(self, label):
                 if label is None or pooling == "product":
@@ -391,7 +395,7 @@ class TestOwnPrograms:
                 trust = pyro.sample("trust", dist.Gamma(torch.full((3,), 7.0), 9.0).to_event(1))
                 return FusionModel.scale(self.model, label) * trust[..., self.model.party(label)]
 
-        model = Model(test_model.posteriors(), None, pooling, base=test_model.base())
+        model = Model(test_model.posteriors(), pooling, prior=test_model.base())
         guide = Guide(model)
         draws = torch.tensor([loss(model, guide, Trace_ELBO()) for _ in range(200)])
         many = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=1)

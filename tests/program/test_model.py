@@ -17,13 +17,13 @@ from pyro.infer import Predictive, Trace_ELBO, TraceMeanField_ELBO
 from torch.distributions import biject_to, constraints, kl_divergence
 
 from pyro_fusion import (
+    FixedAtoms,
     FusionEM,
     FusionGuide,
     FusionModel,
-    GroupNorm,
-    IndianBuffet,
+    GroupNormPrior,
+    IndianBuffetPrior,
     ParameterError,
-    Parametric,
     Posterior,
     StructureError,
     fuse,
@@ -88,11 +88,17 @@ def base(family="Normal", shared=2, size=0.05):
 
 
 def pair(
-    pooling, family="Normal", prior=None, shared=2, assignment=None, relaxed=False, **settings
+    pooling,
+    family="Normal",
+    assignment_prior=None,
+    shared=2,
+    assignment=None,
+    relaxed=False,
+    **settings,
 ):
     given = settings.pop("parties", None) or posteriors(family, shared)
-    settings.setdefault("base", base(family, shared))
-    model = FusionModel(given, prior, pooling, **settings)
+    settings.setdefault("prior", base(family, shared))
+    model = FusionModel(given, pooling, assignment_prior, **settings)
     guide = FusionGuide(model, assignment, relaxed)
     return model, guide
 
@@ -103,7 +109,7 @@ def one(f, n):
 
 def site_by_hand(model, site, problem, atoms, assignment, dispersion=None):
     """The part of F of one site; ``dispersion`` tempers the messages of ``product`` if given."""
-    total, prior, weights = 0.0, problem.base.get(site), model.parties.weights
+    total, prior, weights = 0.0, problem.prior.get(site), model.parties.weights
     for n, (k, s) in enumerate(zip(assignment, problem.party.tolist(), strict=True)):
         atom, local = one(atoms, k), one(problem.local[site], n)
         scale = float(weights[s]) / (dispersion or 1.0)
@@ -127,9 +133,9 @@ def by_hand(model, guide):
         for site in parties.roles.matched[label]:
             rest = (guide.factor(site), assignment, part.dispersion)
             total += site_by_hand(model, site, part.messages, *rest)
-        phi = part.prior.penalty(len(parties.posteriors)).tolist()
+        phi = part.assignment_prior.penalty(len(parties.posteriors)).tolist()
         total += sum(phi[m] for m in Counter(assignment).values())
-        total += part.prior.constant(len(parties.posteriors))
+        total += part.assignment_prior.constant(len(parties.posteriors))
     for site, problem in model.shared.items():
         everyone = [0] * len(parties.posteriors)
         total += site_by_hand(model, site, problem, guide.factor(site), everyone)
@@ -229,12 +235,12 @@ class TestElboIsF:
 
     @pytest.mark.parametrize(
         "prior",
-        [IndianBuffet(), GroupNorm("auto"), Parametric(3)],
+        [IndianBuffetPrior(), GroupNormPrior("auto"), FixedAtoms(3)],
         ids=str,
     )
     @pytest.mark.parametrize("pooling", NOISELESS)
     def test_of_every_prior(self, pooling, prior):
-        model, guide = pair(pooling, prior=prior)
+        model, guide = pair(pooling, assignment_prior=prior)
         end = FusionEM(model, guide).run(2)
         assert loss(model, guide) == pytest.approx(end.objective[-1], rel=1e-9)
 
@@ -258,7 +264,7 @@ class TestElboIsF:
             for seeds in torch.arange(9).split(3)
         ]
         prior = {"a": base()["x.y"], "b": base()["shared0"]}
-        model = FusionModel(parties, None, pooling, base=prior)
+        model = FusionModel(parties, pooling, prior=prior)
         guide = FusionGuide(model)
         end = FusionEM(model, guide).run(2).objective[-1]
         assert by_hand(model, guide) == pytest.approx(end, rel=1e-9)
@@ -297,7 +303,7 @@ class TestIsAProgram:
             assert set(program("data", 3, size=4)) == set(program())
 
     def test_without_a_guide(self, pooling):
-        model = FusionModel(posteriors(), None, pooling, base=base())
+        model = FusionModel(posteriors(), pooling, prior=base())
         poutine.trace(model).get_trace().compute_log_prob()
         assert loss(model, FusionGuide(model)) < float("inf")
 
@@ -369,10 +375,10 @@ class TestErrors:
                 FusionModel(posteriors(), dispersion=value)
         with pytest.raises(ParameterError, match="pooling must be one of"):
             FusionModel(posteriors(), pooling="mean")
-        with pytest.raises(ParameterError, match="prior must be IndianBuffet"):
-            FusionModel(posteriors(), "product")
+        with pytest.raises(ParameterError, match="assignment_prior must be IndianBuffetPrior"):
+            FusionModel(posteriors(), assignment_prior="product")
         with pytest.raises(StructureError, match="allows only 2 atoms"):
-            FusionModel(posteriors(), Parametric(2))
+            FusionModel(posteriors(), assignment_prior=FixedAtoms(2))
         with pytest.raises(ParameterError, match="weight of party 1"):
             FusionModel(posteriors(), weights=[1.0, -1.0, 1.0])
 

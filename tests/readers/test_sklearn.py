@@ -410,7 +410,7 @@ def centres(posterior: Posterior) -> Tensor:
 def test_parties_in_any_order_with_missing_components(covariance: str, pooling: str) -> None:
     models = parties(covariance)
     base = prior_from_sklearn(models[0]) if pooling == "product" else None
-    fusion = fuse([Posterior.from_sklearn(m) for m in models], pooling, base=base)
+    fusion = fuse([Posterior.from_sklearn(m) for m in models], pooling, prior=base)
     assert fusion.num_atoms == len(CENTRES)
     found = centres(fusion.posterior)
     distance = torch.cdist(found, torch.as_tensor(CENTRES))
@@ -427,7 +427,7 @@ def test_parties_in_any_order_with_missing_components(covariance: str, pooling: 
 def test_product_is_the_posterior_on_everybodys_points(process: bool) -> None:
     models = parties("full", process)
     base = prior_from_sklearn(models[0])
-    found = fuse([from_sklearn(m) for m in models], "product", base=base).posterior.factors
+    found = fuse([from_sklearn(m) for m in models], "product", prior=base).posterior.factors
     data = everybody()
     pooled = mixture(data, 4, mean_precision_prior=0.001)
     atoms = found["gaussian"]
@@ -445,7 +445,7 @@ def test_product_is_the_posterior_on_everybodys_points(process: bool) -> None:
 def test_product_counts_everybodys_points(covariance: str) -> None:
     models = parties(covariance)
     base = prior_from_sklearn(models[0])
-    found = fuse([from_sklearn(m) for m in models], "product", base=base).posterior
+    found = fuse([from_sklearn(m) for m in models], "product", prior=base).posterior
     data = everybody()
     pooled = from_sklearn(mixture(data, 4, covariance, mean_precision_prior=0.001))
     order = torch.cdist(centres(pooled), centres(found)).argmin(1)
@@ -482,7 +482,7 @@ def test_product_of_topics_adds_counts() -> None:
         ]
         # The perplexity: a start may end with one topic in two, and two in one.
         local.append(min((m.fit(counts[-1]) for m in starts), key=lambda m: m.bound_))
-    fusion = fuse([from_sklearn(m) for m in local], "product", base=prior_from_sklearn(local[0]))
+    fusion = fuse([from_sklearn(m) for m in local], "product", prior=prior_from_sklearn(local[0]))
     assert fusion.num_atoms == 3
     found = fusion.posterior.factors["topics"].concentration
     close(found.sum(0), np.concatenate(counts).sum(0) + 3 * 0.1)

@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import coordinate
-from pyro_fusion.assignment.priors import Parametric
+from pyro_fusion.assignment.priors import FixedAtoms
 from pyro_fusion.errors import FusionError
 from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.projection import moves_with_location
@@ -306,7 +306,7 @@ def _cheapest(points: list[_Points], atoms: list[Factor]) -> Tensor:
         # Where each component has an atom that no other wants, there is nothing to settle.
         clash = (atom.sort(1).values != torch.arange(atom.shape[1])).any(1)
         if bool(clash.any()):
-            solved = coordinate(list(cost[clash]), Parametric(cost.shape[1]))
+            solved = coordinate(list(cost[clash]), FixedAtoms(cost.shape[1]))
             atom[clash] = torch.stack(solved.atoms)
         result.append(atom.argsort(1))
     return torch.cat(result)
@@ -328,7 +328,7 @@ def _matched(points: list[_Points], pivot: int) -> Tensor:
     cost = torch.stack(
         [torch.cdist(p.coordinates[pivot], p.coordinates).square() for p in points]
     ).sum(0)
-    solved = coordinate(list(cost.cpu()), Parametric(cost.shape[1]))
+    solved = coordinate(list(cost.cpu()), FixedAtoms(cost.shape[1]))
     return torch.stack(solved.atoms).argsort(1)
 
 

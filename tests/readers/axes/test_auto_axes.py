@@ -326,8 +326,8 @@ def test_fusing_networks_recovers_the_permutation() -> None:
         guides.append(guide_of(Regression(mlp()), X, torch.zeros(20, 2), kind=kind))
     fusion = fuse(guides, axes="auto")
     for label, order in orders.items():
-        one, other = fusion.matchings[label].assignment
-        assert fusion.matchings[label].num_atoms == 5
+        one, other = fusion.labels[label].assignment
+        assert fusion.labels[label].num_atoms == 5
         assert torch.equal(other, one[order])
 
 

@@ -154,7 +154,7 @@ class TestStructure:
             g = mine.decomposed[site]
             assert (g.structure(), g.batch_dim, g.shape) == (f.structure(), f.batch_dim, f.shape)
         assert list(mine.factors) == list(theirs.factors)  # the model's order
-        assert fuse([mine, mine.permute("component", [2, 0, 1])], prior=None) is not None
+        assert fuse([mine, mine.permute("component", [2, 0, 1])], assignment_prior=None) is not None
 
     def test_fuses_with_a_guide(self):
         draws = model_draws()

@@ -418,8 +418,8 @@ def test_fused_like_pyro_and_with_pyro(pooling: str) -> None:
     other: dict[str, Any] = {}
     if pooling == "product":
         axes = {"weights": ("component",)}
-        base = {"base": prior_from_model(pyro_model, torch.tensor(X), axes=axes)}
-        other = {"base": prior_from_numpyro(model, jnp.array(X), axes=axes)}
+        base = {"prior": prior_from_model(pyro_model, torch.tensor(X), axes=axes)}
+        other = {"prior": prior_from_numpyro(model, jnp.array(X), axes=axes)}
     expected = fuse(ours, pooling, **base)
     for parties in (theirs, [*ours[:2], *theirs[2:]]):
         fusion = fuse(parties, pooling, **other)

@@ -257,7 +257,7 @@ def test_product_with_a_prior_of_another_family_in_a_labelled_plate(
         with pytest.warns(UserWarning, match="as the guide recorded it"):
             result = fuse(guides, "product")
     else:
-        result = fuse(guides, "product", base=m if source == "model" else None)
+        result = fuse(guides, "product", prior=m if source == "model" else None)
     assert result.posterior.factors["s"].batch_shape[0] >= 5
 
 
