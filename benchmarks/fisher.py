@@ -46,7 +46,12 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 import pyro_fusion
-from pyro_fusion import Posterior, merge_modules, search_weights
+from pyro_fusion import (
+    Posterior,
+    from_module,
+    merge_modules,
+    search_weights,
+)
 
 # The paper's floor of the Fisher information of one example, to which `num_data=1` scales it.
 FLOOR = 1e-6
@@ -138,7 +143,7 @@ def read(
         options: dict[str, Any] = {"num_data": len(part.y)}
         if kind != "laplace":
             options = {"curvature": kind, "prior_precision": 0.0, "floor": FLOOR, "num_data": 1}
-        posterior = Posterior.from_module(
+        posterior = from_module(
             module, (some.x, some.y), "cross_entropy", parameters=names, **options
         )
         result.append(posterior)

@@ -35,7 +35,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import pyro_fusion
-from pyro_fusion import Fusion, GroupNormPrior, IndianBuffetPrior, NormalWishart, Posterior, fuse
+from pyro_fusion import (
+    Fusion,
+    GroupNormPrior,
+    IndianBuffetPrior,
+    NormalWishart,
+    Posterior,
+    from_guide,
+    fuse,
+)
 from pyro_fusion.assignment.priors import AssignmentPrior
 
 AXES = {"initial": "state", "transition": ("state", "state")}
@@ -133,7 +141,7 @@ def posterior_of(hmm: HMM) -> Posterior:
     guide = guide_of(hmm)
     with pyro.get_param_store().scope():
         guide()  # as SVI does: it makes the parameters
-        return Posterior.from_guide(guide, axes=AXES)
+        return from_guide(guide, axes=AXES)
 
 
 def model_of(prior: Prior) -> Callable[..., None]:

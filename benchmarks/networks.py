@@ -41,7 +41,14 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 import pyro_fusion
-from pyro_fusion import FixedAtoms, Fusion, IndianBuffetPrior, Posterior, fuse
+from pyro_fusion import (
+    FixedAtoms,
+    Fusion,
+    IndianBuffetPrior,
+    Posterior,
+    from_guide,
+    fuse,
+)
 from pyro_fusion.plotting.diagnostics import reliability
 
 NUM_PARTIES = 5
@@ -141,7 +148,7 @@ def fit(
     for _ in range(setting.epochs):
         for index in torch.randperm(count).split(setting.batch):
             svi.step(images.x[index], images.y[index])
-    return Posterior.from_guide(guide, axes=setting.axes, outgoing=setting.outgoing)
+    return from_guide(guide, axes=setting.axes, outgoing=setting.outgoing)
 
 
 def split(kind: str, labels: Tensor, seed: int) -> list[np.ndarray]:

@@ -46,7 +46,11 @@ from threadpoolctl import threadpool_limits
 from tqdm import tqdm
 
 import pyro_fusion
-from pyro_fusion import IndianBuffetPrior, Posterior, fuse
+from pyro_fusion import (
+    IndianBuffetPrior,
+    from_sklearn,
+    fuse,
+)
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.readers.sklearn import prior_from_sklearn
 
@@ -187,7 +191,7 @@ def rows(
         start = time.perf_counter()
         total, order = amps(local, prior)
         result["product, AMPS"] = Topics(total, order, time.perf_counter() - start)
-    posteriors = [Posterior.from_sklearn(m) for m in models]
+    posteriors = [from_sklearn(m) for m in models]
     base = prior_from_sklearn(models[0])
     chosen = [name for name, (pooling, _) in FUSIONS.items() if pooling in poolings]
     for name in tqdm(chosen, desc="fusions", unit="fusion", leave=False):

@@ -3,6 +3,9 @@
 
 """Fuse posteriors: several parties' Pyro guides into one, without their data."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from pyro_fusion.assignment.priors import FixedAtoms, GroupNormPrior, IndianBuffetPrior
 from pyro_fusion.errors import (
     DrawsError,
@@ -24,11 +27,20 @@ from pyro_fusion.program.guide import FusionGuide
 from pyro_fusion.program.model import FusionModel
 from pyro_fusion.readers.axes.modules import module_axes
 
+if TYPE_CHECKING:
+    from pyro_fusion.readers.draws import from_draws
+    from pyro_fusion.readers.module import from_module, to_module
+    from pyro_fusion.readers.numpyro import from_numpyro, to_numpyro
+    from pyro_fusion.readers.pyro import from_guide
+    from pyro_fusion.readers.sklearn import from_sklearn
+
 __version__ = "0.1.0"
 
 __all__ = [
     "DrawsError",
     "FileFormatError",
+    "FixedAtoms",
+    "FusedLabel",
     "Fusion",
     "FusionEM",
     "FusionError",
@@ -38,21 +50,49 @@ __all__ = [
     "GroupNormPrior",
     "GuideError",
     "IndianBuffetPrior",
-    "FusedLabel",
     "NormalGamma",
     "NormalWishart",
     "ParameterError",
-    "FixedAtoms",
     "Posterior",
     "PosteriorGuide",
     "StructureError",
     "UnsupportedFamilyError",
     "WeightSearch",
     "__version__",
+    "from_draws",
+    "from_guide",
+    "from_module",
+    "from_numpyro",
+    "from_sklearn",
     "fuse",
     "merge_modules",
     "module_axes",
     "pairwise_kl",
     "register_family",
     "search_weights",
+    "to_module",
+    "to_numpyro",
 ]
+
+# Readers and writers, each imported when it is first used: with it comes the library it reads.
+_LAZY = {
+    "from_draws": "draws",
+    "from_guide": "pyro",
+    "from_module": "module",
+    "from_numpyro": "numpyro",
+    "from_sklearn": "sklearn",
+    "to_module": "module",
+    "to_numpyro": "numpyro",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        value = getattr(import_module(f"pyro_fusion.readers.{_LAZY[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'pyro_fusion' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -22,6 +22,7 @@ from pyro_fusion import (
     GroupNormPrior,
     IndianBuffetPrior,
     Posterior,
+    PosteriorGuide,
     fuse,
 )
 from pyro_fusion.assignment import Matching, RelaxedMatching, relaxed, sinkhorn
@@ -162,7 +163,7 @@ class TestFusion:
                 assert torch.equal(a, b)
             for site, f in far.posterior.to(device="cpu").factors.items():
                 torch.testing.assert_close(f.mean, here.posterior.factors[site].mean)
-            assert all(v.device == DEVICE for v in far.posterior.to_guide()().values())
+            assert all(v.device == DEVICE for v in PosteriorGuide(far.posterior)().values())
 
     def test_fuse_along_labels_that_share_sites(self, pooling):
         local = [Posterior(p.factors, p.axes, outgoing=OUTGOING) for p in networks()[0]]

@@ -39,7 +39,8 @@ from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.fuse import fuse
 from pyro_fusion.fusion.result import Fusion
-from pyro_fusion.posterior import Posterior
+from pyro_fusion.posterior import Posterior, PosteriorGuide
+from pyro_fusion.readers.pyro import from_guide
 
 __all__ = ["DemoResult", "DemoRow", "Digits", "fit", "load", "main", "mixture"]
 
@@ -88,7 +89,7 @@ def fit(
             if on_step is not None:
                 on_step()
         # The plate "component" labels the axis of loc and scale; that of weights is an event axis.
-        return Posterior.from_guide(guide, axes={"weights": ("component",)})
+        return from_guide(guide, axes={"weights": ("component",)})
 
 
 def _kmeans(data: Tensor, num_components: int, seed: int) -> dict[str, Tensor]:
@@ -123,7 +124,7 @@ def _log_density(draws: Mapping[str, Tensor], x: Tensor) -> float:
 
 def _clusters(posterior: Posterior, x: Tensor) -> Tensor:
     """The likeliest component of each point under the central parameters: ``[N]``."""
-    return _log_joint(posterior.to_guide().median(), x).argmax(-1)
+    return _log_joint(PosteriorGuide(posterior).median(), x).argmax(-1)
 
 
 def _rand_index(labels: np.ndarray, clusters: Tensor) -> float:

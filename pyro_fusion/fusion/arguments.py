@@ -16,6 +16,12 @@ from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import FusionError, ParameterError, StructureError
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.posterior import Axes, Posterior
+from pyro_fusion.readers.pyro import (
+    check_not_shared,
+    from_guide,
+    prior_from_guide,
+    prior_from_model,
+)
 
 __all__ = [
     "Inputs",
@@ -32,7 +38,7 @@ Inputs = Sequence[Posterior | Callable[..., Any]] | Mapping[str, Posterior | Cal
 # What to do about what is no party, by the name of its type.
 _REMEDIES = {
     "Fusion": ": take its posterior, fusion.posterior",
-    "MCMC": ": read the draws, Posterior.from_draws(mcmc)",
+    "MCMC": ": read the draws, from_draws(mcmc)",
 }
 
 
@@ -74,16 +80,14 @@ def read_parties(
     if axes is not None and not guides:
         raise StructureError(
             "axes are for guides, and all parties are posteriors, which have labels of their own: "
-            "give axes where they are made, as in Posterior.from_guide(guide, axes=...)"
+            "give axes where they are made, as in from_guide(guide, axes=...)"
         )
     if guides:
-        from pyro_fusion.readers.pyro import check_not_shared
-
         check_not_shared(inputs)
     parties = []
     for s, g in enumerate(inputs):
         try:
-            parties.append(g if isinstance(g, Posterior) else Posterior.from_guide(g, axes=axes))
+            parties.append(g if isinstance(g, Posterior) else from_guide(g, axes=axes))
         except FusionError as e:
             raise type(e)(f"party {s}: {e}") from e
     return parties, guides
@@ -103,8 +107,6 @@ def resolve_prior(
     if prior is not None:
         return _as_factors(prior, sites)
     if guides:
-        from pyro_fusion.readers.pyro import prior_from_guide
-
         priors = [prior_from_guide(g) for g in guides]
         for s, p in enumerate(priors[1:], 1):
             _check_same_prior(priors[0], p, s)
@@ -164,8 +166,6 @@ def _as_factors(
             "`prior` must be a mapping of sites to distributions, a Posterior or a Pyro model, got "
             f"{type(prior).__name__}"
         )
-    from pyro_fusion.readers.pyro import prior_from_model
-
     return dict(prior_from_model(prior, sites=sites).decomposed)
 
 

@@ -57,7 +57,7 @@ def fuse(
     that. Effects of components (``outgoing`` of a posterior) are averaged over the parties.
 
     :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
-        no arguments (else ``Posterior.from_guide(guide, *args)``). A list, or a mapping from the
+        no arguments (else ``from_guide(guide, *args)``). A list, or a mapping from the
         names of the parties, which tables, plots and errors then use.
     :param pooling: ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool: the paper's
         barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread)
@@ -71,7 +71,7 @@ def fuse(
         distributions (of one component, or with the labelled axis), a posterior, or a Pyro model
         that needs no arguments. By default that of the first guide's own model.
     :param axes: labels for guides, in place of those of their plates, as in
-        ``Posterior.from_guide``, or ``"auto"`` to find them; posteriors have their own, and if
+        ``from_guide``, or ``"auto"`` to find them; posteriors have their own, and if
         there is no guide among them ``axes`` is an error.
     :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
         the assignment with messages tempered by 1/T and then pools the messages as they are.

@@ -9,7 +9,6 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
@@ -17,11 +16,6 @@ from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.assignment.problem import relative_gap
 from pyro_fusion.errors import StructureError
 from pyro_fusion.posterior import Posterior, PosteriorGuide
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-    from pyro_fusion.readers.numpyro import NumPyroGuide
 
 __all__ = ["Fusion", "FusedLabel"]
 
@@ -84,13 +78,9 @@ class Fusion:
     @cached_property
     def guide(self) -> PosteriorGuide:
         """A Pyro guide at the fused posterior, for ``Predictive`` or as a warm start of ``SVI``,
-        which moves it: it is the same object each time, and ``posterior.to_guide()`` a new one."""
-        return self.posterior.to_guide()
-
-    def to_numpyro(self) -> NumPyroGuide:
-        """A NumPyro guide at the fused posterior, likewise; see
-        :meth:`Posterior.to_numpyro <pyro_fusion.Posterior.to_numpyro>`."""
-        return self.posterior.to_numpyro()
+        which moves it: it is the same object each time, and ``PosteriorGuide(fusion.posterior)`` a
+        new one."""
+        return PosteriorGuide(self.posterior)
 
     def only_label(self) -> FusedLabel:
         """The matching, if there is one label.
@@ -163,13 +153,6 @@ class Fusion:
                 shown = " ".join(members[:12]) + (" …" if len(members) > 12 else "")
                 lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
         return "\n".join(lines)
-
-    def plot(self, ax: Axes | None = None, label: str | None = None) -> Axes:
-        """Draw which party's component became which atom; see
-        :func:`pyro_fusion.plotting.plot_assignment`. Needs matplotlib."""
-        from pyro_fusion.plotting import plot_assignment
-
-        return plot_assignment(self, label, ax=ax)
 
     def __repr__(self) -> str:
         what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.labels.values())

@@ -30,11 +30,11 @@ def align(posteriors: Sequence[Posterior], axes: Axes, *, seed: int = 0) -> list
     over a permutation of each network's units for each label. It is fusion with as many atoms as
     each network has units, of Normals of one width: the widths of the posteriors themselves say how
     little the data tell of a parameter, rather than which unit it belongs to, and led astray in
-    ``benchmarks/fisher.py``. ``posterior.to_module(network)`` makes an aligned network of one::
+    ``benchmarks/fisher.py``. ``to_module(posterior, network)`` makes an aligned network of one::
 
         axes = module_axes(networks[0]).axes
         aligned = align(posteriors, axes)
-        networks = [p.to_module(n) for p, n in zip(aligned, networks)]
+        networks = [to_module(p, n) for p, n in zip(aligned, networks)]
 
     :param axes: site -> labels; sites that a posterior does not have are passed over.
     :param seed: of the starts.

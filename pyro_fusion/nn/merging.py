@@ -30,7 +30,7 @@ from pyro_fusion.nn.alignment import equally_sure, permuted, unit_orders
 from pyro_fusion.pooling.kl import Exclusive
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.axes.modules import module_axes
-from pyro_fusion.readers.module.laplace import to_module
+from pyro_fusion.readers.module.laplace import with_values
 
 __all__ = ["merge_modules", "pooled", "prepared"]
 
@@ -51,7 +51,7 @@ def merge_modules(
 
     :param modules: of one architecture.
     :param posteriors: one for each module, whose sites are parameters, as
-        :meth:`Posterior.from_module <pyro_fusion.Posterior.from_module>` reads them: Fisher
+        :meth:`from_module <pyro_fusion.from_module>` reads them: Fisher
         merging. By default each parameter counts alike: the average. Parameters that are no sites,
         such as those of a head of its own, are the first module's.
     :param weights: λ, one non-negative weight for each module; equal by default.
@@ -80,7 +80,7 @@ def merge_modules(
 
     Example::
 
-        posteriors = [Posterior.from_module(m, d) for m, d in zip(modules, data)]
+        posteriors = [from_module(m, d) for m, d in zip(modules, data)]
         merged = merge_modules(modules, posteriors, weights=[0.3, 0.7])
     """
     w = check_weights(weights, [str(s) for s in range(len(modules))])
@@ -154,7 +154,7 @@ def pooled(
     parties = Parties.of(posteriors, Exclusive(), scaled, None, None)
     values = {site: parties.share(site)[0].center() for site in posteriors[0].axes}
     mixed = _mixed([one.statistics for one in ready], weights / weights.sum())
-    return to_module(modules[0], {**values, **mixed})
+    return with_values(modules[0], {**values, **mixed})
 
 
 def _norm(posterior: Posterior) -> Tensor:

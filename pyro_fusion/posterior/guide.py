@@ -9,16 +9,15 @@ import itertools
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro
 import torch
 from pyro.nn.module import PyroModule, PyroParam
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pyro_fusion.families import Factor
-    from pyro_fusion.posterior.posterior import Posterior
+from pyro_fusion.families import Factor
+from pyro_fusion.posterior.posterior import Posterior
 
 __all__ = ["AtomParams", "FactorParams", "PosteriorGuide", "fit_length", "unique_name"]
 
@@ -102,7 +101,7 @@ class PosteriorGuide(FactorParams):
     its own, of which Pyro warns if the model has none there.
 
     :param posterior: the factors and their plates; copied.
-    :ivar axes, outgoing: of the posterior: what ``Posterior.from_guide`` takes for granted.
+    :ivar axes, outgoing: of the posterior: what ``from_guide`` takes for granted.
     """
 
     def __init__(self, posterior: Posterior) -> None:

@@ -8,16 +8,16 @@ results in ``guide.py``."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_fusion.errors import FusionError, StructureError
+from pyro_fusion.errors import FileFormatError, FusionError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.projection import to_marginals
 from pyro_fusion.posterior.axes import (
@@ -29,8 +29,9 @@ from pyro_fusion.posterior.axes import (
 )
 
 if TYPE_CHECKING:
-    from pyro_fusion.posterior.guide import PosteriorGuide
-    from pyro_fusion.readers.numpyro import NumPyroGuide
+    pass
+
+from pyro_fusion.posterior.files import read, write
 
 __all__ = ["Axes", "Posterior"]
 
@@ -130,69 +131,6 @@ class Posterior:
                         f"{tuple(self._factors[other].shape)})"
                     )
         return {name: size for name, (_, size) in seen.items()}
-
-    # -- reading -------------------------------------------------------------------------------
-
-    @classmethod
-    def from_guide(
-        cls,
-        guide: Callable[..., Any],
-        *args: Any,
-        axes: Axes | Literal["auto"] | None = None,
-        outgoing: Mapping[str, str] | None = None,
-        spread: float | Tensor | Mapping[str, float | Tensor] | None = None,
-        num_samples: int = 1000,
-        seed: int = 0,
-        **kwargs: Any,
-    ) -> Posterior:
-        """Read a Pyro guide; see :func:`pyro_fusion.readers.pyro.from_guide`."""
-        from pyro_fusion.readers.pyro import from_guide
-
-        return from_guide(
-            guide,
-            *args,
-            axes=axes,
-            outgoing=outgoing,
-            spread=spread,
-            num_samples=num_samples,
-            seed=seed,
-            **kwargs,
-        )
-
-    @classmethod
-    def from_numpyro(
-        cls, guide: Callable[..., Any], params: Mapping[str, Any], *args: Any, **kwargs: Any
-    ) -> Posterior:
-        """Read a NumPyro guide; see :func:`pyro_fusion.readers.numpyro.from_numpyro`."""
-        from pyro_fusion.readers.numpyro import from_numpyro
-
-        return from_numpyro(guide, params, *args, **kwargs)
-
-    @classmethod
-    def from_module(cls, module: nn.Module, data: Any, *args: Any, **kwargs: Any) -> Posterior:
-        """Read a trained network, by Laplace's method; see
-        :func:`pyro_fusion.readers.module.laplace.from_module`."""
-        from pyro_fusion.readers.module.laplace import from_module
-
-        return from_module(module, data, *args, **kwargs)
-
-    @classmethod
-    def from_draws(
-        cls, draws: Any, model: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
-    ) -> Posterior:
-        """Read draws, of a mapping, an ``MCMC`` of Pyro or NumPyro, or an ``InferenceData`` of
-        ArviZ; see :func:`pyro_fusion.readers.draws.read_draws`."""
-        from pyro_fusion.readers.draws import from_draws
-
-        return from_draws(draws, model, *args, **kwargs)
-
-    @classmethod
-    def from_sklearn(cls, model: Any, *, label: str | None = None) -> Posterior:
-        """Read a fitted scikit-learn ``BayesianGaussianMixture`` or ``LatentDirichletAllocation``;
-        see :func:`pyro_fusion.readers.sklearn.from_sklearn`."""
-        from pyro_fusion.readers.sklearn import from_sklearn
-
-        return from_sklearn(model, label=label)
 
     @property
     def factors(self) -> Mapping[str, dist.TorchDistribution]:
@@ -332,36 +270,11 @@ class Posterior:
         assert total is not None
         return total
 
-    def to_guide(self) -> PosteriorGuide:
-        """A Pyro guide with trainable parameters: for ``Predictive``, or to start an ``SVI``."""
-        from pyro_fusion.posterior.guide import PosteriorGuide
-
-        return PosteriorGuide(self)
-
-    def to_numpyro(self) -> NumPyroGuide:
-        """A NumPyro guide, for its ``Predictive``, or to start its ``SVI``; see
-        :class:`pyro_fusion.readers.numpyro.NumPyroGuide`."""
-        from pyro_fusion.readers.numpyro import NumPyroGuide
-
-        return NumPyroGuide(self)
-
-    def to_module(self, module: nn.Module) -> nn.Module:
-        """A copy of ``module`` with its parameters at central values of their sites, as read by
-        :meth:`from_module`; parameters that are no sites, and buffers, are as they were.
-
-        :raises StructureError: for sites that the module has no parameters for, or of other shapes.
-        """
-        from pyro_fusion.readers.module.laplace import to_module
-
-        return to_module(module, {k: f.center() for k, f in self._factors.items()})
-
     # -- files -----------------------------------------------------------------------------------
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write one safetensors file; never pickled. An existing file is replaced at once or not
         at all."""
-        from pyro_fusion.posterior.files import write
-
         write(path, self._factors, self._axes, self._plates, self._outgoing)
 
     @classmethod
@@ -371,9 +284,6 @@ class Posterior:
         :raises FileFormatError: if the file is damaged, of another format or version, or holds
             anything that is no valid posterior.
         """
-        from pyro_fusion.errors import FileFormatError
-        from pyro_fusion.posterior.files import read
-
         factors, axes, plates, outgoing = read(path)
         try:
             return cls(factors, axes, plates=plates, outgoing=outgoing)

@@ -15,8 +15,8 @@ from pyro_fusion import (
     GroupNormPrior,
     IndianBuffetPrior,
     NormalWishart,
-    Posterior,
     StructureError,
+    from_guide,
     fuse,
 )
 from pyro_fusion.fusion.arguments import resolve_base
@@ -112,7 +112,7 @@ def parties(in_plate=True):
     guides = [hand_written(holds, seed, in_plate) for seed, holds in enumerate(HOLDS)]
     for guide in guides:
         guide()  # as SVI does: it makes the parameters
-    return [Posterior.from_guide(guide, axes=AXES) for guide in guides]
+    return [from_guide(guide, axes=AXES) for guide in guides]
 
 
 def true_states(fusion):

@@ -12,6 +12,7 @@ from pyro.distributions import constraints
 from torch.distributions import biject_to
 from torch.distributions import transforms as tt
 
+from pyro_fusion import PosteriorGuide
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, NormalGamma, NormalWishart, family_named
 from pyro_fusion.families.transforms import describe, rebuild, with_cache
@@ -38,7 +39,7 @@ class TestCaches:
         assert inside is not d.transforms[0] and inside._cache_size == 0
         one, two = (p.decomposed["x"].distribution() for _ in range(2))
         assert len({id(x.transforms[0]) for x in (one, two, d)}) == 3
-        guide = p.to_guide()
+        guide = PosteriorGuide(p)
         guide()
         copy.deepcopy(guide)
 

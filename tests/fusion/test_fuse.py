@@ -24,6 +24,7 @@ from pyro_fusion import (
     ParameterError,
     Posterior,
     StructureError,
+    from_guide,
     fuse,
     pairwise_kl,
 )
@@ -387,7 +388,7 @@ class TestGuides:
         ]
 
     def test_from_guides_to_guide(self):
-        local = [Posterior.from_guide(g, axes={"weights": "component"}) for g in self.guides()]
+        local = [from_guide(g, axes={"weights": "component"}) for g in self.guides()]
         fusion = fuse(local)
         assert fusion.num_atoms == 3
         model = functools.partial(self.model, size=3)
@@ -407,7 +408,7 @@ class TestGuides:
         local = [poutine_hide(g) for g in self.guides()]
         fusion = fuse(local, "product")
         given = fuse(
-            [Posterior.from_guide(g) for g in local],
+            [from_guide(g) for g in local],
             "product",
             prior={
                 "loc": dist.Normal(torch.zeros(2), 10.0).to_event(1),
@@ -427,7 +428,7 @@ class TestGuides:
 
     def test_product_with_a_model_as_base(self):
         # The model has no data, so its observed site is no exponential family: not read.
-        local = [Posterior.from_guide(g, axes={"weights": "component"}) for g in self.guides()]
+        local = [from_guide(g, axes={"weights": "component"}) for g in self.guides()]
         fusion = fuse(local, "product", prior=self.model)
         assert fusion.num_atoms == 3
 
@@ -459,7 +460,7 @@ class TestGuides:
             pyro.set_rng_seed(seed)
             guide = AutoNormal(model, init_loc_fn=pyro.infer.autoguide.init_to_sample)
             guide()
-            local.append(Posterior.from_guide(guide, axes={"theta": (None, None)}))
+            local.append(from_guide(guide, axes={"theta": (None, None)}))
         fusion = fuse(local)
         SVI(model, fusion.guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO()).step()
 

@@ -26,6 +26,7 @@ from pyro_fusion import (
     ParameterError,
     Posterior,
     StructureError,
+    from_guide,
     fuse,
 )
 from pyro_fusion.assignment.problem import party_of
@@ -482,7 +483,7 @@ class TestOutgoing:
                 pyro.sample("w", dist.Normal(torch.zeros(2), 1.0).to_event(1))
                 pyro.sample("v", dist.Normal(torch.zeros(4), 1.0).to_event(1))
 
-        assert Posterior.from_guide(guide, outgoing={"v": "unit"}).outgoing == {"v": "unit"}
+        assert from_guide(guide, outgoing={"v": "unit"}).outgoing == {"v": "unit"}
 
     @pytest.mark.parametrize(
         "outgoing", [{"W2": "other"}, {"W1": None}, {"b3": "h1"}, {"rate": "h1"}]

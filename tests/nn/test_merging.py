@@ -18,6 +18,7 @@ from pyro_fusion import (
     fuse,
     merge_modules,
     search_weights,
+    to_module,
 )
 from pyro_fusion.nn import align
 
@@ -92,7 +93,7 @@ class TestFisherMerging:
         merged = merge_modules(modules, posteriors, weights=self.weights)
         assert_same(merged, expected, rtol=1e-10, atol=0)
         fused = fuse(posteriors, pooling="exclusive", weights=self.weights).posterior
-        assert_same(fused.to_module(modules[0]), expected, rtol=1e-10, atol=0)
+        assert_same(to_module(fused, modules[0]), expected, rtol=1e-10, atol=0)
 
     def test_floor(self):
         modules, posteriors = self.parties()
@@ -186,7 +187,7 @@ class TestAlignment:
             "0.weight": ("a",), "0.bias": ("a",), "2.weight": ("b", "a"), "2.bias": ("b",),
             "4.weight": (None, "b"),
         }  # fmt: skip
-        expected = fuse(align(posteriors, axes), weights=[1, 2, 3]).posterior.to_module(modules[0])
+        expected = to_module(fuse(align(posteriors, axes), weights=[1, 2, 3]).posterior, modules[0])
         assert_same(merged, dict(expected.named_parameters()))
 
     @pytest.mark.cuda

@@ -35,10 +35,10 @@ def test_fusion_plots_itself() -> None:
     loc = torch.tensor([[-90.0], [90.0]])
     party = Posterior({"loc": dist.Normal(loc, 0.1).to_event(1)}, {"loc": ("component", None)})
     result = fuse([party, party.permute("component", [1, 0])], dispersion=1.0)
-    ax = result.plot()
+    ax = plot_assignment(result)
     assert len(ax.texts) == 4
     other = plt.figure().subplots()
-    assert result.plot(ax=other) is other
+    assert plot_assignment(result, ax=other) is other
 
 
 @pytest.mark.parametrize("plot", [plot_assignment, plot_popularity])
@@ -105,7 +105,7 @@ def test_labels_are_checked() -> None:
         plot_assignment(fusion(THREE), "topic")
     shared = [Posterior({"b": dist.Normal(torch.full((2,), x), 1.0)}) for x in (0.0, 1.0)]
     with pytest.raises(StructureError, match="no site has a label"):
-        fuse(shared).plot()
+        plot_assignment(fuse(shared))
 
 
 # -- plot_popularity -------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from pyro.infer import SVI, Predictive, Trace_ELBO, TraceMeanField_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch.distributions import biject_to, constraints
 
+from pyro_fusion import PosteriorGuide, from_guide
 from pyro_fusion.posterior.posterior import Posterior
 from tests.families.members import MEMBERS
 
@@ -45,7 +46,7 @@ def posterior(shift=0.0):
 
 class TestSampling:
     def test_returns_every_site(self):
-        guide = posterior().to_guide()
+        guide = PosteriorGuide(posterior())
         values = guide(DATA, anything=1)
         assert {k: tuple(v.shape) for k, v in values.items()} == {
             "loc": (3, 2),
@@ -55,12 +56,12 @@ class TestSampling:
 
     def test_log_density_is_that_of_the_posterior(self):
         p = posterior()
-        trace = poutine.trace(p.to_guide()).get_trace()
+        trace = poutine.trace(PosteriorGuide(p)).get_trace()
         values = {site: trace.nodes[site]["value"] for site in p.factors}
         torch.testing.assert_close(trace.log_prob_sum(), p.log_prob(values))
 
     def test_plates_are_named(self):
-        trace = poutine.trace(posterior().to_guide()).get_trace()
+        trace = poutine.trace(PosteriorGuide(posterior())).get_trace()
         for site in ("loc", "scale"):
             (frame,) = trace.nodes[site]["cond_indep_stack"]
             assert (frame.name, frame.dim, frame.size) == ("component", -1, 3)
@@ -68,7 +69,7 @@ class TestSampling:
 
     def test_a_label_may_be_called_as_a_site_is(self):
         d = dist.Dirichlet(torch.ones(3, 4))
-        guide = Posterior({"topic": d}, {"topic": ("topic",)}).to_guide()
+        guide = PosteriorGuide(Posterior({"topic": d}, {"topic": ("topic",)}))
         assert guide()["topic"].shape == (3, 4)
 
     def test_plates_without_a_name_and_at_two_depths(self):
@@ -80,7 +81,7 @@ class TestSampling:
             },
             {"x": "component", "y": "component", "z": ("component", "component")},
         )
-        trace = poutine.trace(p.to_guide()).get_trace()
+        trace = poutine.trace(PosteriorGuide(p)).get_trace()
         stacks = {
             site: {f.name: f.dim for f in trace.nodes[site]["cond_indep_stack"]} for site in "xyz"
         }
@@ -90,7 +91,7 @@ class TestSampling:
         assert len(stacks["z"]) == 2
 
     def test_predictive(self):
-        guide = posterior().to_guide()
+        guide = PosteriorGuide(posterior())
         result = Predictive(model, guide=guide, num_samples=200)()
         assert result["obs"].shape == (200, 4, 2)
         result = Predictive(model, guide=guide, num_samples=4000, parallel=True)()
@@ -102,7 +103,7 @@ class TestSampling:
     def test_every_member(self, member):
         d = member.make(torch.arange(3), torch.float32)
         p = Posterior({"x": d}, plates={"x": ("p",)})
-        guide = p.to_guide()
+        guide = PosteriorGuide(p)
         trace = poutine.trace(guide).get_trace()
         site = trace.nodes["x"]
         assert site["value"].shape == d.batch_shape + d.event_shape
@@ -134,7 +135,7 @@ class TestMedian:
                 "kind": dist.Categorical(logits=loc),
             }
         )
-        m = p.to_guide().median()
+        m = PosteriorGuide(p).median()
         torch.testing.assert_close(m["normal"], loc)
         torch.testing.assert_close(m["log_normal"], loc.exp())
         torch.testing.assert_close(m["interval"], 4 * loc.sigmoid())
@@ -153,7 +154,7 @@ class TestMedian:
             n = len(site["fn"].event_shape)
             base = dist.Normal(loc, scale).to_event(max(n, 0))
             raw[name] = dist.TransformedDistribution(base, biject_to(site["fn"].support))
-        mine = Posterior({k: v for k, v in raw.items() if k != "obs"}).to_guide().median()
+        mine = PosteriorGuide(Posterior({k: v for k, v in raw.items() if k != "obs"})).median()
         for name in mine:
             torch.testing.assert_close(mine[name], median[name])
 
@@ -162,7 +163,7 @@ class TestTraining:
     @pytest.mark.parametrize("elbo", [Trace_ELBO, TraceMeanField_ELBO])
     def test_warm_start(self, elbo):
         """Under validation, without a warning, and the bound rises from where it was."""
-        guide = posterior(2.0).to_guide()
+        guide = PosteriorGuide(posterior(2.0))
         svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.05}), elbo(num_particles=5))
         before = sum(svi.evaluate_loss(DATA) for _ in range(10)) / 10
         for _ in range(40):
@@ -170,7 +171,7 @@ class TestTraining:
         assert sum(svi.evaluate_loss(DATA) for _ in range(10)) / 10 < before - 3
 
     def test_vectorized_particles(self):
-        guide = posterior().to_guide()
+        guide = PosteriorGuide(posterior())
         elbo = Trace_ELBO(num_particles=10, vectorize_particles=True)
 
         def batched(data):
@@ -184,18 +185,18 @@ class TestTraining:
     def test_training_leaves_the_posterior_alone(self):
         p = posterior()
         before = p.factors["loc"].base_dist.loc.clone()
-        SVI(model, p.to_guide(), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
+        SVI(model, PosteriorGuide(p), pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
         assert torch.equal(p.factors["loc"].base_dist.loc, before)
 
     def test_trained_it_is_a_posterior_again(self):
-        guide = posterior().to_guide()
+        guide = PosteriorGuide(posterior())
         SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
         again = Posterior({site: guide.distribution(site) for site in ("loc", "scale", "weights")})
         assert not torch.equal(again.factors["loc"].mean, posterior().factors["loc"].mean)
         assert type(again.factors["scale"]) is dist.LogNormal
 
     def test_two_guides_share_nothing(self):
-        first, second = posterior().to_guide(), posterior(5.0).to_guide()
+        first, second = PosteriorGuide(posterior()), PosteriorGuide(posterior(5.0))
         first(), second()
         names = list(pyro.get_param_store())
         assert len(names) == len(set(names)) == 2 * len(list(first.parameters()))
@@ -205,17 +206,17 @@ class TestTraining:
             svi.step(DATA)
         for site, value in second.median().items():
             assert torch.equal(value, before[site])
-        assert not torch.equal(first.median()["loc"], posterior().to_guide().median()["loc"])
+        assert not torch.equal(first.median()["loc"], PosteriorGuide(posterior()).median()["loc"])
 
     def test_a_cleared_store_does_not_lose_the_start(self):
-        guide = posterior().to_guide()
+        guide = PosteriorGuide(posterior())
         before = guide.median()["loc"]
         pyro.clear_param_store()
         torch.testing.assert_close(guide.median()["loc"], before)
 
     def test_local_parameters_and_copies(self):
         with pyro.settings.context(module_local_params=True):
-            guide = posterior().to_guide()
+            guide = PosteriorGuide(posterior())
             twin = copy.deepcopy(guide)
             with torch.no_grad():
                 for value in twin.parameters():
@@ -231,7 +232,7 @@ class TestTraining:
         ids=["Wishart", "Gamma"],
     )
     def test_parameters_stay_where_they_belong(self, d, name):
-        guide = Posterior({"x": d}).to_guide()
+        guide = PosteriorGuide(Posterior({"x": d}))
         with torch.no_grad():
             for value in guide.parameters():
                 value.sub_(5)
@@ -249,7 +250,7 @@ def test_names_that_collide_with_attributes(site):
             "linear_weight": dist.Normal(2.0, 1.0),
         }
     )
-    guide = p.to_guide()
+    guide = PosteriorGuide(p)
     median = guide.median()
     assert median[site].tolist() == [0.0, 0.0]
     assert float(median["linear"]) == 1.0 and float(median["linear_weight"]) == 2.0
@@ -259,7 +260,7 @@ def test_names_that_collide_with_attributes(site):
 
 @pytest.mark.cuda
 def test_on_cuda():
-    guide = posterior().to("cuda").to_guide()
+    guide = PosteriorGuide(posterior().to("cuda"))
     assert {v.device.type for v in guide().values()} == {"cuda"}
 
 
@@ -274,20 +275,20 @@ class TestReadAgain:
             {"w": ("unit",), "W": ("unit", None), "out": (None, "unit")},
             outgoing={"out": "unit"},
         )
-        again = Posterior.from_guide(p.to_guide())
+        again = from_guide(PosteriorGuide(p))
         assert again.axes == p.axes
         assert again.outgoing == p.outgoing
         assert again.plates == p.plates
-        blocked = Posterior.from_guide(poutine.block(p.to_guide(), hide=["out"]))
+        blocked = from_guide(poutine.block(PosteriorGuide(p), hide=["out"]))
         assert blocked.axes == {k: v for k, v in p.axes.items() if k != "out"}
         assert blocked.outgoing == {}
-        given = Posterior.from_guide(p.to_guide(), axes={"w": (None,)})
+        given = from_guide(PosteriorGuide(p), axes={"w": (None,)})
         assert given.axes == {**p.axes, "w": (None,)}
 
     def test_after_training(self):
         p = posterior()
-        guide = p.to_guide()
+        guide = PosteriorGuide(p)
         SVI(model, guide, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO()).step(DATA)
-        again = Posterior.from_guide(guide)
+        again = from_guide(guide)
         assert again.axes == p.axes
         assert not torch.equal(again.factors["loc"].mean, p.factors["loc"].mean)

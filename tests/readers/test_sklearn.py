@@ -100,7 +100,7 @@ class TestMixture:
 
     def test_full_is_the_conjugate_update(self) -> None:
         model = mixture(self.data, 3)
-        posterior = Posterior.from_sklearn(model)
+        posterior = from_sklearn(model)
         assert posterior.axes == {
             "weights": ("component",),
             "gaussian": ("component", None, None),
@@ -294,7 +294,7 @@ def topics() -> LatentDirichletAllocation:
 
 class TestTopics:
     def test_topics_are_dirichlets(self, topics: LatentDirichletAllocation) -> None:
-        posterior = Posterior.from_sklearn(topics)
+        posterior = from_sklearn(topics)
         assert posterior.axes == {"topics": ("topic", None)}
         close(posterior.factors["topics"].concentration, topics.components_, rtol=0)
         # What scikit-learn keeps of the same Dirichlets: exp(E[log β]).
@@ -410,7 +410,7 @@ def centres(posterior: Posterior) -> Tensor:
 def test_parties_in_any_order_with_missing_components(covariance: str, pooling: str) -> None:
     models = parties(covariance)
     base = prior_from_sklearn(models[0]) if pooling == "product" else None
-    fusion = fuse([Posterior.from_sklearn(m) for m in models], pooling, prior=base)
+    fusion = fuse([from_sklearn(m) for m in models], pooling, prior=base)
     assert fusion.num_atoms == len(CENTRES)
     found = centres(fusion.posterior)
     distance = torch.cdist(found, torch.as_tensor(CENTRES))

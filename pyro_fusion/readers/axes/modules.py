@@ -55,7 +55,7 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
     if not isinstance(module, nn.Module) or isinstance(module, PyroModule):
         raise ParameterError(
             f"expected a torch module, got {type(module).__name__}; the posterior of a PyroModule "
-            'is read from its guide, Posterior.from_guide(guide, *args, axes="auto")'
+            'is read from its guide, from_guide(guide, *args, axes="auto")'
         )
     if lazy := [k for k, p in module.named_parameters() if nn.parameter.is_lazy(p)]:
         raise ParameterError(f"parameters {lazy} have no shape yet: run the module once first")

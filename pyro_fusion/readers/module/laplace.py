@@ -38,7 +38,7 @@ from pyro_fusion.readers.axes.modules import evaluating, module_axes, unchanged
 from pyro_fusion.readers.module.curvature import Network, as_trained, diagonal
 from pyro_fusion.readers.module.losses import CURVATURES, LOSSES, Loss, take
 
-__all__ = ["from_module", "to_module"]
+__all__ = ["from_module", "to_module", "with_values"]
 
 _BATCH = 256
 
@@ -119,8 +119,8 @@ def from_module(
 
     Example::
 
-        posterior = Posterior.from_module(network, loader, "cross_entropy")
-        posterior.to_module(network)  # a copy of the network at the posterior's mean
+        posterior = from_module(network, loader, "cross_entropy")
+        to_module(posterior, network)  # a copy of the network at the posterior's mean
     """
     trained = _trained(module, parameters)
     how = _loss(loss, likelihood)
@@ -157,7 +157,16 @@ def from_module(
     return Posterior(factors, axes, outgoing=outgoing)
 
 
-def to_module(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
+def to_module(posterior: Posterior, module: nn.Module) -> nn.Module:
+    """A copy of ``module`` with its parameters at central values of their sites, as read by
+    :func:`from_module`; parameters that are no sites, and buffers, are as they were.
+
+    :raises StructureError: for sites that the module has no parameters for, or of other shapes.
+    """
+    return with_values(module, {k: f.center() for k, f in posterior.decomposed.items()})
+
+
+def with_values(module: nn.Module, values: Mapping[str, Tensor]) -> nn.Module:
     """A copy of a module with some of its parameters and buffers at other values, in the dtype and
     on the device that they have there.
 

@@ -129,7 +129,7 @@ def from_numpyro(
     Example::
 
         result = svi.run(jax.random.key(0), 1000, data)
-        posterior = Posterior.from_numpyro(guide, result.params, data)
+        posterior = from_numpyro(guide, result.params, data)
     """
     check_num_samples(num_samples)
     _check_is_numpyro(guide)
@@ -144,7 +144,7 @@ def from_numpyro(
         if not found:
             raise GuideError(
                 "the guide has no site to read: all of its sites are observed, enumerated or "
-                "auxiliary. A guide of Pyro is read with Posterior.from_guide(guide, *args)"
+                "auxiliary. A guide of Pyro is read with from_guide(guide, *args)"
             )
         sites = resolve(found, program.run, program.what, num_samples)
     given.check_used(set(sites))
@@ -193,8 +193,7 @@ def prior_from_numpyro(
 def _check_is_numpyro(guide: Any) -> None:
     if isinstance(guide, torch.nn.Module):
         raise GuideError(
-            f"this {type(guide).__name__} is a guide of Pyro: read it with "
-            "Posterior.from_guide(guide, *args)"
+            f"this {type(guide).__name__} is a guide of Pyro: read it with from_guide(guide, *args)"
         )
     if not callable(guide):
         raise GuideError(f"expected a NumPyro guide, got {type(guide).__name__}")

@@ -20,7 +20,12 @@ from pyro_fusion.readers.numpyro.convert import (
     to_numpyro_distribution,
 )
 
-__all__ = ["NumPyroGuide"]
+__all__ = ["NumPyroGuide", "to_numpyro"]
+
+
+def to_numpyro(posterior: Posterior) -> NumPyroGuide:
+    """A NumPyro guide of a posterior, for NumPyro's ``Predictive``, or to start its ``SVI``."""
+    return NumPyroGuide(posterior)
 
 
 class NumPyroGuide:

@@ -153,7 +153,7 @@ def _arguments(
                 pass
         raise GuideError(
             f'axes="auto" runs the model, to see which components are exchangeable, but {e}, '
-            'as in Posterior.from_guide(guide, *args, axes="auto"); or give axes by hand'
+            'as in from_guide(guide, *args, axes="auto"); or give axes by hand'
         ) from e
 
 
@@ -189,7 +189,7 @@ def _probe(program: Program, values: dict[str, Tensor], seed: int) -> Probe:
         raise GuideError(
             'axes="auto" needs the observed sites of the model, to see which components are '
             "exchangeable, and it has none when it is run with these arguments: pass those it was "
-            'fitted with, Posterior.from_guide(guide, *args, axes="auto")'
+            'fitted with, from_guide(guide, *args, axes="auto")'
         )
 
     def respond(values: Values) -> Mapping[str, Tensor]:

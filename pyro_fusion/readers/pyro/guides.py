@@ -126,7 +126,7 @@ def from_guide(
 
     Example::
 
-        posterior = Posterior.from_guide(guide, axes={"loc": ("component", None)})
+        posterior = from_guide(guide, axes={"loc": ("component", None)})
     """
     check_num_samples(num_samples)
     _check_is_pyro(guide)
@@ -292,7 +292,7 @@ def check_not_shared(
             if guides[earlier] is guide:
                 raise GuideError(
                     f"party {earlier} and party {party} are the same guide. If it was fitted "
-                    "twice, read its posterior after each fit: Posterior.from_guide(guide)"
+                    "twice, read its posterior after each fit: from_guide(guide)"
                 )
         for key, name in _parameters(guide, args, kwargs).items():
             owner, _ = owners.setdefault(key, (party, name))
@@ -300,7 +300,7 @@ def check_not_shared(
                 raise GuideError(
                     f"party {owner} and party {party} share the parameter '{name}': their guides "
                     "were fitted in one parameter store, so fitting the second moved the first. "
-                    "Read each posterior right after its fit, Posterior.from_guide(guide), and "
+                    "Read each posterior right after its fit, from_guide(guide), and "
                     "call pyro.clear_param_store() before the next; or fit each under `with "
                     "pyro.get_param_store().scope():`, or set "
                     "pyro.settings.set(module_local_params=True) before making the guides"
@@ -311,7 +311,7 @@ def _check_is_pyro(guide: Any, who: str = "") -> None:
     if "numpyro" in type(guide).__module__.split("."):  # its own, or what to_numpyro made
         raise GuideError(
             f"{who}this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
-            "Posterior.from_numpyro(guide, params, *args)"
+            "from_numpyro(guide, params, *args)"
         )
 
 

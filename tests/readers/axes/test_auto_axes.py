@@ -25,7 +25,13 @@ from pyro.infer.autoguide import (
 from pyro.nn.module import PyroModule, PyroSample, to_pyro_module_
 from torch import Tensor, nn
 
-from pyro_fusion import Posterior, fuse, module_axes
+from pyro_fusion import (
+    Posterior,
+    PosteriorGuide,
+    from_guide,
+    fuse,
+    module_axes,
+)
 from pyro_fusion.errors import GuideError, ParameterError, StructureError
 
 X = torch.linspace(-1, 1, 60).reshape(20, 3)
@@ -151,7 +157,7 @@ def test_a_residual_connection_is_refused() -> None:
         module_axes(Residual())
     guide = guide_of(Regression(Residual()), X, torch.zeros(20, 2))
     with pytest.raises(StructureError, match=r"layer 'net\.fc1'"):
-        Posterior.from_guide(guide, axes="auto")
+        from_guide(guide, axes="auto")
 
 
 class Wrapped(Residual):
@@ -225,7 +231,7 @@ def test_layers_count_in_the_order_in_which_they_run() -> None:
     assert {k: found.axes[k] for k in expected} == expected
     assert found.outgoing == {"b.weight": "hidden1", "out.weight": "hidden2"}
     guide = guide_of(Regression(Backwards()), x, torch.zeros(9, 3))
-    posterior = Posterior.from_guide(guide, x, torch.zeros(9, 3), axes="auto")
+    posterior = from_guide(guide, x, torch.zeros(9, 3), axes="auto")
     assert {k: posterior.axes[f"net.{k}"] for k in expected} == expected
 
 
@@ -278,7 +284,7 @@ def test_a_bayesian_network(kind: Any, with_data: bool) -> None:
     guide = guide_of(model, X, y, kind=kind)
     store = {k: v.clone() for k, v in pyro.get_param_store().items()}
     state = torch.get_rng_state()
-    posterior = Posterior.from_guide(guide, *((X, y) if with_data else ()), axes="auto")
+    posterior = from_guide(guide, *((X, y) if with_data else ()), axes="auto")
     assert posterior.axes == {f"net.{k}": v for k, v in MLP_AXES.items()}
     assert posterior.outgoing == {f"net.{k}": v for k, v in MLP_OUTGOING.items()}
     assert model.training
@@ -291,7 +297,7 @@ def test_a_bayesian_network(kind: Any, with_data: bool) -> None:
 @pytest.mark.parametrize("kind", [AutoMultivariateNormal, AutoLowRankMultivariateNormal])
 def test_joint_guides_are_split_along_the_labels_that_are_found(kind: Any) -> None:
     guide = guide_of(Regression(mlp()), X, torch.zeros(20, 2), kind=kind)
-    posterior = Posterior.from_guide(guide, axes="auto")
+    posterior = from_guide(guide, axes="auto")
     assert posterior.axes == {f"net.{k}": v for k, v in MLP_AXES.items()}
     assert posterior.decomposed["net.0.weight"].family.name == "MultivariateNormal"
     assert posterior.outgoing == {f"net.{k}": v for k, v in MLP_OUTGOING.items()}
@@ -306,7 +312,7 @@ def test_labels_of_a_classifier_are_data_without_data() -> None:
             pyro.sample("y", dist.Categorical(logits=logits), obs=y)
 
     guide = guide_of(model, X, torch.zeros(20, dtype=torch.long))
-    posterior = Posterior.from_guide(guide, axes="auto")
+    posterior = from_guide(guide, axes="auto")
     assert list(posterior.axes.values()) == list(MLP_AXES.values())
 
 
@@ -333,13 +339,13 @@ def test_fusing_networks_recovers_the_permutation() -> None:
 
 def test_a_fixed_layer_keeps_its_units_in_order() -> None:
     first_fixed = guide_of(Regression(mlp(), "2", "5"), X, torch.zeros(20, 2))
-    posterior = Posterior.from_guide(first_fixed, axes="auto")
+    posterior = from_guide(first_fixed, axes="auto")
     # Numbered as they are found.
     assert posterior.axes["net.2.weight"] == ("hidden1", None)
     assert posterior.axes["net.5.weight"] == (None, "hidden1")
     last_fixed = guide_of(Regression(mlp(), "0", "2"), X, torch.zeros(20, 2))
     with pytest.warns(UserWarning, match=r"layer 'net.2'.*'net.5.weight'\] are not random"):
-        posterior = Posterior.from_guide(last_fixed, axes="auto")
+        posterior = from_guide(last_fixed, axes="auto")
     assert posterior.axes["net.2.weight"] == (None, "hidden1")
 
 
@@ -359,7 +365,7 @@ def mixture(data: Tensor | None = None, components: int = 3, tilt: float = 0.0) 
 
 
 def test_mixture_weights_and_not_the_features() -> None:
-    posterior = Posterior.from_guide(guide_of(mixture, torch.randn(6, 3)), axes="auto")
+    posterior = from_guide(guide_of(mixture, torch.randn(6, 3)), axes="auto")
     assert posterior.axes == {"weights": ("component",), "loc": ("component", None)}
     assert isinstance(posterior.factors["weights"], dist.Dirichlet)
     assert posterior.outgoing == {}
@@ -378,7 +384,7 @@ def test_discrete_sites_hidden_from_the_guide_are_summed_out() -> None:
     data = torch.randn(6, 3)
     guide = guide_of(poutine.block(model, hide=["z"]), data)
     for args in ((), (data,)):
-        posterior = Posterior.from_guide(guide, *args, axes="auto")
+        posterior = from_guide(guide, *args, axes="auto")
         assert posterior.axes == {"weights": ("component",), "loc": ("component", None)}
 
 
@@ -392,7 +398,7 @@ def test_both_axes_of_a_transition_matrix() -> None:
         hmm = dist.DiscreteHMM(initial.log(), transition.log(), emission, duration=30)
         pyro.sample("y", hmm, obs=y)
 
-    posterior = Posterior.from_guide(guide_of(model, torch.randn(30)), axes="auto")
+    posterior = from_guide(guide_of(model, torch.randn(30)), axes="auto")
     assert posterior.axes == {
         "initial": ("state",),
         "transition": ("state", "state"),
@@ -415,7 +421,7 @@ def test_outgoing_weights_of_a_network_in_plates(where: str) -> None:
         with pyro.plate("data", 20):
             pyro.sample("y", dist.Normal(mean, 0.1).to_event(1), obs=y)
 
-    posterior = Posterior.from_guide(guide_of(model, torch.zeros(20, 4)), axes="auto")
+    posterior = from_guide(guide_of(model, torch.zeros(20, 4)), axes="auto")
     assert posterior.axes == {
         "w1": ("hidden", None),
         "b1": ("hidden",),
@@ -432,7 +438,7 @@ def test_what_is_not_exchangeable_has_no_label() -> None:
     guide = guide_of(tilted, torch.randn(6, 3))
     expected = r"plate 'component': permuting axis 0 of site 'loc'.*axis 0 of site 'weights'"
     with pytest.warns(UserWarning, match=expected):
-        posterior = Posterior.from_guide(guide, axes="auto")
+        posterior = from_guide(guide, axes="auto")
     assert posterior.labels == ()
 
 
@@ -444,7 +450,7 @@ def test_local_variables_have_no_label() -> None:
 
     data = torch.randn(5)
     with pytest.warns(UserWarning, match="changes \\['x'\\]"):
-        posterior = Posterior.from_guide(guide_of(model, data), data, axes="auto")
+        posterior = from_guide(guide_of(model, data), data, axes="auto")
     assert posterior.axes == {"z": (None,)}
 
 
@@ -456,7 +462,7 @@ def test_other_data_or_a_subsample_is_an_error() -> None:
 
     data = torch.randn(5)
     with pytest.raises(GuideError, match=r"site 'z' has shape \(5,\) in the guide and \(2,\)"):
-        Posterior.from_guide(guide_of(model, data), data, axes="auto")
+        from_guide(guide_of(model, data), data, axes="auto")
 
 
 def test_one_component_cannot_be_permuted() -> None:
@@ -467,7 +473,7 @@ def test_one_component_cannot_be_permuted() -> None:
         pyro.sample("y", dist.Normal(loc.sum() + shift.sum(), 1.0), obs=y)
 
     with pytest.warns(UserWarning, match="one component.*axis 0 of site 'shift'"):
-        posterior = Posterior.from_guide(guide_of(model, torch.tensor(0.0)), axes="auto")
+        posterior = from_guide(guide_of(model, torch.tensor(0.0)), axes="auto")
     assert posterior.axes == {"loc": ("component",), "shift": (None,)}
 
 
@@ -484,18 +490,18 @@ def test_errors_say_what_to_do() -> None:
     one = torch.tensor(1.0)
     guide = guide_of(needs, one, one)
     with pytest.raises(GuideError, match=r"argument: 'x'.*from_guide\(guide, \*args"):
-        Posterior.from_guide(guide, axes="auto")
+        from_guide(guide, axes="auto")
     with pytest.raises(GuideError, match=r"observed sites.*pass those it was fitted with"):
-        Posterior.from_guide(guide, one, axes="auto")
-    assert Posterior.from_guide(guide, one, one, axes="auto").axes == {"w": ("component",)}
+        from_guide(guide, one, axes="auto")
+    assert from_guide(guide, one, one, axes="auto").axes == {"w": ("component",)}
     with pytest.raises(GuideError, match=r"party 0: .*argument: 'x'"):
         fuse([guide], axes="auto")
     with pytest.raises(ParameterError, match="got 'component'"):
-        Posterior.from_guide(guide, axes="component")
+        from_guide(guide, axes="component")
     with pytest.raises(GuideError, match="function knows no model: give axes"):
-        Posterior.from_guide(lambda: pyro.sample("w", dist.Normal(0.0, 1.0)), axes="auto")
+        from_guide(lambda: pyro.sample("w", dist.Normal(0.0, 1.0)), axes="auto")
     posterior = Posterior({"w": dist.Normal(torch.zeros(2), 1.0)}, {"w": "component"})
-    assert Posterior.from_guide(posterior.to_guide(), axes="auto").axes == posterior.axes
+    assert from_guide(PosteriorGuide(posterior), axes="auto").axes == posterior.axes
 
 
 def test_a_model_without_plates_or_layers() -> None:
@@ -503,5 +509,5 @@ def test_a_model_without_plates_or_layers() -> None:
         pyro.sample("y", dist.Normal(pyro.sample("w", dist.Normal(0.0, 1.0)), 1.0), obs=X[0, 0])
 
     with pytest.warns(UserWarning, match="found nothing to label"):
-        posterior = Posterior.from_guide(guide_of(model), axes="auto")
+        posterior = from_guide(guide_of(model), axes="auto")
     assert posterior.axes == {"w": ()}

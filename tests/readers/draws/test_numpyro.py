@@ -11,7 +11,11 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from pyro_fusion import DrawsError, Posterior
+from pyro_fusion import (
+    DrawsError,
+    from_draws,
+    from_numpyro,
+)
 from pyro_fusion.readers.draws import read_draws
 
 jax = pytest.importorskip("jax")
@@ -70,8 +74,8 @@ def test_recovers_the_posterior(mcmc):
 def test_structure_as_of_a_guide(mcmc):
     sizes = {"weights": 1, "loc": 2, "scale": 2}
     params = {f"{k}_auto_{x}": jnp.ones(n) for k, n in sizes.items() for x in ("loc", "scale")}
-    theirs = Posterior.from_numpyro(autoguide.AutoNormal(model), params, X)
-    mine = Posterior.from_draws(mcmc)
+    theirs = from_numpyro(autoguide.AutoNormal(model), params, X)
+    mine = from_draws(mcmc)
     assert mine.axes == theirs.axes
     for site, f in theirs.decomposed.items():
         g = mine.decomposed[site]
@@ -79,10 +83,10 @@ def test_structure_as_of_a_guide(mcmc):
 
 
 def test_arrays_with_the_model(mcmc):
-    ours = Posterior.from_draws(mcmc)
+    ours = from_draws(mcmc)
     for convert in (jnp.asarray, np.asarray):
         samples = {k: convert(v) for k, v in mcmc.get_samples(group_by_chain=True).items()}
-        other = Posterior.from_draws(samples, model, X, group_by_chain=True)
+        other = from_draws(samples, model, X, group_by_chain=True)
         for site, f in ours.decomposed.items():
             for name, value in f.params.items():
                 assert torch.equal(value, other.decomposed[site].params[name])
@@ -90,8 +94,8 @@ def test_arrays_with_the_model(mcmc):
 
 def test_supports_of_numpyro():
     x = jnp.exp(jax.random.normal(jax.random.key(0), (500,)))
-    theirs = Posterior.from_draws({"x": x}, supports={"x": ndist.constraints.positive})
-    mine = Posterior.from_draws({"x": x}, supports={"x": constraints.positive})
+    theirs = from_draws({"x": x}, supports={"x": ndist.constraints.positive})
+    mine = from_draws({"x": x}, supports={"x": constraints.positive})
     assert theirs.decomposed["x"].structure() == mine.decomposed["x"].structure()
 
 
@@ -99,17 +103,17 @@ def test_support_that_pyro_has_not():
     x = np.eye(2) * np.random.default_rng(0).gamma(9.0, size=(100, 1, 1))
     positive = {"x": ndist.constraints.positive_definite}
     with pytest.raises(DrawsError, match=r"'x': no bijection onto .*families=\{'x': ...\}"):
-        Posterior.from_draws({"x": x}, supports=positive)
+        from_draws({"x": x}, supports=positive)
 
 
 def test_deterministic_sites_by_name(mcmc):
-    assert list(Posterior.from_draws(mcmc, sites=["mean"]).factors) == ["mean"]
+    assert list(from_draws(mcmc, sites=["mean"]).factors) == ["mean"]
 
 
 @pytest.mark.parametrize("x", [jnp.arange(100), jnp.arange(100) > 50], ids=["int", "bool"])
 def test_integers(x):
     with pytest.raises(DrawsError, match=r"'x': expected floating-point draws, got (int32|bool)"):
-        Posterior.from_draws({"x": x})
+        from_draws({"x": x})
 
 
 def test_diverging(mcmc, monkeypatch):
@@ -123,9 +127,9 @@ def test_diverging(mcmc, monkeypatch):
 def test_not_run():
     unused = MCMC(NUTS(model), num_warmup=1, num_samples=1, progress_bar=False)
     with pytest.raises(DrawsError, match=r"the MCMC has no draws: call mcmc.run\(rng_key"):
-        Posterior.from_draws(unused)
+        from_draws(unused)
 
 
 def test_something_else_of_numpyro():
     with pytest.raises(DrawsError, match="got NUTS of NumPyro"):
-        Posterior.from_draws(NUTS(model))
+        from_draws(NUTS(model))

@@ -17,7 +17,13 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions import transforms as tt
 
-from pyro_fusion import DrawsError, Posterior, fuse
+from pyro_fusion import (
+    DrawsError,
+    Posterior,
+    from_draws,
+    from_guide,
+    fuse,
+)
 from pyro_fusion.errors import GuideError, ParameterError, StructureError, UnsupportedFamilyError
 from pyro_fusion.families import kl
 from pyro_fusion.readers.draws import read_draws
@@ -61,7 +67,7 @@ class TestKnownPosteriors:
         scale = (0.25 + 5) ** -0.5
         loc = 5 * 1.5 * scale**2
         draws = {"mu": loc + scale * torch.randn(N, dtype=dtype)}
-        factor = Posterior.from_draws(draws).factors["mu"]
+        factor = from_draws(draws).factors["mu"]
         assert factor.loc.dtype == dtype
         assert abs(float(factor.loc) - loc) < 4 * scale / math.sqrt(N)
         assert abs(float(factor.scale) / scale - 1) < 4 / math.sqrt(2 * N)
@@ -71,12 +77,12 @@ class TestKnownPosteriors:
         # Prior Gamma(2, 1), five counts that add up to 12.
         truth = dist.Gamma(torch.tensor(14.0, dtype=dtype), 6.0)
         draws = {"rate": truth.sample([N])}
-        posterior = Posterior.from_draws(draws, families={"rate": dist.Gamma})
+        posterior = from_draws(draws, families={"rate": dist.Gamma})
         assert posterior.dtype == dtype
         # Of two parameters at maximum likelihood 2 N KL is a chi-square: 99.99 % quantile 18.
         assert kl(posterior.factors["rate"], truth) < 18 / (2 * N)
         # Behind exp, as an AutoNormal has it: E[log x] and its standard deviation.
-        factor = Posterior.from_draws(draws, supports={"rate": constraints.positive})
+        factor = from_draws(draws, supports={"rate": constraints.positive})
         normal = factor.decomposed["rate"].params
         mean = torch.digamma(torch.tensor(14.0)) - math.log(6)
         sd = float(torch.polygamma(1, torch.tensor(14.0))) ** 0.5
@@ -91,7 +97,7 @@ class TestKnownPosteriors:
         chosen: dict[str, Any] = {"families": {"w": dist.Dirichlet}}
         if labelled:  # then it is one unasked
             chosen = {"supports": {"w": constraints.simplex}, "axes": {"w": "component"}}
-        posterior = Posterior.from_draws(draws, **chosen)
+        posterior = from_draws(draws, **chosen)
         assert kl(posterior.factors["w"], truth) < 24 / (2 * N)  # four parameters
         assert posterior.labels == (("component",) if labelled else ())
 
@@ -99,7 +105,7 @@ class TestKnownPosteriors:
         truth = {"p": dist.Beta(3.0, 7.0), "v": dist.InverseGamma(5.0, 2.0)}
         draws = {k: d.sample([N]) for k, d in truth.items()}
         families = {"p": "Beta", "v": dist.InverseGamma}
-        posterior = Posterior.from_draws(draws, families=families)
+        posterior = from_draws(draws, families=families)
         assert isinstance(posterior.factors["v"], dist.InverseGamma)
         for site, d in truth.items():
             assert kl(posterior.factors[site], d) < 18 / (2 * N)
@@ -108,10 +114,10 @@ class TestKnownPosteriors:
         tril = torch.tensor([[1.0, 0, 0], [0.8, 0.6, 0], [-0.5, 0.3, 0.2]])
         truth = dist.MultivariateNormal(torch.tensor([1.0, -2.0, 50.0]), scale_tril=tril)
         draws = {"x": truth.sample([N])}
-        posterior = Posterior.from_draws(draws, families=dist.MultivariateNormal)
+        posterior = from_draws(draws, families=dist.MultivariateNormal)
         assert kl(posterior.factors["x"], truth) < 30 / (2 * N)  # nine parameters
         # On the positive side it is the same, behind exp.
-        positive = Posterior.from_draws(
+        positive = from_draws(
             {"x": draws["x"].double().exp()},
             families="MultivariateNormal",
             supports={"x": constraints.independent(constraints.positive, 1)},
@@ -127,7 +133,7 @@ class TestKnownPosteriors:
 
     def test_far_from_the_origin(self):
         draws = {"x": 1e8 + torch.randn(N, dtype=torch.float64)}
-        factor = Posterior.from_draws(draws).factors["x"]
+        factor = from_draws(draws).factors["x"]
         assert abs(float(factor.scale) - 1) < 4 / math.sqrt(2 * N)
 
 
@@ -137,7 +143,7 @@ class TestStructure:
     def guide(self, kind: type[Any]) -> Posterior:
         guide = kind(model)
         guide(DATA)
-        return Posterior.from_guide(guide, axes={"weights": "component"})
+        return from_guide(guide, axes={"weights": "component"})
 
     @pytest.mark.parametrize(
         ("kind", "families"), [(AutoNormal, None), (AutoMultivariateNormal, "MultivariateNormal")]
@@ -145,9 +151,7 @@ class TestStructure:
     def test_as_of_a_guide(self, kind, families):
         theirs = self.guide(kind)
         draws = model_draws()
-        mine = Posterior.from_draws(
-            draws, model, DATA, families=families, axes={"weights": ("component",)}
-        )
+        mine = from_draws(draws, model, DATA, families=families, axes={"weights": ("component",)})
         assert mine.axes == theirs.axes
         assert mine.plates == theirs.plates
         for site, f in theirs.decomposed.items():
@@ -158,21 +162,21 @@ class TestStructure:
 
     def test_fuses_with_a_guide(self):
         draws = model_draws()
-        mine = Posterior.from_draws(draws, model, DATA, axes={"weights": "component"})
+        mine = from_draws(draws, model, DATA, axes={"weights": "component"})
         loc = mine.decomposed["loc"].params["loc"]
         guide = AutoNormal(
             model, init_loc_fn=pyro.infer.autoguide.init_to_value(values={"loc": loc.flip(0)})
         )
         guide(DATA)
-        theirs = Posterior.from_guide(guide, axes={"weights": "component"})
+        theirs = from_guide(guide, axes={"weights": "component"})
         fusion = fuse([mine, theirs])
         assert [a.tolist() for a in fusion.assignment] == [[0, 1, 2], [2, 1, 0]]
 
     def test_model_as_by_hand(self):
         """Without a model, supports and axes say the same."""
         draws = model_draws()
-        with_model = Posterior.from_draws(draws, model, DATA, axes={"weights": "component"})
-        by_hand = Posterior.from_draws(
+        with_model = from_draws(draws, model, DATA, axes={"weights": "component"})
+        by_hand = from_draws(
             draws,
             axes={"weights": "component", "loc": ("component", None), "scale": "component"},
             supports={
@@ -191,26 +195,26 @@ class TestStructure:
 
     def test_observed_and_deterministic_sites_are_left_out(self):
         draws = {**model_draws(), "x": torch.randn(N, 5), "mean": torch.randn(N, 2)}
-        posterior = Posterior.from_draws(draws, model, DATA)
+        posterior = from_draws(draws, model, DATA)
         assert set(posterior.factors) == {"weights", "rate", "loc", "scale"}
-        named = Posterior.from_draws(draws, model, DATA, sites=["mean", "loc"])
+        named = from_draws(draws, model, DATA, sites=["mean", "loc"])
         assert list(named.factors) == ["mean", "loc"]
         assert named.factors["mean"].batch_shape == ()
 
     def test_an_entry_of_axes_replaces_the_plate(self):
-        posterior = Posterior.from_draws(model_draws(), model, DATA, axes={"loc": (None, None)})
+        posterior = from_draws(model_draws(), model, DATA, axes={"loc": (None, None)})
         assert posterior.axes["loc"] == (None, None)
         assert posterior.plates["loc"] == ("component",)
 
     def test_outgoing(self):
         draws = {"w": torch.randn(N, 4, 2) + 5 * torch.arange(4).unsqueeze(1)}
-        posterior = Posterior.from_draws(draws, axes={"w": ("unit", None)}, outgoing={"w": "unit"})
+        posterior = from_draws(draws, axes={"w": ("unit", None)}, outgoing={"w": "unit"})
         assert posterior.outgoing == {"w": "unit"}
 
     def test_transition_matrix(self):
         rows = torch.tensor([[50.0, 2.0, 3.0], [4.0, 40.0, 6.0], [9.0, 8.0, 70.0]])
         draws = {"t": dist.Dirichlet(rows).sample([N])}
-        posterior = Posterior.from_draws(
+        posterior = from_draws(
             draws, axes={"t": ("state", "state")}, supports={"t": constraints.simplex}
         )
         f = posterior.decomposed["t"]
@@ -234,15 +238,15 @@ class TestSupports:
                 pyro.sample("x", dist.Uniform(torch.zeros(3), 2 * torch.ones(3)))
 
         draws = {"x": 2 * torch.rand(1000, 3)}
-        mine = Posterior.from_draws(draws, uniform).decomposed["x"]
+        mine = from_draws(draws, uniform).decomposed["x"]
         guide = AutoNormal(uniform)
         guide()
-        assert mine.structure() == Posterior.from_guide(guide).decomposed["x"].structure()
+        assert mine.structure() == from_guide(guide).decomposed["x"].structure()
 
     def test_a_family_knows_its_own(self):
         """Though nobody knows a bijection onto it, or it depends on other sites."""
         root = torch.randn(1000, 2, 9)
-        posterior = Posterior.from_draws(
+        posterior = from_draws(
             {"x": root @ root.mT}, families="Wishart", supports={"x": constraints.positive_definite}
         )
         assert posterior.decomposed["x"].family.name == "Wishart"
@@ -252,7 +256,7 @@ class TestSupports:
             pyro.sample("b", dist.Uniform(0.0, a))
 
         draws = {"b": (0.5 + 0.5 * torch.rand(1000)) * torch.rand(1000)}
-        f = Posterior.from_draws(draws, nested, families=dist.Beta).decomposed["b"]
+        f = from_draws(draws, nested, families=dist.Beta).decomposed["b"]
         assert f.family.name == "Beta"
 
 
@@ -262,7 +266,7 @@ class TestLeavesAlone:
         draws = model_draws(500)
         before = {k: v.clone() for k, v in draws.items()}
         states = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-        Posterior.from_draws(draws, model, DATA, axes={"weights": "component"})
+        from_draws(draws, model, DATA, axes={"weights": "component"})
         assert torch.equal(torch.get_rng_state(), states[0])
         assert (np.random.get_state()[1] == states[1]).all()  # noqa: NPY002
         assert list(pyro.get_param_store()) == ["a"]
@@ -270,7 +274,7 @@ class TestLeavesAlone:
 
     def test_what_is_read_is_copied(self):
         draws = {"x": torch.randn(100)}
-        posterior = Posterior.from_draws(draws, min_ess=None)
+        posterior = from_draws(draws, min_ess=None)
         loc = posterior.factors["x"].loc
         draws["x"].zero_()
         assert posterior.factors["x"].loc == loc
@@ -377,43 +381,43 @@ class TestBadDraws:
     )
     def test_is_refused(self, draws, options, message):
         with pytest.raises(DrawsError, match=message):
-            Posterior.from_draws(draws, **options)
+            from_draws(draws, **options)
 
     def test_nan(self):
         x = torch.randn(2, 100, 3)
         x[1, 40, 2], x[1, 50, 0] = math.nan, math.inf
         with pytest.raises(DrawsError, match=r"2 draws of 200 with NaN .* draw 40 of chain 1"):
-            Posterior.from_draws({"x": x}, group_by_chain=True)
+            from_draws({"x": x}, group_by_chain=True)
 
     def test_place_of_a_value_outside_the_support(self):
         x = torch.rand(2, 100, 3)
         x[1, 7, 1] = -0.25
         positive = {"x": constraints.positive}
         with pytest.raises(DrawsError, match=r"got -0.25 in draw 7 of chain 1, one of 1 such"):
-            Posterior.from_draws({"x": x}, group_by_chain=True, supports=positive)
+            from_draws({"x": x}, group_by_chain=True, supports=positive)
         x[1, 7, 1] = 0.0  # on the border, as by rounding
         with pytest.raises(DrawsError, match="got 0 in draw 7 of chain 1"):
-            Posterior.from_draws({"x": x}, group_by_chain=True, supports=positive)
+            from_draws({"x": x}, group_by_chain=True, supports=positive)
 
     def test_a_component_on_the_border_of_the_simplex(self):
         x = dist.Dirichlet(torch.ones(3)).sample([100])
         x[5] = torch.tensor([0.5, 0.5, 0.0])
         for axes in (None, {"x": "component"}):
             with pytest.raises(DrawsError, match="draw 5 of chain 0"):
-                Posterior.from_draws({"x": x}, supports={"x": constraints.simplex}, axes=axes)
+                from_draws({"x": x}, supports={"x": constraints.simplex}, axes=axes)
 
     def test_rounded_simplex(self):
         """float32 does not add up to one exactly."""
         x = dist.Dirichlet(torch.ones(300)).sample([1000]).clamp(min=1e-6)
         assert float((x.sum(-1) - 1).abs().max()) > 1e-6
-        posterior = Posterior.from_draws({"x": x}, families={"x": "Dirichlet"}, min_ess=None)
+        posterior = from_draws({"x": x}, families={"x": "Dirichlet"}, min_ess=None)
         assert posterior.factors["x"].concentration.mean() == pytest.approx(1, abs=0.05)
 
     def test_chains_that_do_not_agree(self):
         x = torch.randn(4, 500)
         x[2] += 3
         with pytest.raises(DrawsError, match=r"R-hat of site 'x' is 1.4\d?, .*max_rhat=None"):
-            Posterior.from_draws({"x": x, "y": torch.randn(4, 500)}, group_by_chain=True)
+            from_draws({"x": x, "y": torch.randn(4, 500)}, group_by_chain=True)
         allowed = read_draws({"x": x}, group_by_chain=True, max_rhat=None, min_ess=1)
         assert allowed.rhat["x"] > 1.4
         # Without their chains they look like one that mixes well enough, or not.
@@ -424,25 +428,23 @@ class TestBadDraws:
         x = torch.randn(2, 500)
         x[1] = 0.3
         with pytest.raises(DrawsError, match="R-hat of site 'x' is"):
-            Posterior.from_draws({"x": x}, group_by_chain=True)
+            from_draws({"x": x}, group_by_chain=True)
 
     def test_too_correlated(self):
         x = torch.randn(2000)
         for i in range(1, 2000):
             x[i] = 0.95 * x[i - 1] + 0.3 * x[i]
         with pytest.raises(DrawsError, match=r"effective sample size of site 'x' is \d\d, of 2000"):
-            Posterior.from_draws({"x": x}, max_rhat=None, min_ess=200)
+            from_draws({"x": x}, max_rhat=None, min_ess=200)
         assert 20 < read_draws({"x": x}, max_rhat=None, min_ess=None).ess["x"] < 120
 
     def test_too_few_for_a_covariance(self):
         with pytest.raises(DrawsError, match="'x'"):
-            Posterior.from_draws(
-                {"x": normal(60, 100)}, families=dist.MultivariateNormal, min_ess=None
-            )
+            from_draws({"x": normal(60, 100)}, families=dist.MultivariateNormal, min_ess=None)
 
     def test_unknown_family(self):
         with pytest.raises(UnsupportedFamilyError, match="no family called 'StudentT'"):
-            Posterior.from_draws({"x": normal()}, families=dist.StudentT)
+            from_draws({"x": normal()}, families=dist.StudentT)
 
     @pytest.mark.parametrize(
         "options",
@@ -456,13 +458,13 @@ class TestBadDraws:
     )
     def test_settings(self, options):
         with pytest.raises(ParameterError, match=next(iter(options))):
-            Posterior.from_draws({"x": normal()}, **options)
+            from_draws({"x": normal()}, **options)
 
     def test_labels_that_do_not_fit(self):
         with pytest.raises(StructureError, match="2 labels"):
-            Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": ("a", "b")})
+            from_draws({"x": normal(1000, 3)}, axes={"x": ("a", "b")})
         with pytest.raises(ParameterError, match="'x': expected a sequence of labels, got 3"):
-            Posterior.from_draws({"x": normal(1000, 3)}, axes={"x": 3})
+            from_draws({"x": normal(1000, 3)}, axes={"x": 3})
 
 
 def test_chains_that_disagree_tell_nothing_of_what_is_lost():
@@ -483,8 +485,8 @@ def test_axes_of_size_one_as_predictive_has_them():
     assert draws["weights"].shape[:2] == (200, 1)
     bare = {site: x.reshape(len(x), *model_draws(1)[site].shape[1:]) for site, x in draws.items()}
     options: dict[str, Any] = {"min_ess": None, "relabel": False}
-    mine = Posterior.from_draws(draws, model, DATA, **options)
-    theirs = Posterior.from_draws(bare, model, DATA, **options)
+    mine = from_draws(draws, model, DATA, **options)
+    theirs = from_draws(bare, model, DATA, **options)
     for site, factor in theirs.decomposed.items():
         for name, value in factor.params.items():
             assert torch.equal(mine.decomposed[site].params[name], value)
@@ -493,19 +495,19 @@ def test_axes_of_size_one_as_predictive_has_them():
 class TestBadModels:
     def test_other_arguments(self):
         with pytest.raises(DrawsError, match=r"'weights' has draws of shape \(3,\), .* \(4,\)"):
-            Posterior.from_draws(model_draws(), model, DATA, 4)
+            from_draws(model_draws(), model, DATA, 4)
 
     def test_fails(self):
         with pytest.raises(GuideError, match="the model failed"):
-            Posterior.from_draws(model_draws(), model, 3)
+            from_draws(model_draws(), model, 3)
 
     def test_knows_none_of_the_sites(self):
         with pytest.raises(DrawsError, match="the latent sites of the model are"):
-            Posterior.from_draws({"z": normal()}, model, DATA)
+            from_draws({"z": normal()}, model, DATA)
 
     def test_arguments_without_a_model(self):
         with pytest.raises(ParameterError, match="without a model"):
-            Posterior.from_draws({"z": normal()}, None, DATA)
+            from_draws({"z": normal()}, None, DATA)
 
     def test_support_that_depends_on_another_site(self):
         def nested() -> None:
@@ -515,8 +517,8 @@ class TestBadModels:
         a = torch.rand(1000)
         draws = {"a": a, "b": a * torch.rand(1000)}
         with pytest.raises(DrawsError, match="'b': its support depends on other sites"):
-            Posterior.from_draws(draws, nested)
-        assert list(Posterior.from_draws(draws, nested, sites=["a"]).factors) == ["a"]
+            from_draws(draws, nested)
+        assert list(from_draws(draws, nested, sites=["a"]).factors) == ["a"]
 
     def test_discrete_site(self):
         def mixture() -> None:
@@ -525,5 +527,5 @@ class TestBadModels:
 
         draws = {"k": torch.randint(2, (1000,)), "x": normal()}
         with pytest.raises(DrawsError, match=r"'k': expected floating-point .*sites=\[...\]"):
-            Posterior.from_draws(draws, mixture)
-        assert list(Posterior.from_draws({"x": draws["x"]}, mixture).factors) == ["x"]
+            from_draws(draws, mixture)
+        assert list(from_draws({"x": draws["x"]}, mixture).factors) == ["x"]

@@ -16,7 +16,7 @@ from pyro.infer import MCMC, NUTS
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_fusion import DrawsError, Posterior
+from pyro_fusion import DrawsError, Posterior, from_draws
 from pyro_fusion.families import Factor
 from pyro_fusion.readers.draws import read_draws
 from pyro_fusion.readers.draws.relabel import _code_length, permuted, relabel
@@ -48,7 +48,7 @@ def fit(labels: dict[str, tuple[str | None, ...]], supports: dict[str, object] |
         chosen = {k: v for k, v in (supports or {}).items() if k == site}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is lost before
-            posterior = Posterior.from_draws(
+            posterior = from_draws(
                 {site: value},
                 axes={site: labels[site]},
                 supports=chosen,
@@ -233,13 +233,13 @@ class TestHonest:
         x = torch.tensor([0.0, 10.0, 20.0]) + torch.randn(4, 250, 3)
         x[0, :, 2] += 30
         with pytest.raises(DrawsError, match="R-hat of site 'x'"):
-            Posterior.from_draws({"x": x}, axes={"x": "c"}, group_by_chain=True)
+            from_draws({"x": x}, axes={"x": "c"}, group_by_chain=True)
 
     def test_chains_in_other_labellings_only_pass_when_labelled(self):
         x = torch.tensor([0.0, 10.0, 20.0]) + torch.randn(4, 250, 3)
         x[0] = x[0].roll(1, -1)
         with pytest.raises(DrawsError, match="label axes whose components have no order"):
-            Posterior.from_draws({"x": x}, group_by_chain=True)
+            from_draws({"x": x}, group_by_chain=True)
         reading = read_draws({"x": x}, axes={"x": "c"}, group_by_chain=True)
         assert reading.relabelled["c"] == 0.25
         assert reading.rhat["x"] < 1.02

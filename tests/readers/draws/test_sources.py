@@ -20,7 +20,7 @@ from pyro.infer.mcmc.api import StreamingMCMC
 from torch import Tensor
 from torch.distributions import biject_to, constraints
 
-from pyro_fusion import DrawsError, Posterior
+from pyro_fusion import DrawsError, from_draws
 from pyro_fusion.readers.draws import DrawsReading, read_draws
 
 
@@ -65,8 +65,8 @@ class TestPyro:
         assert kl.max() < 18 / (2 * reading.ess["rate"])
 
     def test_as_the_samples_with_the_model(self, nuts):
-        by_hand = Posterior.from_draws(nuts.get_samples(), conjugate, COUNTS)
-        for name, value in Posterior.from_draws(nuts).decomposed["rate"].params.items():
+        by_hand = from_draws(nuts.get_samples(), conjugate, COUNTS)
+        for name, value in from_draws(nuts).decomposed["rate"].params.items():
             assert torch.equal(value, by_hand.decomposed["rate"].params[name])
 
     def test_several_chains_and_divergences(self, monkeypatch):
@@ -103,19 +103,19 @@ class TestPyro:
             disable_progbar=True,
         )
         mcmc.run()
-        factor = Posterior.from_draws(mcmc, max_rhat=1.2).factors["s"]
+        factor = from_draws(mcmc, max_rhat=1.2).factors["s"]
         assert isinstance(factor.base_dist, dist.LogNormal)
         assert factor.batch_shape == ()
 
     def test_not_run(self):
         mcmc = MCMC(NUTS(conjugate), 10, disable_progbar=True)
         with pytest.raises(DrawsError, match=r"the MCMC has no draws: call mcmc.run"):
-            Posterior.from_draws(mcmc)
+            from_draws(mcmc)
 
     def test_streaming(self):
         mcmc = StreamingMCMC(NUTS(conjugate), 10, disable_progbar=True)
         with pytest.raises(DrawsError, match="a StreamingMCMC keeps no draws"):
-            Posterior.from_draws(mcmc)
+            from_draws(mcmc)
 
 
 class Variable:
@@ -162,14 +162,14 @@ class TestInferenceData:
         assert reading.posterior.dtype == torch.float32
         x = dataset["loc"].values
         by_hand = {"loc": x, "other": dataset["other"].values.transpose(2, 1, 0)}
-        for site, f in Posterior.from_draws(by_hand, group_by_chain=True).decomposed.items():
+        for site, f in from_draws(by_hand, group_by_chain=True).decomposed.items():
             for name, value in f.params.items():
                 assert torch.equal(value, reading.posterior.decomposed[site].params[name])
 
     def test_without_chains(self):
         data = Dataset(x=Variable(("sample",), np.zeros(100)))
         with pytest.raises(DrawsError, match=r"'x': expected the dimensions 'chain' and 'draw'"):
-            Posterior.from_draws(data)
+            from_draws(data)
 
     def test_without_a_posterior(self):
         """An InferenceData is a mapping, too, of its groups."""
@@ -179,7 +179,7 @@ class TestInferenceData:
 
         InferenceData.__module__ = "arviz.data.inference_data"
         with pytest.raises(DrawsError, match="with the group 'posterior'; got InferenceData"):
-            Posterior.from_draws(InferenceData(prior=self.dataset()))
+            from_draws(InferenceData(prior=self.dataset()))
 
     def test_of_arviz_itself(self):
         with warnings.catch_warnings():
@@ -202,21 +202,21 @@ class TestArrays:
     def test_numpy(self, dtype):
         x = np.random.default_rng(0).normal(size=(300, 2)).astype(dtype)
         x.setflags(write=False)
-        posterior = Posterior.from_draws({"x": x})
+        posterior = from_draws({"x": x})
         assert str(posterior.dtype) == f"torch.{dtype}"
         assert np.allclose(posterior.factors["x"].mean.numpy(), x.mean(0), atol=1e-6)
 
     @pytest.mark.parametrize(("dtype", "read"), [(">f4", "float32"), (np.longdouble, "float64")])
     def test_as_files_have_them(self, dtype, read):
         x = np.random.default_rng(0).normal(size=(300, 2)).astype(dtype)
-        posterior = Posterior.from_draws({"x": x})
+        posterior = from_draws({"x": x})
         assert str(posterior.dtype) == f"torch.{read}"
         assert np.allclose(posterior.factors["x"].mean.numpy(), x.mean(0).astype(float), atol=1e-6)
 
     def test_masked(self):
         x = np.ma.masked_array(np.random.default_rng(0).normal(size=300), np.arange(300) < 5)
         with pytest.raises(DrawsError, match="got 5 draws of 300 with NaN"):
-            Posterior.from_draws({"x": x})
+            from_draws({"x": x})
 
     def test_chains_by_hand(self):
         x = torch.randn(4, 100, 2)
@@ -231,7 +231,7 @@ class TestArrays:
 def test_nothing_is_imported_that_the_draws_are_not_of() -> None:
     program = (
         "import sys, torch; from pyro_fusion import Posterior; "
-        "Posterior.from_draws({'x': torch.randn(100)}, min_ess=0); "
+        "from_draws({'x': torch.randn(100)}, min_ess=0); "
         "print(*(x for x in ('jax', 'numpyro', 'arviz', 'xarray') if x in sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)

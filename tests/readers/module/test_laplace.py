@@ -13,7 +13,13 @@ from torch import nn
 from torch.distributions import Categorical, Normal
 from torch.utils.data import DataLoader, TensorDataset
 
-from pyro_fusion import ParameterError, Posterior, StructureError
+from pyro_fusion import (
+    ParameterError,
+    Posterior,
+    StructureError,
+    from_module,
+    to_module,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -32,9 +38,7 @@ def precision(posterior):
 
 def read(module, data, *args, prior_precision=0.5, **kwargs):
     """Curvatures alone."""
-    posterior = Posterior.from_module(
-        module, data, *args, prior_precision=prior_precision, **kwargs
-    )
+    posterior = from_module(module, data, *args, prior_precision=prior_precision, **kwargs)
     return {k: v - prior_precision for k, v in precision(posterior).items()}
 
 
@@ -107,7 +111,7 @@ class TestCurvature:
         information = x.T @ x + delta * torch.eye(3).double()
         module = nn.Linear(3, 1, bias=False).double()
         module.weight.data = torch.linalg.solve(information, x.T @ y).T
-        posterior = Posterior.from_module(module, (x, y), "squared_error", prior_precision=delta)
+        posterior = from_module(module, (x, y), "squared_error", prior_precision=delta)
         exact = torch.distributions.MultivariateNormal(
             module.weight.data[0], precision_matrix=information
         )
@@ -251,7 +255,7 @@ class TestData:
     def test_prior_precision_by_name(self):
         module, x = nn.Linear(3, 2).double(), torch.randn(10, 3).double()
         prior = {"weight": torch.tensor([1.0, 2.0, 3.0]), "bias": 4.0}
-        found = precision(Posterior.from_module(module, x, prior_precision=prior))
+        found = precision(from_module(module, x, prior_precision=prior))
         plain = read(module, x)
         torch.testing.assert_close(
             found["weight"] - plain["weight"], prior["weight"].expand(2, 3).double()
@@ -266,7 +270,7 @@ class TestModules:
         before = {k: v.clone() for k, v in module.state_dict().items()}
         x = torch.randn(8, 3)
         state = torch.get_rng_state()
-        posterior = Posterior.from_module(module, (x, torch.zeros(8).long()), num_samples=2)
+        posterior = from_module(module, (x, torch.zeros(8).long()), num_samples=2)
         assert torch.equal(torch.get_rng_state(), state)
         assert all(m.training for m in module.modules())
         for k, v in module.state_dict().items():
@@ -301,7 +305,7 @@ class TestModules:
         found = read(module, (x, y), curvature="empirical_fisher")
         torch.testing.assert_close(found, squared_gradients(module, x, y, "cross_entropy"))
         assert list(found) == ["0.weight"]
-        other = Posterior({"0.weight": Normal(torch.zeros(3, 3), 1.0)}).to_module(module)
+        other = to_module(Posterior({"0.weight": Normal(torch.zeros(3, 3), 1.0)}), module)
         assert other[0].weight is other[2].weight
         assert not other[0].weight.any() and module[0].weight.any()
 
@@ -325,7 +329,7 @@ class TestModules:
     def test_on_a_gpu(self, curvature):
         module, x, y = network(), torch.randn(6, 3).double(), torch.randint(2, (6,))
         expected = read(module, (x, y), curvature=curvature)
-        found = Posterior.from_module(module.cuda(), (x, y), curvature=curvature)
+        found = from_module(module.cuda(), (x, y), curvature=curvature)
         assert found.device.type == "cuda"
         for k, v in precision(found).items():
             torch.testing.assert_close(v.cpu() - 1, expected[k])
@@ -333,33 +337,33 @@ class TestModules:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_precision_of_the_numbers(self, dtype):
         module, x = network(dtype=dtype), torch.randn(6, 3, dtype=dtype)
-        posterior = Posterior.from_module(module, x)
+        posterior = from_module(module, x)
         assert posterior.dtype == dtype
-        exact = precision(Posterior.from_module(module.double(), x.double()))
+        exact = precision(from_module(module.double(), x.double()))
         rtol = 1e-5 if dtype == torch.float32 else 0.05
         for k, v in precision(posterior).items():
             torch.testing.assert_close(v, exact[k], rtol=rtol, atol=0)
 
     def test_labels_of_hidden_units(self):
         x = torch.randn(6, 3).double()
-        posterior = Posterior.from_module(network(), x, axes="auto")
+        posterior = from_module(network(), x, axes="auto")
         assert posterior.axes["0.weight"] == ("hidden1", None)
         assert posterior.axes["2.weight"] == (None, "hidden1")
         assert not posterior.outgoing
-        posterior = Posterior.from_module(network(), x, axes={"0.bias": ("unit",)})
+        posterior = from_module(network(), x, axes={"0.bias": ("unit",)})
         assert posterior.labels == ("unit",)
 
     def test_floor(self):
         module, x = network(), torch.randn(6, 3).double()
         plain = read(module, x)
         floor = float(plain["0.weight"].median())
-        found = precision(Posterior.from_module(module, x, prior_precision=0.0, floor=floor))
+        found = precision(from_module(module, x, prior_precision=0.0, floor=floor))
         for k, v in plain.items():
             torch.testing.assert_close(found[k], v.clamp(min=floor))
 
     def test_round_trip(self):
         module, x = network(dtype=torch.float32), torch.randn(6, 3)
-        again = Posterior.from_module(module, x).to_module(module)
+        again = to_module(from_module(module, x), module)
         assert again is not module
         assert all(
             torch.equal(p, q) for p, q in zip(again.parameters(), module.parameters(), strict=True)
@@ -374,7 +378,7 @@ class TestModules:
     )
     def test_of_another_architecture(self, site, shape, match):
         with pytest.raises(StructureError, match=match):
-            Posterior({site: Normal(torch.zeros(shape), 1.0)}).to_module(network())
+            to_module(Posterior({site: Normal(torch.zeros(shape), 1.0)}), network())
 
 
 class Complex(nn.Module):
@@ -440,13 +444,13 @@ class TestErrors:
     )
     def test_modules(self, module, match):
         with pytest.raises(ParameterError, match=match):
-            Posterior.from_module(module, (self.x, self.y))
+            from_module(module, (self.x, self.y))
 
     def test_no_curvature(self):
         match = r"parameter '0.weight': 3 of 12 numbers have no curvature"
         with pytest.raises(ParameterError, match=match):
-            Posterior.from_module(dead(), (self.x, self.y), prior_precision=0.0)
-        Posterior.from_module(dead(), (self.x, self.y), prior_precision=0.0, floor=1e-6)
+            from_module(dead(), (self.x, self.y), prior_precision=0.0)
+        from_module(dead(), (self.x, self.y), prior_precision=0.0, floor=1e-6)
 
     @pytest.mark.parametrize(
         "kwargs, match",
@@ -466,7 +470,7 @@ class TestErrors:
     )
     def test_arguments(self, kwargs, match):
         with pytest.raises(ParameterError, match=match):
-            Posterior.from_module(nn.Linear(3, 2), (self.x, self.y), **kwargs)
+            from_module(nn.Linear(3, 2), (self.x, self.y), **kwargs)
 
     @pytest.mark.parametrize(
         "kwargs, match",
@@ -481,7 +485,7 @@ class TestErrors:
     )
     def test_names(self, kwargs, match):
         with pytest.raises(StructureError, match=match):
-            Posterior.from_module(nn.Linear(3, 2), (self.x, self.y), **kwargs)
+            from_module(nn.Linear(3, 2), (self.x, self.y), **kwargs)
 
     @pytest.mark.parametrize(
         "data, match",
@@ -497,11 +501,11 @@ class TestErrors:
     )
     def test_data(self, data, match):
         with pytest.raises(ParameterError, match=match):
-            Posterior.from_module(nn.Linear(3, 2), data, curvature="empirical_fisher")
+            from_module(nn.Linear(3, 2), data, curvature="empirical_fisher")
 
     def test_targets_that_would_be_broadcast(self):
         with pytest.raises(ParameterError, match=r"targets \(shape \(4,\)\) .* \(shape \(4, 1\)\)"):
-            Posterior.from_module(
+            from_module(
                 nn.Linear(3, 1),
                 (self.x, torch.rand(4)),
                 "squared_error",

@@ -14,7 +14,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader, IterableDataset
 
-from pyro_fusion import ParameterError, Posterior, module_axes
+from pyro_fusion import (
+    ParameterError,
+    from_module,
+    module_axes,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -23,7 +27,7 @@ def seed():
 
 
 def read(module, x, **kwargs):
-    posterior = Posterior.from_module(module, x, prior_precision=1.0, **kwargs)
+    posterior = from_module(module, x, prior_precision=1.0, **kwargs)
     return {k: f.params["scale"] ** -2 - 1.0 for k, f in posterior.decomposed.items()}
 
 
@@ -131,7 +135,7 @@ class TestNothingIsChanged:
     def test_a_layer_under_two_names(self):
         module = Twice()
         before = {k: (p, p.detach().clone()) for k, p in module.named_parameters()}
-        Posterior.from_module(module, torch.randn(4, 3))
+        from_module(module, torch.randn(4, 3))
         with pytest.raises(ValueError, match="no exchangeable units"):
             module_axes(module)
         assert len(before) == len(list(module.parameters()))
@@ -145,7 +149,7 @@ class TestNothingIsChanged:
 
         module, x = Last(3, 2, batch_first=True), torch.randn(2, 4, 3)
         with pytest.warns(UserWarning, match=r"one by one|performance drop"):
-            Posterior.from_module(module, x)
+            from_module(module, x)
         module(x).sum().backward()
         assert all(p.grad is not None for p in module.parameters())
 
@@ -160,7 +164,7 @@ class TestNothingIsChanged:
     def test_after_a_failure(self):
         module, fast = Writing(), torch.backends.mha.get_fastpath_enabled()
         with pytest.raises(ParameterError, match="failed on these inputs"):
-            Posterior.from_module(module, [torch.randn(4, 3), torch.randn(4, 5)])
+            from_module(module, [torch.randn(4, 3), torch.randn(4, 5)])
         assert not module.kept and module.training
         assert torch.backends.mha.get_fastpath_enabled() == fast
 
@@ -209,7 +213,7 @@ class Positions(nn.Linear):
 def test_memory(monkeypatch, module, x, kwargs):
     monkeypatch.setattr("pyro_fusion.readers.module.curvature._AT_ONCE", 2**20)
     with Largest() as seen:
-        Posterior.from_module(module, x, **kwargs)
+        from_module(module, x, **kwargs)
     assert seen.numel <= 2**20 + 2**16
 
 
@@ -236,7 +240,7 @@ def test_parameters_without_elements_have_no_site():
     module = nn.Linear(3, 2)
     module.none = nn.Parameter(torch.zeros(0))
     module.scale = nn.Parameter(torch.tensor(2.0))
-    posterior = Posterior.from_module(module, torch.randn(4, 3))
+    posterior = from_module(module, torch.randn(4, 3))
     assert set(posterior.axes) == {"weight", "bias", "scale"}
 
 
@@ -247,7 +251,7 @@ def test_axes_of_a_module_with_keyword_arguments():
 
     module = Scaled(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
     inputs = {"scale": torch.ones(5, 1), "x": torch.randn(5, 3)}
-    posterior = Posterior.from_module(module, inputs, axes="auto")
+    posterior = from_module(module, inputs, axes="auto")
     assert posterior.axes["2.weight"] == (None, "hidden1")
 
 
@@ -263,11 +267,11 @@ class TestErrors:
     )
     def test_examples_that_depend_on_others(self, module):
         with pytest.raises(ParameterError, match="another output on its own than among others"):
-            Posterior.from_module(module, torch.randn(5, 3))
+            from_module(module, torch.randn(5, 3))
 
     def test_data_parallel(self):
         with pytest.raises(ParameterError, match=r"pass that, its \.module"):
-            Posterior.from_module(nn.DataParallel(nn.Linear(3, 2)), torch.randn(5, 3))
+            from_module(nn.DataParallel(nn.Linear(3, 2)), torch.randn(5, 3))
 
     @pytest.mark.parametrize("curvature", ["ggn", "empirical_fisher"])
     @pytest.mark.parametrize(
@@ -282,9 +286,9 @@ class TestErrors:
     def test_losses(self, loss, match, curvature):
         data = torch.randn(5, 3), torch.zeros(5).long()
         with pytest.raises(ParameterError, match=match):
-            Posterior.from_module(nn.Linear(3, 2), data, loss, curvature=curvature)
+            from_module(nn.Linear(3, 2), data, loss, curvature=curvature)
 
     @pytest.mark.parametrize("value", [None, "1"])
     def test_prior_precision(self, value):
         with pytest.raises(ParameterError, match="must be non-negative and finite, got"):
-            Posterior.from_module(nn.Linear(3, 2), torch.randn(5, 3), prior_precision=value)
+            from_module(nn.Linear(3, 2), torch.randn(5, 3), prior_precision=value)

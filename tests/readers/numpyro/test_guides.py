@@ -19,7 +19,14 @@ from torch import Tensor
 from torch.distributions import transforms as tt
 
 import pyro_fusion
-from pyro_fusion import Posterior, fuse
+from pyro_fusion import (
+    Posterior,
+    PosteriorGuide,
+    from_guide,
+    from_numpyro,
+    fuse,
+    to_numpyro,
+)
 from pyro_fusion.errors import GuideError, ParameterError, StructureError, UnsupportedFamilyError
 from pyro_fusion.families import Factor
 from pyro_fusion.readers.pyro import prior_from_model
@@ -123,7 +130,7 @@ class TestAutoguides:
     @pytest.mark.filterwarnings("ignore:.*strongly correlated:UserWarning")
     def test_are_read_exactly(self, kind: Any) -> None:
         guide, params = fitted(kind)
-        posterior = Posterior.from_numpyro(guide, params, jnp.array(X))
+        posterior = from_numpyro(guide, params, jnp.array(X))
         assert posterior.axes == {
             "loc": ("component", None),
             "scale": ("component",),
@@ -152,7 +159,7 @@ class TestAutoguides:
         precision = 1 / 2.0**2 + 1 / 0.5**2
         mode = x / 0.5**2 / precision
         guide = autoguide.AutoLaplaceApproximation(conjugate)
-        f = Posterior.from_numpyro(guide, {"auto_loc": mode}).decomposed["z"]
+        f = from_numpyro(guide, {"auto_loc": mode}).decomposed["z"]
         torch.testing.assert_close(f.params["loc"], to_tensor(mode))
         torch.testing.assert_close(f.params["scale"], torch.full((2,), precision**-0.5))
 
@@ -169,7 +176,7 @@ class TestAutoguides:
         guide = kind(batched, batch_ndim=1)
         svi = SVI(batched, guide, numpyro.optim.Adam(0.05), Trace_ELBO())
         params = svi.get_params(svi.init(jax.random.key(0)))
-        f = Posterior.from_numpyro(guide, params).decomposed["z"]
+        f = from_numpyro(guide, params).decomposed["z"]
         with handlers.block():
             d = handlers.substitute(guide._get_batched_posterior, data=params)()
         covariance = f.params["scale_tril"] @ f.params["scale_tril"].mT
@@ -179,7 +186,7 @@ class TestAutoguides:
     def test_flows_are_projected(self) -> None:
         guide, params = fitted(autoguide.AutoIAFNormal)
         with pytest.warns(UserWarning, match="no product of exponential families"):
-            posterior = Posterior.from_numpyro(guide, params, jnp.array(X), num_samples=4000)
+            posterior = from_numpyro(guide, params, jnp.array(X), num_samples=4000)
         draws = guide.sample_posterior(jax.random.key(1), params, sample_shape=(4000,))
         for site, mean, deviation in unconstrained(posterior, draws):
             params_here = posterior.decomposed[site].params
@@ -190,14 +197,14 @@ class TestAutoguides:
     def test_point_masses_need_a_spread(self) -> None:
         guide, params = fitted(autoguide.AutoDelta)
         with pytest.raises(GuideError, match=r"spread=0\.1"):
-            Posterior.from_numpyro(guide, params, jnp.array(X))
-        p = Posterior.from_numpyro(guide, params, jnp.array(X), spread=0.2)
+            from_numpyro(guide, params, jnp.array(X))
+        p = from_numpyro(guide, params, jnp.array(X), spread=0.2)
         scale = p.decomposed["scale"].params
         torch.testing.assert_close(scale["loc"], to_tensor(params["scale_auto_loc"]).log())
         assert torch.equal(scale["scale"], torch.full((K,), 0.2))
         with pytest.raises(GuideError, match="no point masses"):
             spread = {"loc": 1.0, "scale": 1.0, "other": 1.0, "weights": 1.0}
-            Posterior.from_numpyro(guide, params, spread=spread)
+            from_numpyro(guide, params, spread=spread)
 
     def test_lists(self) -> None:
         guide = autoguide.AutoGuideList(model)
@@ -206,7 +213,7 @@ class TestAutoguides:
         guide.append(autoguide.AutoMultivariateNormal(loc, prefix="joint"))
         svi = SVI(model, guide, numpyro.optim.Adam(0.02), Trace_ELBO())
         params = svi.get_params(svi.init(jax.random.key(0), jnp.array(X)))
-        p = Posterior.from_numpyro(guide, params, jnp.array(X))
+        p = from_numpyro(guide, params, jnp.array(X))
         assert p.decomposed["loc"].family.name == "MultivariateNormal"
         expected = to_tensor(params["scale_auto_loc"])
         assert torch.equal(p.decomposed["scale"].params["loc"], expected)
@@ -219,14 +226,14 @@ class TestAutoguides:
         guide = autoguide.AutoNormal(local)
         svi = SVI(local, guide, numpyro.optim.Adam(0.05), Trace_ELBO())
         params = svi.get_params(svi.init(jax.random.key(0)))
-        p = Posterior.from_numpyro(guide, params)
+        p = from_numpyro(guide, params)
         assert p.axes["z"] == ("rows",)
         assert torch.equal(p.decomposed["z"].params["loc"], to_tensor(params["z_auto_loc"]))
 
     def test_that_were_never_called_are_set_up_with_the_arguments(self) -> None:
         _, params = fitted(autoguide.AutoNormal)
         fresh = autoguide.AutoNormal(model)
-        p = Posterior.from_numpyro(fresh, params, jnp.array(X))
+        p = from_numpyro(fresh, params, jnp.array(X))
         assert torch.equal(p.decomposed["loc"].params["loc"], to_tensor(params["loc_auto_loc"]))
         assert fresh.prototype_trace is None  # nothing of the caller's is changed
 
@@ -247,13 +254,13 @@ class TestAutoguides:
 
         first_calls(2.0)
         params = {"auto_loc": jnp.array([1.0, 2.0]), "auto_scale": jnp.array([0.1, 0.2])}
-        p = Posterior.from_numpyro(joint, params)
+        p = from_numpyro(joint, params)
         expected = joint._unpack_latent(params["auto_loc"])
         for site, f in p.decomposed.items():
             assert float(f.params["loc"]) == float(expected[site]), site
         one = {f"{site}_auto_{x}": jnp.array(1.0) for site in "az" for x in ("loc", "scale")}
         with pytest.raises(GuideError, match=r"called inside of jax\.jit"):
-            Posterior.from_numpyro(normal, one)
+            from_numpyro(normal, one)
 
     def test_handlers_outside_neither_change_nor_see_anything(self) -> None:
         def one() -> None:
@@ -262,15 +269,13 @@ class TestAutoguides:
 
         guide = autoguide.AutoLaplaceApproximation(one)
         with handlers.trace() as seen, handlers.scope(prefix="outer"), handlers.mask(mask=False):
-            p = Posterior.from_numpyro(guide, {"auto_loc": jnp.ones(2)})
+            p = from_numpyro(guide, {"auto_loc": jnp.ones(2)})
         assert not seen
         assert p.decomposed["z"].params["scale"].tolist() == pytest.approx([2.0, 2.0])
 
     def test_values_are_copied_and_labels_replaced(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
-        p = Posterior.from_numpyro(
-            guide, params, axes={"weights": "component", "loc": ("component", None)}
-        )
+        p = from_numpyro(guide, params, axes={"weights": "component", "loc": ("component", None)})
         assert p.axes["weights"] == ("component",)
         assert p.decomposed["weights"].family.name == "Dirichlet"
         before = params["loc_auto_loc"].copy()
@@ -289,7 +294,7 @@ class TestPrograms:
                 numpyro.sample("loc", ndist.Normal(jnp.zeros(2), 1.0).to_event(1))
                 numpyro.sample("noise", ndist.Normal(0.0, 1.0), infer={"is_auxiliary": True})
 
-        p = Posterior.from_numpyro(guide, {"a": jnp.array([5.0, 6.0, 7.0])})
+        p = from_numpyro(guide, {"a": jnp.array([5.0, 6.0, 7.0])})
         assert set(p.factors) == {"rate", "loc"}
         assert p.decomposed["rate"].family.name == "Gamma"
         assert p.decomposed["rate"].params["concentration"].tolist() == [5.0, 6.0, 7.0]
@@ -301,7 +306,7 @@ class TestPrograms:
             numpyro.sample("z", ndist.Normal(m, 1.0))
 
         with pytest.warns(UserWarning, match=r"\['z'\], which depend on other sites"):
-            p = Posterior.from_numpyro(guide, {}, num_samples=4000)
+            p = from_numpyro(guide, {}, num_samples=4000)
         z = p.decomposed["z"].params
         assert float(z["loc"]) == pytest.approx(1.0, abs=5 * 2 / 4000**0.5)
         assert float(z["scale"]) == pytest.approx(5**0.5, rel=5 / 4000**0.5)
@@ -312,7 +317,7 @@ class TestPrograms:
             numpyro.sample("z", ndist.Normal(1.0 if float(m) > 0 else -1.0, 1.0))
 
         with pytest.warns(UserWarning, match="no product"):
-            p = Posterior.from_numpyro(guide, {}, num_samples=200)
+            p = from_numpyro(guide, {}, num_samples=200)
         assert float(p.decomposed["z"].params["scale"]) == pytest.approx(2**0.5, rel=0.1)
 
     def test_point_masses_that_move_are_projected(self) -> None:
@@ -321,7 +326,7 @@ class TestPrograms:
             numpyro.sample("z", ndist.Delta(2 * m))
 
         with pytest.warns(UserWarning, match="onto a Normal"):
-            p = Posterior.from_numpyro(guide, {}, num_samples=4000)
+            p = from_numpyro(guide, {}, num_samples=4000)
         deviation = float(p.decomposed["z"].params["scale"])
         assert deviation == pytest.approx(2 * 3**0.5, rel=0.1)
 
@@ -332,7 +337,7 @@ class TestPrograms:
 
         with pytest.warns(UserWarning, match="no product"):
             one, two, three = (
-                Posterior.from_numpyro(guide, {}, num_samples=50, seed=s).decomposed["z"].params
+                from_numpyro(guide, {}, num_samples=50, seed=s).decomposed["z"].params
                 for s in (0, 0, 1)
             )
         assert torch.equal(one["loc"], two["loc"]) and not torch.equal(one["loc"], three["loc"])
@@ -400,8 +405,8 @@ def twins(seed: int) -> tuple[Posterior, Posterior]:
     axes = {"weights": ("component",)}
     other = autoguide.AutoNormal(model)
     return (
-        Posterior.from_guide(guide, torch.tensor(X), axes=axes),
-        Posterior.from_numpyro(other, params, jnp.array(X), axes=axes),
+        from_guide(guide, torch.tensor(X), axes=axes),
+        from_numpyro(other, params, jnp.array(X), axes=axes),
     )
 
 
@@ -431,8 +436,8 @@ def test_fused_like_pyro_and_with_pyro(pooling: str) -> None:
 class TestWayBack:
     def test_draws_are_the_same(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
-        p = Posterior.from_numpyro(guide, params)
-        back = p.to_numpyro()
+        p = from_numpyro(guide, params)
+        back = to_numpyro(p)
         draws = Predictive(back, params={}, num_samples=DRAWS)(jax.random.key(0))
         again = p.sample((DRAWS,))
         for site, value in again.items():
@@ -448,9 +453,9 @@ class TestWayBack:
                 numpyro.sample("loc", ndist.MultivariateNormal(jnp.ones((K, 2)), scale_tril=tril))
                 numpyro.sample("scale", ndist.LogNormal(jnp.zeros(K), 0.3))
 
-        p = Posterior.from_numpyro(guide, {})
+        p = from_numpyro(guide, {})
         assert p.dtype == (torch.float64 if x64 else torch.float32)
-        back = p.to_numpyro()
+        back = to_numpyro(p)
         trace = handlers.trace(handlers.seed(back, 0)).get_trace()
         density = sum(float(trace[s]["fn"].log_prob(trace[s]["value"]).sum()) for s in p.factors)
         values = {s: to_tensor(trace[s]["value"]) for s in p.factors}
@@ -458,9 +463,9 @@ class TestWayBack:
 
     def test_read_again_nothing_has_changed(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
-        p = Posterior.from_numpyro(guide, params)
-        back = p.to_numpyro()
-        again = Posterior.from_numpyro(back, back.params)
+        p = from_numpyro(guide, params)
+        back = to_numpyro(p)
+        again = from_numpyro(back, back.params)
         assert again.axes == p.axes
         for site, f in p.decomposed.items():
             assert again.decomposed[site].structure() == f.structure()
@@ -470,10 +475,10 @@ class TestWayBack:
     def test_axes_without_a_label_have_none_again(self) -> None:
         z = pyro.distributions.Normal(torch.zeros(4, 3), 1.0)
         p = Posterior({"z": z}, {"z": (None, "component")})
-        back = p.to_numpyro()
+        back = to_numpyro(p)
         for again in (
-            Posterior.from_numpyro(back, back.params),
-            Posterior.from_guide(p.to_guide()),
+            from_numpyro(back, back.params),
+            from_guide(PosteriorGuide(p)),
         ):
             assert again.axes == p.axes and again.plates == p.plates
 
@@ -484,7 +489,7 @@ class TestWayBack:
         p = Posterior(
             {"x": dist.Normal(torch.zeros(2), 1.0), "x_scale": scale}, {"x": "x", "x_scale": "x"}
         )
-        back = p.to_numpyro()
+        back = to_numpyro(p)
 
         def other() -> None:
             numpyro.param("x_loc", 7.0)
@@ -501,8 +506,8 @@ class TestWayBack:
 
     def test_svi_goes_on_from_there(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
-        fusion = fuse([Posterior.from_numpyro(guide, params, axes={"weights": "component"})])
-        back = fusion.to_numpyro()
+        fusion = fuse([from_numpyro(guide, params, axes={"weights": "component"})])
+        back = to_numpyro(fusion.posterior)
         svi = SVI(model, back, numpyro.optim.Adam(1e-3), Trace_ELBO())
         start = svi.get_params(svi.init(jax.random.key(0), jnp.array(X)))
         assert set(start) == set(back.params)
@@ -521,7 +526,7 @@ class TestWayBack:
 
     def test_in_the_predictive_of_a_model(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
-        back = Posterior.from_numpyro(guide, params).to_numpyro()
+        back = from_numpyro(guide, params).to_numpyro()
         draws = Predictive(model, guide=back, params={}, num_samples=7)(jax.random.key(0))
         assert draws["x"].shape == (7, 2)
 
@@ -529,25 +534,25 @@ class TestWayBack:
         dist = pyro.distributions
         p = Posterior({"z": dist.Normal(torch.tensor(1 / 3, dtype=torch.float64), 1.0)})
         with pytest.warns(UserWarning, match="jax_enable_x64"):
-            assert p.to_numpyro().params["z$loc"].dtype == jnp.float32
+            assert to_numpyro(p).params["z$loc"].dtype == jnp.float32
         with jax.enable_x64(True):
-            assert float(p.to_numpyro().params["z$loc"]) == 1 / 3
+            assert float(to_numpyro(p).params["z$loc"]) == 1 / 3
 
     def test_of_any_site_and_of_parameters(self) -> None:
         dist = pyro.distributions
         wide = dist.Normal(torch.zeros((), dtype=torch.float64), 1.0)
         p = Posterior({"a": dist.Normal(torch.tensor(0.0), 1.0), "z": wide})
         with pytest.warns(UserWarning, match=r"sites \['z'\] are float64"):
-            p.to_numpyro()
+            to_numpyro(p)
 
         def guide() -> None:
             numpyro.sample("z", ndist.Normal(numpyro.param("m", 0.0), 1.0))
 
         for value in (np.zeros(()), torch.zeros((), dtype=torch.float64)):
             with pytest.warns(UserWarning, match=r"params \['m'\] are float64"):
-                Posterior.from_numpyro(guide, {"m": value})
+                from_numpyro(guide, {"m": value})
         with jax.enable_x64(True):
-            assert Posterior.from_numpyro(guide, {"m": np.zeros(())}).dtype == torch.float64
+            assert from_numpyro(guide, {"m": np.zeros(())}).dtype == torch.float64
 
     def test_what_numpyro_has_not(self) -> None:
         d = pyro_fusion.families.NormalGamma(0.0, 1.0, 2.0, 2.0)
@@ -678,78 +683,78 @@ class TestErrors:
     def test_parameters(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
         with pytest.raises(ParameterError, match=r"svi.run\(...\).params, got tuple"):
-            Posterior.from_numpyro(guide, ())
+            from_numpyro(guide, ())
         short = {k: v for k, v in params.items() if k != "loc_auto_scale"}
         with pytest.raises(GuideError, match=r"params lack \['loc_auto_scale'\]"):
-            Posterior.from_numpyro(guide, short)
+            from_numpyro(guide, short)
         bad = {**params, "loc_auto_loc": params["loc_auto_loc"] * jnp.nan}
         with pytest.raises(ParameterError, match="site 'loc'"):
-            Posterior.from_numpyro(guide, bad)
+            from_numpyro(guide, bad)
         joint, params = fitted(autoguide.AutoMultivariateNormal)
         with pytest.raises(GuideError, match=r"params lack \['auto_scale_tril'\]"):
-            Posterior.from_numpyro(joint, {"auto_loc": params["auto_loc"]})
+            from_numpyro(joint, {"auto_loc": params["auto_loc"]})
 
         def by_hand() -> None:
             numpyro.sample("z", ndist.Normal(numpyro.param("m", 0.0), 1.0))
 
         with pytest.raises(GuideError, match=r"params lack \['m'\]"):
-            Posterior.from_numpyro(by_hand, {})
+            from_numpyro(by_hand, {})
 
     def test_shapes_of_parameters(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
         one = {**params, "scale_auto_scale": jnp.array(0.5)}
-        p = Posterior.from_numpyro(guide, one)
+        p = from_numpyro(guide, one)
         assert p.decomposed["scale"].params["scale"].tolist() == [0.5] * K
         message = r"params\['scale_auto_loc'\] has shape \(2,\), .* guide has \(3,\)"
         with pytest.raises(GuideError, match=message):
-            Posterior.from_numpyro(guide, {**params, "scale_auto_loc": jnp.zeros(2)})
+            from_numpyro(guide, {**params, "scale_auto_loc": jnp.zeros(2)})
         with pytest.raises(GuideError, match=r"\['scale_auto_loc'\] is no array, but NoneType"):
-            Posterior.from_numpyro(guide, {**params, "scale_auto_loc": None})
+            from_numpyro(guide, {**params, "scale_auto_loc": None})
         joint, params = fitted(autoguide.AutoDiagonalNormal)
         lists = {k: v.tolist() for k, v in params.items()}  # as from a JSON file
-        loc = Posterior.from_numpyro(joint, lists).decomposed["loc"].params["loc"]
-        expected = Posterior.from_numpyro(joint, params).decomposed["loc"].params["loc"]
+        loc = from_numpyro(joint, lists).decomposed["loc"].params["loc"]
+        expected = from_numpyro(joint, params).decomposed["loc"].params["loc"]
         assert torch.equal(loc, expected)
         longer = {k: jnp.ones(len(v) + 1) for k, v in params.items()}
         with pytest.raises(GuideError, match=r"params\['auto_loc'\] has shape"):
-            Posterior.from_numpyro(joint, longer)
+            from_numpyro(joint, longer)
         with pytest.raises(ParameterError, match=r"params\['auto_loc'\] must be finite"):
-            Posterior.from_numpyro(joint, {**params, "auto_loc": params["auto_loc"] * jnp.nan})
+            from_numpyro(joint, {**params, "auto_loc": params["auto_loc"] * jnp.nan})
 
     def test_programs_that_cannot_be_read(self) -> None:
         def needs(x: Any) -> None:
             numpyro.sample("z", ndist.Normal(x, 1.0))
 
         with pytest.raises(GuideError, match="fails with these arguments: TypeError"):
-            Posterior.from_numpyro(needs, {})
+            from_numpyro(needs, {})
         with pytest.raises(GuideError, match="to be set up fails"):
-            Posterior.from_numpyro(autoguide.AutoNormal(needs), {})
+            from_numpyro(autoguide.AutoNormal(needs), {})
 
         def nothing() -> None:
             numpyro.sample("x", ndist.Normal(0.0, 1.0), obs=jnp.zeros(()))
 
         with pytest.raises(GuideError, match="no site to read"):
-            Posterior.from_numpyro(nothing, {})
+            from_numpyro(nothing, {})
 
         def subsampled() -> None:
             with numpyro.plate("rows", 6, subsample_size=2):
                 numpyro.sample("z", ndist.Normal(0.0, 1.0))
 
         with pytest.raises(GuideError, match=r"'rows' is subsampled \(2 of 6\)"):
-            Posterior.from_numpyro(subsampled, {})
+            from_numpyro(subsampled, {})
 
         def masked() -> None:
             with handlers.mask(mask=jnp.array([True, False])):
                 numpyro.sample("z", ndist.Normal(jnp.zeros(2), 1.0))
 
         with pytest.raises(GuideError, match="partly masked"):
-            Posterior.from_numpyro(masked, {})
+            from_numpyro(masked, {})
 
         def sphere() -> None:
             numpyro.sample("z", ndist.ProjectedNormal(jnp.ones(3)))
 
         with pytest.raises(GuideError, match="site 'z': support"):
-            Posterior.from_numpyro(sphere, {})
+            from_numpyro(sphere, {})
 
     def test_singular_laplace(self) -> None:
         def flat() -> None:
@@ -760,25 +765,25 @@ class TestErrors:
         svi = SVI(flat, guide, numpyro.optim.Adam(0.1), Trace_ELBO())
         params = svi.get_params(svi.init(jax.random.key(0)))
         with pytest.raises(GuideError, match="singular"):
-            Posterior.from_numpyro(guide, params)
+            from_numpyro(guide, params)
 
     def test_few_samples_and_axes(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
         with pytest.raises(ParameterError, match="num_samples"):
-            Posterior.from_numpyro(guide, params, num_samples=1)
+            from_numpyro(guide, params, num_samples=1)
         with pytest.raises(StructureError, match="nope"):
-            Posterior.from_numpyro(guide, params, axes={"nope": ("component",)})
+            from_numpyro(guide, params, axes={"nope": ("component",)})
         with pytest.raises(ParameterError, match="give a mapping"):
-            Posterior.from_numpyro(guide, params, axes="auto")  # type: ignore[arg-type]
+            from_numpyro(guide, params, axes="auto")  # type: ignore[arg-type]
 
     def test_guides_of_the_other_library(self) -> None:
         with pytest.raises(GuideError, match=r"AutoNormal is a guide of Pyro: .*from_guide"):
-            Posterior.from_numpyro(PyroAutoNormal(pyro_model), {})
+            from_numpyro(PyroAutoNormal(pyro_model), {})
         with pytest.raises(GuideError, match="got int"):
-            Posterior.from_numpyro(3, {})  # type: ignore[arg-type]
+            from_numpyro(3, {})  # type: ignore[arg-type]
         back = Posterior({"z": pyro.distributions.Normal(torch.tensor(0.0), 1.0)}).to_numpyro()
         with pytest.raises(GuideError, match=r"is a NumPyro guide: .*from_numpyro"):
-            Posterior.from_guide(back)
+            from_guide(back)
 
     def test_a_guide_in_place_of_a_posterior(self) -> None:
         guide, _ = fitted(autoguide.AutoNormal)

@@ -31,6 +31,7 @@ from pyro.optim import Adam
 from torch import Tensor
 from torch.distributions import kl_divergence
 
+from pyro_fusion import PosteriorGuide
 from pyro_fusion.errors import (
     FusionError,
     GuideError,
@@ -72,7 +73,7 @@ def base_of(d: Any) -> Any:
 
 
 def central(posterior: Posterior) -> dict[str, Tensor]:
-    return posterior.to_guide().median()
+    return PosteriorGuide(posterior).median()
 
 
 # -- AutoNormal ------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def central(posterior: Posterior) -> dict[str, Tensor]:
 
 def test_auto_normal_is_read_exactly() -> None:
     guide = fit(model, autoguide.AutoNormal(model))
-    posterior = Posterior.from_guide(guide)
+    posterior = from_guide(guide)
     assert posterior.axes["loc"] == ("component", None)
     assert posterior.axes["scale"] == ("component",)
     assert posterior.plates["loc"] == ("component",)
@@ -861,7 +862,7 @@ def test_modules_are_read_from_a_trace() -> None:
     posterior = from_guide(guide)
     assert torch.allclose(posterior.factors["x"].scale, torch.tensor([0.5, 0.6]))
     assert not guide._pyro_context.used
-    again = from_guide(posterior.to_guide())
+    again = from_guide(PosteriorGuide(posterior))
     assert again.axes == posterior.axes
     assert torch.allclose(again.factors["x"].scale, posterior.factors["x"].scale)
 
@@ -1468,8 +1469,8 @@ def test_sites_in_plates_of_data_are_no_components() -> None:
         "site 'own' is in the plate 'patient' of the data 'x'.*hide.*axes={'own': \\('patient',\\)}"
     )
     with pytest.warns(UserWarning, match=said):
-        assert Posterior.from_guide(guide).axes["own"] == ("patient",)
+        assert from_guide(guide).axes["own"] == ("patient",)
     # Without a warning, which would be an error here.
-    assert Posterior.from_guide(guide, axes={"own": (None,)}).labels == ("component",)
-    assert "patient" in Posterior.from_guide(guide, axes={"own": ("patient",)}).labels
-    assert set(Posterior.from_guide(poutine.block(guide, hide=["own"])).axes) == {"loc"}
+    assert from_guide(guide, axes={"own": (None,)}).labels == ("component",)
+    assert "patient" in from_guide(guide, axes={"own": ("patient",)}).labels
+    assert set(from_guide(poutine.block(guide, hide=["own"])).axes) == {"loc"}
