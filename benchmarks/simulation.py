@@ -542,8 +542,9 @@ mean and largest. inclusive, exclusive, product: the defaults. ranked, auto:
 GroupNormPrior(ranked=True), GroupNormPrior(scale="auto"); true K: FixedAtoms, told the number, as
 k-means on all points is. The best single party is the one whose OT is the least, which nobody knows
 but the oracle. Nobody else knows the true matches either: each party's components one to one with
-the Gaussians that its points are from, by symmetric KL divergence. Pooled, they show the error that
-is not the assignment's, but that of the local fits, of what parties differ in, and of the pooling."""
+the Gaussians that its points are from, by symmetric KL divergence. Pooled, they show the error
+that is not the assignment's, but that of the local fits, of what parties differ in, and of the
+pooling."""
 
 
 # -- the whole -------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def fusion(
         popularity=torch.bincount(torch.cat(tensors), minlength=num_atoms),
         objective=[5.0, 3.0, 2.5],
         dispersion=1.0,
-        prior=FixedAtoms(num_atoms),
+        assignment_prior=FixedAtoms(num_atoms),
         converged=True,
         restarts=[2.5],
     )

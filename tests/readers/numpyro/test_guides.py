@@ -787,5 +787,5 @@ class TestErrors:
 
     def test_a_guide_in_place_of_a_posterior(self) -> None:
         guide, _ = fitted(autoguide.AutoNormal)
-        with pytest.raises(GuideError, match=r"party 0: .*Posterior\.from_numpyro"):
+        with pytest.raises(GuideError, match=r"party 0: .*from_numpyro"):
             fuse([guide, guide])
