@@ -23,26 +23,25 @@ NU = 4.0
 
 class TrustModel(FusionModel):
     def scale(self, label):
-        prior = dist.Gamma(NU / 2 + 1, NU / 2).expand([len(self.parties.weights)]).to_event(1)
+        prior = dist.Gamma(NU / 2 + 1, NU / 2).expand([self.problem.num_parties]).to_event(1)
         return super().scale(label) * pyro.sample("trust", prior)[..., self.party(label)]
 
 
 class TrustGuide(FusionGuide):
     def scale(self, label):
-        start = torch.ones(len(self.model.parties.weights))
+        start = torch.ones(self.model.problem.num_parties)
         mode = pyro.param("mode", start, constraint=dist.constraints.positive)
         trust = pyro.sample("trust", dist.Delta(mode, event_dim=1))
         return FusionModel.scale(self.model, label) * trust[..., self.model.party(label)]
 
 
 def atoms(parties, weights=None, trust=False):
-    guide = FusionGuide(
-        FusionModel(parties, assignment_prior=FixedAtoms(3), weights=weights, dispersion=1.0)
-    )
+    settings = {"assignment_prior": FixedAtoms(3), "dispersion": 1.0}
+    guide = FusionGuide(FusionModel(parties, weights=weights, **settings))
     FusionEM(guide.model, guide).run()
     if trust:
         pyro.clear_param_store()
-        model = TrustModel(parties, assignment_prior=FixedAtoms(3), dispersion=1.0)
+        model = TrustModel(parties, **settings)
         guide = TrustGuide(model, guide.assignment)
         svi = SVI(model, guide, pyro.optim.Rprop({"lr": 0.1}), TraceMeanField_ELBO())  # no noise
         for _ in range(200):

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,17 @@ _SWEEPS = 20
 _BLOCK = 8
 
 
+@dataclass
+class _Form:
+    """The form of values: the room for atoms, whether values are relaxed, the prior in force, and
+    whether the last value was drawn here."""
+
+    num_atoms: int
+    relaxed: bool
+    prior: AssignmentPrior
+    drawn: bool = False
+
+
 class JointMatching(TorchDistribution):
     r"""Assignments of the components of all parties, each a matching of its own to K atoms:
 
@@ -39,7 +51,9 @@ class JointMatching(TorchDistribution):
     :class:`~pyro_fusion.assignment.IndianBuffetProcess`), not over those of the given ones.
 
     The value is a LongTensor ``[N]``, the atom of each component, the parties in turn; or relaxed,
-    ``[K, N]`` of probabilities, for which ``φ`` is taken as linear between integers.
+    ``[K, N]`` of probabilities, for which ``φ`` is taken as linear between integers. In a program
+    that does not know beforehand which it will be, nor of how many atoms, :meth:`take_form_of`
+    takes both from the value, and the prior's own parameters at their optimum for it.
 
     :param assignment_prior: has ``φ``, and a constant; its batch shape is that of this.
     :param sizes: ``L_s`` of each party.
@@ -59,15 +73,47 @@ class JointMatching(TorchDistribution):
         relaxed: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self.assignment_prior, self.sizes, self.num_atoms = (
-            assignment_prior,
-            tuple(sizes),
-            num_atoms,
-        )
-        self.relaxed, self._device = relaxed, device
+        self.assignment_prior, self.sizes, self._device = assignment_prior, tuple(sizes), device
+        self._form = _Form(num_atoms, relaxed, assignment_prior)
         self._penalty = assignment_prior.penalty(len(self.sizes)).to(device, non_blocking=True)
-        shape = (num_atoms, sum(self.sizes)) if relaxed else (sum(self.sizes),)
-        super().__init__(self._penalty.shape[:-1], torch.Size(shape), validate_args=False)
+        super().__init__(self._penalty.shape[:-1], self.event_shape, validate_args=False)
+
+    @property
+    def num_atoms(self) -> int:
+        """K, the room there is."""
+        return self._form.num_atoms
+
+    @property
+    def relaxed(self) -> bool:
+        """Whether values are matrices of probabilities."""
+        return self._form.relaxed
+
+    @property
+    def event_shape(self) -> torch.Size:
+        """``[N]``, or ``[K, N]`` of relaxed values."""
+        size = sum(self.sizes)
+        return torch.Size((self.num_atoms, size) if self.relaxed else (size,))
+
+    @property
+    def prior(self) -> AssignmentPrior:
+        """The assignment prior, its own parameters as :meth:`take_form_of` found them."""
+        return self._form.prior
+
+    def take_form_of(self, value: Tensor) -> int:
+        """Be a distribution over values of this form from here on, and so are those expanded from
+        this one: relaxed if ``value`` is, with as many atoms, and the prior's own parameters at
+        their optimum for as many. Returns K. A program calls it with what was replayed or observed;
+        what was drawn here has all the room that there was."""
+        form = self._form
+        form.relaxed = value.is_floating_point()
+        if form.relaxed:
+            used = form.num_atoms = value.shape[-2]
+        else:
+            used = len(value.unique())
+            if not form.drawn:
+                form.num_atoms = int(value.max()) + 1
+        form.prior = self.assignment_prior.update(used, len(self.sizes))
+        return form.num_atoms
 
     @property
     def support(self) -> Any:
@@ -80,6 +126,7 @@ class JointMatching(TorchDistribution):
         new = type(self)(
             self.assignment_prior, self.sizes, self.num_atoms, self.relaxed, self._device
         )
+        new._form = self._form
         super(JointMatching, new).__init__(
             torch.Size(batch_shape), self.event_shape, validate_args=False
         )
@@ -90,26 +137,26 @@ class JointMatching(TorchDistribution):
         """``-Σ φ(m) -`` the prior's constant: ``[*batch]`` of a value ``[*batch, N]``, or relaxed
         ``[*batch, K, N]``; ``-inf`` if two components of a party have one atom, or for an atom that
         there is no room for."""
+        num_parties, prior = len(self.sizes), self._form.prior
         if self.relaxed:
             m = value.sum(-1)
         else:
             m = self._penalty.new_zeros(value.shape[:-1] + (self.num_atoms,), device=value.device)
             one = torch.ones_like(value, dtype=m.dtype)
             m = m.scatter_add(-1, value.clamp(0, self.num_atoms - 1), one)
-        penalty = self._penalty.to(m, non_blocking=True)
+        penalty = prior.penalty(num_parties)
+        # A hard assignment is on the CPU, and goes where alpha may be learned.
+        m = m if self.relaxed else m.to(penalty.device, non_blocking=True)
+        penalty = penalty.to(m, non_blocking=True)
         batch = torch.broadcast_shapes(m.shape[:-1], penalty.shape[:-1])
         m, penalty = m.expand(batch + m.shape[-1:]), penalty.expand(batch + penalty.shape[-1:])
         # Nowhere more than all parties, but for rounding.
-        below = m.detach().floor().clamp(max=len(self.sizes) - 1).long()
+        below = m.detach().floor().clamp(max=num_parties - 1).long()
         phi = penalty.gather(-1, below)
         phi = phi + (m - below) * (penalty.gather(-1, below + 1) - phi)
-        weights = self.assignment_prior.rank_weights(self.num_atoms, max(self.sizes)).to(
-            m, non_blocking=True
-        )
+        weights = prior.rank_weights(self.num_atoms, max(self.sizes)).to(m, non_blocking=True)
         order = m.argsort(descending=True, stable=True)
-        result = -(weights * phi.gather(-1, order)).sum(-1) - self.assignment_prior.constant(
-            len(self.sizes)
-        )
+        result = -(weights * phi.gather(-1, order)).sum(-1) - prior.constant(num_parties)
         if not self.relaxed:
             result = result.masked_fill(~self._fits(value), -torch.inf)
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
@@ -124,6 +171,7 @@ class JointMatching(TorchDistribution):
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of a Gibbs chain that matches one party after the other given all others, after
         twenty sweeps; exact in the limit of many. Without rank weights."""
+        self._form.drawn = True
         shape = torch.Size(sample_shape) + self.batch_shape
         steps = self._penalty.detach().diff(dim=-1).cpu().expand(shape + (-1,))
         draws = torch.stack([self._draw(s) for s in steps.reshape(-1, len(self.sizes))])

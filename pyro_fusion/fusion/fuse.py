@@ -5,25 +5,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Literal
 
-import torch
-
-from pyro_fusion.assignment import Assignment
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.errors import naming
 from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.checks import Weights
-from pyro_fusion.fusion.parties import Parties
-from pyro_fusion.fusion.result import FusedLabel, Fusion
-from pyro_fusion.pooling.base import Pooling
-from pyro_fusion.pooling.dispersion import pairwise_spread
-from pyro_fusion.pooling.named import pooling_named
+from pyro_fusion.fusion.problem import FusionProblem
+from pyro_fusion.fusion.result import Fusion
+from pyro_fusion.fusion.search import Solver, check_run, search
+from pyro_fusion.pooling import Pooling
 from pyro_fusion.posterior import Axes
-from pyro_fusion.program.em import FusionEM, check_run
-from pyro_fusion.program.guide import FusionGuide
-from pyro_fusion.program.model import FusionModel
 
 __all__ = ["fuse"]
 
@@ -40,7 +32,7 @@ def fuse(
     seed: int = 0,
     restarts: int = 9,
     max_iterations: int = 100,
-    solver: Literal["coordinate", "relaxed", "sinkhorn"] | Callable[..., Assignment] = "coordinate",
+    solver: Literal["coordinate", "relaxed", "sinkhorn"] | Solver = "coordinate",
     progress: bool = False,
 ) -> Fusion:
     r"""Fuse local posteriors into one, without the data.
@@ -93,30 +85,21 @@ def fuse(
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
     """
-    check_run(restarts, max_iterations, seed)
-    parties = Parties.of(posteriors, pooling_named(pooling), weights, prior, axes)
-    with naming(parties.names):
-        priors = parties.priors(assignment_prior)
-        if len(parties.posteriors) == 1:
-            return _alone(parties, priors)
-        model = FusionModel(parties, parties.pooling, priors, dispersion=dispersion)
-        em = FusionEM(model, FusionGuide(model), solver=solver)
-        return em.run(restarts, max_iterations, seed=seed, progress=progress)
-
-
-def _alone(parties: Parties, priors: Mapping[str, AssignmentPrior]) -> Fusion:
-    """One party: every component is an atom."""
-    (posterior,) = parties.posteriors
-    matchings = {}
-    for label in parties.roles.matched:
-        size = posterior.components(label)
-        every = torch.arange(size)
-        components = parties.components(label)
-        own = priors[label].calibrated(lambda: pairwise_spread(*components)).update(size, 1)  # noqa: B023
-        objective = own.constant(1) + size * float(own.penalty(1)[1])
-        popularity = torch.ones_like(every)
-        matchings[label] = FusedLabel(
-            label, [every], size, popularity, [objective], 1.0, own, True, [objective]
-        )
-    total = sum(m.objective[0] for m in matchings.values())
-    return Fusion(posterior, parties.pooling.name, matchings, [total], 0.0, parties.names)
+    check_run(restarts, max_iterations, seed)  # before what takes long
+    problem = FusionProblem.of(
+        posteriors,
+        pooling,
+        assignment_prior,
+        weights=weights,
+        prior=prior,
+        axes=axes,
+        dispersion=dispersion,
+    )
+    return search(
+        problem,
+        restarts=restarts,
+        max_iterations=max_iterations,
+        seed=seed,
+        solver=solver,
+        progress=progress,
+    )

@@ -78,7 +78,8 @@ class Parties:
     :ivar posteriors: one per party.
     :ivar weights: of the parties, with mean 1: float64 ``[S]``.
     :ivar pooling: the divergence and its barycentre.
-    :ivar prior: site -> the prior of the local models, where the pooling needs it.
+    :ivar prior: site -> the prior of the local models, where the pooling needs it; empty where a
+        lone party came without, and there is nothing to pool.
     :ivar roles: what happens to each site.
     :ivar names: of the parties.
     """
@@ -162,7 +163,7 @@ class Parties:
         prior = {
             site: atom_prior(site, self.prior, local[site], (axis,)).to(dtype=torch.float64)
             for site, axis in sites.items()
-            if self.pooling.needs_prior
+            if self.prior
         }
         known = {x: compact(groups) for x, groups in (given or {}).items()}
         for link in self.links:
@@ -212,7 +213,7 @@ class Parties:
         for site, labels in self.roles.linked.items():
             local, sizes, index, axes = entries(self.posteriors, site)
             prior = {}
-            if self.pooling.needs_prior:
+            if self.prior:
                 prior[site] = atom_prior(site, self.prior, local, axes).to(dtype=torch.float64)
             messages = self._problem({site: local}, sizes, prior)
             result.append(LinkedSite(site, labels, axes, index, messages, messages))
@@ -281,18 +282,13 @@ class Parties:
             [_unsqueeze(p.decomposed[site].to(dtype=torch.float64)) for p in self.posteriors]
         )
         prior = {}
-        if self.pooling.needs_prior:
+        if self.prior:
             prior[site] = atom_prior(site, self.prior, local).to(dtype=torch.float64)
         return self._problem({site: local}, (1,) * len(self.posteriors), prior)
 
-    def share(self, site: str) -> tuple[Factor, float]:
-        """Pool a shared site; also its divergence."""
-        problem = self.shared(site)
-        groups = torch.zeros(len(self.posteriors), dtype=torch.long)
-        with locating(problem):
-            atom = _squeeze(problem.barycenter(groups, 1)[site])
-            divergence = problem.divergence(groups, 1)
-        return atom.like(self.posteriors[0].decomposed[site].batch_dim, ()), divergence
+    def unbatched(self, site: str, atom: Factor) -> Factor:
+        """The one atom of a shared site, batch shape ``[1]``, with the axes of the site."""
+        return _squeeze(atom).like(self.posteriors[0].decomposed[site].batch_dim, ())
 
     def _pool(
         self,
@@ -358,7 +354,7 @@ def _voting(problem: Components) -> tuple[dict[str, Factor], tuple[int, ...]]:
 
 def scored(messages: Components) -> Components:
     """As an assignment is scored: messages to be multiplied are tempered first, others as is."""
-    return tempered(messages) if messages.pooling.needs_prior else messages
+    return tempered(messages) if messages.prior else messages
 
 
 def tempered(problem: Components) -> Components:
@@ -368,33 +364,3 @@ def tempered(problem: Components) -> Components:
         for site, f in problem.local.items()
     }
     return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)
-
-
-def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, LabelProblem]) -> None:
-    """Check that each label has an atom for each component, no two of a party the same, and no
-    more than its prior allows.
-
-    :raises StructureError: naming the label, and the party where it can.
-    """
-    if set(assignment) != set(parts):
-        raise StructureError(
-            f"expected an assignment for {sorted(parts)}, got one for {sorted(assignment)}"
-        )
-    for label, a in assignment.items():
-        sizes, limit = parts[label].problem.sizes, parts[label].assignment_prior.num_atoms
-        if a.shape != (sum(sizes),) or a.is_floating_point():
-            raise StructureError(
-                f"assignment of '{label}': expected a LongTensor of shape [{sum(sizes)}], got "
-                f"{a.dtype} of shape {list(a.shape)}"
-            )
-        for s, own in enumerate(a.split(sizes)):
-            if len(own.unique()) < len(own):
-                raise StructureError(
-                    f"assignment of '{label}', party {s}: expected a different atom for each "
-                    f"component, got {own.tolist()}"
-                )
-        count = len(a.unique())
-        if limit is not None and count > limit:
-            raise StructureError(
-                f"assignment of '{label}': the prior allows {limit} atoms, got {count}"
-            )

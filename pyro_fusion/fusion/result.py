@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import Enum
 from functools import cached_property
 
 from torch import Tensor
@@ -17,7 +18,19 @@ from pyro_fusion.assignment.problem import relative_gap
 from pyro_fusion.errors import StructureError
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 
-__all__ = ["Fusion", "FusedLabel"]
+__all__ = ["FusedLabel", "Fusion", "StopReason"]
+
+
+class StopReason(Enum):
+    """Why a search ended; the value says what to do about it."""
+
+    AGREED = "three starts came to the same end, and none to a better one"
+    EXHAUSTED = "all starts were used before three came to the best end: more `restarts` may help"
+    ITERATION_LIMIT = "F was still falling: raise `max_iterations`"
+    INTERRUPTED = "interrupted: this is the best so far, run it again to go on"
+
+    def __str__(self) -> str:
+        return self.value
 
 
 @dataclass(frozen=True)
@@ -32,7 +45,7 @@ class FusedLabel:
         sites with others: its part, given their assignments, in the last round.
     :ivar dispersion: T.
     :ivar assignment_prior: the prior of the assignment, with its parameters as estimated.
-    :ivar converged: whether coordinate ascent stopped by itself.
+    :ivar stopped: why the search ended, with what to do about it as its text.
     :ivar restarts: the objective that each start ended in.
     :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
     """
@@ -44,9 +57,14 @@ class FusedLabel:
     objective: list[float]
     dispersion: float
     assignment_prior: AssignmentPrior
-    converged: bool
+    stopped: StopReason
     restarts: list[float]
     bound: float = -math.inf
+
+    @property
+    def converged(self) -> bool:
+        """Whether coordinate ascent stopped by itself."""
+        return self.stopped not in (StopReason.ITERATION_LIMIT, StopReason.INTERRUPTED)
 
     @property
     def gap(self) -> float:
@@ -135,6 +153,8 @@ class Fusion:
             steps = len(m.objective) - 1
             after = f"after {steps} iterations" if steps else "at once"
             known = "" if math.isinf(m.bound) else f", within {100 * m.gap:.2g} % for these atoms"
+            if m.stopped is not StopReason.AGREED:
+                known += f"\n{m.stopped}"
             lines += [
                 "",
                 f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "

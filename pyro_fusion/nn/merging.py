@@ -152,7 +152,11 @@ def pooled(
         scaled = weights / torch.stack([_norm(p) for p in posteriors])
     # What `fuse` does with sites that have no label.
     parties = Parties.of(posteriors, Exclusive(), scaled, None, None)
-    values = {site: parties.share(site)[0].center() for site in posteriors[0].axes}
+    everyone = torch.zeros(len(posteriors), dtype=torch.long)
+    values = {}
+    for site in posteriors[0].axes:
+        atom = parties.shared(site).barycenter(everyone, 1)[site]
+        values[site] = parties.unbatched(site, atom).center()
     mixed = _mixed([one.statistics for one in ready], weights / weights.sum())
     return with_values(modules[0], {**values, **mixed})
 

@@ -38,6 +38,7 @@ class Pooling(ABC):
 
     name: ClassVar[str]
     needs_prior: ClassVar[bool] = False
+    draws_from: ClassVar[str | None] = None
     normalised: ClassVar[bool] = True
     failure: ClassVar[str] = "is singular"
 

@@ -119,14 +119,18 @@ class Components:
             for site, f in self.local.items()
         }
 
-    def divergence(self, groups: Tensor, num_atoms: int) -> float:
-        """What the groups ``[N]`` with their best atoms add to the objective, pair by pair."""
+    def divergence(self, groups: Tensor, num_atoms: int, atoms: Factors | None = None) -> float:
+        """What the groups ``[N]`` with their best atoms add to the objective, pair by pair.
+
+        :param atoms: the best atoms, where they are known.
+        """
         groups = groups.to(self.weights.device, non_blocking=True)
         total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
-        for site, atoms in self.barycenter(groups, num_atoms).items():
+        best = self.barycenter(groups, num_atoms) if atoms is None else atoms
+        for site, one in best.items():
             local, prior = self.local[site], self.prior.get(site)
-            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, prior)
-            total += self.pooling.opening(atoms, prior).sum() + self.weights @ pairs.double()
+            pairs = self.pooling.pair_cost(one.index_select(0, groups), local, prior)
+            total += self.pooling.opening(one, prior).sum() + self.weights @ pairs.double()
         return float(total) / self.dispersion
 
 

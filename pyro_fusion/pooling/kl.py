@@ -17,6 +17,7 @@ class Inclusive(Pooling):
     """``min_q Σ_n w_n KL(q_n ‖ q)``: the mean of the mean parameters, that is moment matching;
     the mixture of the group, projected."""
 
+    draws_from = "atoms"
     name = "inclusive"
 
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
@@ -46,6 +47,7 @@ class Exclusive(Pooling):
     Source: Claici et al. (ICML 2020), prop. 1.
     """
 
+    draws_from = "local"
     name = "exclusive"
 
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:

@@ -21,6 +21,7 @@ class Product(Pooling):
     Source: Campbell & How, *Approximate Decentralized Bayesian Inference* (UAI 2014), eq. 4.
     """
 
+    draws_from = "prior"
     name = "product"
     needs_prior = True
     normalised = False

@@ -19,7 +19,7 @@ from torch import Tensor
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior.posterior import Posterior
 
-__all__ = ["AtomParams", "FactorParams", "PosteriorGuide", "fit_length", "unique_name"]
+__all__ = ["FactorParams", "PosteriorGuide", "unique_name"]
 
 _COUNT = itertools.count()
 
@@ -64,29 +64,6 @@ class FactorParams(PyroModule):
             setattr(holder, name, value)
         for parameter in holder.parameters():
             parameter.grad = None  # of the old shape
-
-
-class AtomParams(FactorParams):
-    """Atoms, of batch shape ``[K]``; ``load_state_dict`` takes those of another number."""
-
-    def length(self, site: str) -> int:
-        """K."""
-        return len(next(getattr(self, self._holders[site]).parameters()))
-
-    def _load_from_state_dict(self, state: Mapping[str, Any], prefix: str, *rest: Any) -> None:
-        for holder in self._holders.values():
-            for name, value in getattr(self, holder).named_parameters():
-                fit_length(value, state.get(f"{prefix}{holder}.{name}"), 0)
-        super()._load_from_state_dict(state, prefix, *rest)
-
-
-def fit_length(parameter: torch.nn.Parameter, state: Tensor | None, dim: int) -> None:
-    """Make room in a parameter for a state that is longer or shorter along ``dim``."""
-    if state is None or state.dim() != parameter.dim():
-        return
-    shape = list(parameter.shape)
-    shape[dim] = state.shape[dim]
-    parameter.data, parameter.grad = parameter.data.new_empty(shape), None
 
 
 class PosteriorGuide(FactorParams):

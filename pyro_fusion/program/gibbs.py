@@ -40,10 +40,11 @@ from pyro_fusion.assignment.markov_kernels import match_anew, slice_sample
 from pyro_fusion.assignment.matching import MAX_EXACT
 from pyro_fusion.assignment.priors import IndianBuffetPrior
 from pyro_fusion.errors import ParameterError, StructureError
-from pyro_fusion.fusion.parties import LabelProblem, check_assignment, locating, tempered
+from pyro_fusion.fusion.parties import LabelProblem, locating, tempered
+from pyro_fusion.fusion.problem import check_assignment
 from pyro_fusion.pooling.collapsed import Sums, log_evidence, log_evidence_of_joining
 from pyro_fusion.pooling.components import Components, compact
-from pyro_fusion.program.em import check_own
+from pyro_fusion.program.guide import check_own
 from pyro_fusion.program.model import FusionModel
 
 __all__ = ["AssignmentDraws", "FusionGibbs", "GibbsResult"]
@@ -154,12 +155,12 @@ class FusionGibbs:
         ``scale``.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with, as
         the ``assignment`` of a guide; by default that of
-        :meth:`FusionModel.start() <pyro_fusion.FusionModel.start>`.
+        :meth:`FusionProblem.start() <pyro_fusion.fusion.FusionProblem.start>`.
     :param seed: of the draws. torch's global generator is left alone.
     :param learn_dispersion: whether to draw T, or its prior, a scalar distribution over positive
         numbers; ``True`` is ``LogNormal(log T, 1)`` about the model's T.
     :param block: a party of at most so many components is matched as a block, exactly; larger ones
-        go on from where they are, by ``kernels.match_anew``.
+        go on from where they are, by ``markov_kernels.match_anew``.
     :raises ParameterError: for another model, a prior that weighs atoms by their rank, or arguments
         out of range.
     :raises StructureError: if the assignment does not fit.
@@ -182,13 +183,13 @@ class FusionGibbs:
         self.model = model
         self._state = torch.Generator().manual_seed(seed).get_state()
         if assignment is not None:
-            check_assignment(assignment, model.parts)
-        start = model.start(seed) if assignment is None else assignment
+            check_assignment(assignment, model.problem.parts)
+        start = model.problem.start(seed) if assignment is None else assignment
         self._chains = {
             label: _Chain(part, start[label], learn_dispersion, block)
-            for label, part in model.parts.items()
+            for label, part in model.problem.parts.items()
         }
-        self._shared = sum(model.parties.share(site)[1] for site in model.shared)
+        self._shared = model.problem.shared_objective
 
     @property
     def assignment(self) -> dict[str, Tensor]:
@@ -342,17 +343,18 @@ class _Chain:
 
 def _check_model(model: FusionModel) -> None:
     check_own(model)
-    if not model.pooling.needs_prior:
+    problem = model.problem
+    if problem.pooling.draws_from != "prior":
         raise ParameterError(
-            f"FusionGibbs needs pooling 'product', got {model.pooling.name!r}: a divergence from "
+            f"FusionGibbs needs pooling 'product', got {problem.pooling.name!r}: a divergence from "
             "the local posteriors is no evidence that components are the same"
         )
-    if model.links:
+    if problem.links:
         raise ParameterError(
-            f"sites {sorted(model.links)} have several labels: FusionGibbs has no kernel for "
+            f"sites {sorted(problem.links)} have several labels: FusionGibbs has no kernel for "
             "assignments along these"
         )
-    for x in model.parts.values():
+    for x in problem.parts.values():
         weights = x.assignment_prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
         if bool((weights != 1).any()):
             raise ParameterError(

@@ -17,16 +17,16 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from pyro_fusion.assignment.matching import Matching, relax
-from pyro_fusion.errors import StructureError
+from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
-from pyro_fusion.fusion.parties import check_assignment, locating
+from pyro_fusion.fusion.problem import check_assignment
 from pyro_fusion.pooling.components import compact
-from pyro_fusion.pooling.kl import Inclusive
-from pyro_fusion.posterior.guide import fit_length, unique_name
-from pyro_fusion.program.model import FusionModel, atoms_at, atoms_of, pairs
+from pyro_fusion.posterior.guide import unique_name
+from pyro_fusion.program.atoms import AtomParams, atoms_at, fit_length
+from pyro_fusion.program.model import FusionModel, pairs
 
-__all__ = ["FusionGuide"]
+__all__ = ["FusionGuide", "check_own"]
 
 # Of a component and its atom in a relaxed assignment to begin with; of others it is zero.
 _LOGIT = 3.0
@@ -35,24 +35,26 @@ _LOGIT = 3.0
 class FusionGuide(PyroModule):
     """The guide of a :class:`FusionModel`.
 
-    Its state is an assignment for each label and, but for ``inclusive``, where they belong to the
-    model, the atoms: :class:`~pyro.nn.module.PyroParam`, which SVI learns. The assignment is moved
-    by :class:`~pyro_fusion.FusionEM`. If relaxed, SVI moves it too: it is then a matrix ``[K, N]``
-    of probabilities, one for each component in all, and at most one for the components of a party
-    in an atom, made from logits as in :class:`~pyro_fusion.assignment.RelaxedMatching`;
-    :meth:`harden` rounds it. Gradients find a local optimum, with no more atoms than there are:
-    take the best of several starts, as with any mixture.
+    Its state is an assignment for each label and, but for ``inclusive``, where they are parameters
+    of the model, the atoms: :class:`~pyro.nn.module.PyroParam`, which SVI learns. The assignment is
+    moved by :class:`~pyro_fusion.FusionEM`. If relaxed, SVI moves it too: it is then a matrix
+    ``[K, N]`` of probabilities, one for each component in all, and at most one for the components
+    of a party in an atom, made from logits as in
+    :class:`~pyro_fusion.assignment.RelaxedMatching`; :meth:`harden` rounds it. Gradients find a
+    local optimum, with no more atoms than there are: take the best of several starts, as with any
+    mixture.
 
-    Several guides of one model may be used in turn; but for ``inclusive``, where the last has given
-    the model its atoms.
+    A guide writes nothing into its model, which reads from the assignment itself how many atoms
+    there are and whether it is relaxed: several guides of one model work side by side.
 
     :param model: the model.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
-        default that of :meth:`FusionModel.start() <pyro_fusion.FusionModel.start>`.
+        default that of the model.
     :param relaxed: whether the assignment is relaxed.
-    :ivar assignment: label -> the atom of each component, LongTensor ``[N]``.
-    :ivar num_atoms: label -> K.
-    :raises StructureError: if the assignment does not fit.
+    :ivar assignment: label -> the atom of each component, LongTensor ``[N]``, on the CPU.
+    :ivar num_atoms: label -> K, the atoms that there is room for.
+    :raises StructureError: if the assignment does not fit, or is to more atoms than the model has
+        (``inclusive``).
     """
 
     def __init__(
@@ -64,26 +66,23 @@ class FusionGuide(PyroModule):
         super().__init__(name=unique_name(type(self)))
         # In a list: a model is no part of its guide, and a guide not of its model.
         self._model = [model]
+        problem = model.problem
         if assignment is not None:
-            check_assignment(assignment, model.parts)
-        start = model.start() if assignment is None else assignment
-        atoms, self.num_atoms = atoms_of(model, start)
-        self.assignment: dict[str, Tensor] = {}
-        # Atoms that some component has: of those there are, all but after rounding.
-        self._used = dict(self.num_atoms)
+            check_assignment(assignment, problem.parts)
+        start = model.assignment if assignment is None else assignment
+        self.assignment = {label: compact(start[label].cpu())[0] for label in problem.parts}
+        self.num_atoms = {label: int(a.max()) + 1 for label, a in self.assignment.items()}
         # For each label, parties of one size and where their components are: [parties, size].
         self._places: dict[str, list[Tensor]] = {}
-        for label, part in model.parts.items():
+        for label, part in problem.parts.items():
             device = part.problem.weights.device
-            self.assignment[label] = compact(start[label])[0].to(device)
             self._places[label] = [p.to(device) for p in _places(part.problem.sizes)]
         self.logits = PyroModule()
-        self._set_relaxed(relaxed)
-        if isinstance(model.pooling, Inclusive):
-            model.atoms = atoms
+        if problem.pooling.draws_from == "atoms":
+            self._check_room()
         else:
-            self.atoms = atoms
-        self._tell()
+            self.atoms = AtomParams(problem.atoms(self.assignment)[0])
+        self._set_relaxed(relaxed)
 
     @property
     def model(self) -> FusionModel:
@@ -101,7 +100,12 @@ class FusionGuide(PyroModule):
 
     def factor(self, site: str) -> Factor:
         """The atoms at ``site``, at the present parameters."""
-        return self._owner.atoms.factor(site)
+        return self.owner.atoms.factor(site)
+
+    @property
+    def owner(self) -> FusionModel | FusionGuide:
+        """Whose parameters the atoms are: the model's for ``inclusive``, else the guide's."""
+        return self.model if self.model.problem.pooling.draws_from == "atoms" else self
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Sample every site; returns site name -> value.
@@ -109,38 +113,38 @@ class FusionGuide(PyroModule):
         :raises StructureError: if the model has the atoms of another guide or state, of another
             number.
         """
-        self._tell()
+        problem = self.model.problem
+        if problem.pooling.draws_from == "atoms":
+            self._check_room()
         result = {}
         assignments: dict[str, Tensor] = {}
-        for label, part in self.model.parts.items():
+        rooms: dict[str, int] = {}
+        for label, part in problem.parts.items():
             value = self.soft(label) if self.relaxed else self.assignment[label]
+            # All the atoms there is room for, or those in use: the model sees no others.
+            rooms[label] = self.num_atoms[label] if self.relaxed else int(value.max()) + 1
             with poutine.scale(scale=part.price):
                 assignment = pyro.sample(f"{label}_assignment", Delta(value, event_dim=value.dim()))
             result[f"{label}_assignment"] = assignments[label] = assignment
-            result.update(self._pool(label, list(part.problem.local), assignment))
-        for site in self.model.links:
-            result.update(self._pool(site, [site], self.model.places(site, assignments)))
-        if self.model.shared:
-            result.update(self._pool(None, list(self.model.shared), self.model.everyone))
+            own = list(part.problem.local)
+            result.update(self._pool(label, own, assignment, rooms[label]))
+        for site, link in problem.links.items():
+            place = link.places(link.labels, assignments, rooms)
+            result.update(self._pool(site, [site], place, link.size(rooms)))
+        if problem.shared:
+            result.update(self._pool(None, list(problem.shared), self.model.everyone, 1))
         return result
 
-    def _tell(self) -> None:
-        """Tell the model what it is to expect: it is called after its guide."""
-        model = self.model
-        model.relaxed = self.relaxed
-        for label, part in model.parts.items():
-            number = self.num_atoms[label]
-            sites = list(part.problem.local)
-            if isinstance(model.pooling, Inclusive) and sites:
-                there = model.atoms.length(sites[0])
-                if there != number:
-                    raise StructureError(
-                        f"label '{label}': the guide has {number} atoms, but its model {there}, of "
-                        "another guide or state: load the model's too, or make a new guide"
-                    )
-            model.num_atoms[label] = number
-            used = self._used[label]
-            model.set_prior(label, part.assignment_prior.update(used, part.problem.num_parties))
+    def _check_room(self) -> None:
+        """Where the atoms are the model's: that it has as many as the guide knows of."""
+        for label, part in self.model.problem.parts.items():
+            sites, number = list(part.problem.local), self.num_atoms[label]
+            if sites and (there := self.model.atoms.length(sites[0])) != number:
+                raise StructureError(
+                    f"label '{label}': the guide has {number} atoms, but its model {there}, of "
+                    "another guide or state: load the model's too, or make the model with this "
+                    "assignment, FusionModel(..., assignment=assignment)"
+                )
 
     def soft(self, label: str) -> Tensor:
         """The relaxed assignment, ``[K, N]``."""
@@ -152,36 +156,56 @@ class FusionGuide(PyroModule):
 
     def harden(self) -> None:
         """Round a relaxed assignment: each party gets the matching that agrees most with it. Atoms
-        that nobody has then stay as mere room, so that an optimizer can go on."""
+        that nobody has then stay as mere room, after those in use where they are the guide's, so
+        that an optimizer can go on."""
         if not self.relaxed:
             return
-        for label, part in self.model.parts.items():
+        for label, part in self.model.problem.parts.items():
             parties = part.problem.split(self.soft(label).detach().cpu())
             hard = torch.cat([Matching(p.mT).mode for p in parties])
-            self.assignment[label] = hard.to(self.assignment[label].device)
-            self._used[label] = len(hard.unique())
+            if self.owner is self:
+                used = hard.unique()
+                rest = [k for k in range(self.num_atoms[label]) if k not in set(used.tolist())]
+                order = torch.cat([used, torch.tensor(rest, dtype=torch.long)])
+                for site in part.problem.local:
+                    f = self.factor(site)
+                    self.atoms.set_factor(site, f.map(torch.detach).index_select(0, order))
+                hard = compact(hard)[0]
+            self.assignment[label] = hard
         self._set_relaxed(False)
-        self._tell()
 
     def _name(self, label: str) -> str:
         # By number: a label may be no name of an attribute.
-        return f"label{sorted(self.model.parts).index(label)}"
+        return f"label{sorted(self.model.problem.parts).index(label)}"
 
     def _set_relaxed(self, relaxed: bool) -> None:
         """Make logits, or drop them."""
-        if relaxed and self.model.links:
+        if relaxed and self.model.problem.links:
             raise StructureError(
-                f"sites {sorted(self.model.links)} have several labels: assignments along these "
-                "cannot be relaxed"
+                f"sites {sorted(self.model.problem.links)} have several labels: assignments along "
+                "these cannot be relaxed"
             )
         self.relaxed = relaxed
         for label, assignment in self.assignment.items():
             name = self._name(label)
             if relaxed:
+                device = self.model.problem.parts[label].problem.weights.device
                 logits = _LOGIT * one_hot(assignment, self.num_atoms[label]).double()
-                setattr(self.logits, name, PyroParam(logits))
+                setattr(self.logits, name, PyroParam(logits.to(device)))
             elif hasattr(self.logits, name):
                 delattr(self.logits, name)
+
+    # -- moves -------------------------------------------------------------------------------------
+
+    def move(self, assignment: Mapping[str, Tensor], atoms: Mapping[str, Factor]) -> None:
+        """Move the assignments ``[N]`` of some labels, to atoms ``0, ..., K-1``, and the atoms at
+        some sites, of batch shape ``[K]``; but for ``inclusive``, whose atoms are the model's."""
+        for label, a in assignment.items():
+            self.num_atoms[label] = int(a.max()) + 1
+            self.assignment[label] = a.cpu()
+        if self.owner is self:
+            for site, f in atoms.items():
+                self.atoms.set_factor(site, f)
 
     def get_extra_state(self) -> dict[str, Any]:
         """What ``state_dict`` would leave out: the assignment, and whether it is relaxed."""
@@ -193,10 +217,9 @@ class FusionGuide(PyroModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """:raises StructureError: if the assignment does not fit."""
-        check_assignment(state["assignment"], self.model.parts)
+        check_assignment(state["assignment"], self.model.problem.parts)
         for label, assignment in state["assignment"].items():
-            self.assignment[label] = assignment.to(self.assignment[label].device)
-            self._used[label] = len(assignment.unique())
+            self.assignment[label] = assignment.cpu()
         self.num_atoms.update(state["num_atoms"])
         if self.relaxed != state["relaxed"]:
             self._set_relaxed(state["relaxed"])
@@ -209,44 +232,27 @@ class FusionGuide(PyroModule):
             fit_length(logits, state.get(f"{prefix}logits.{name}"), 1)
         super()._load_from_state_dict(state, prefix, *rest)
 
-    def set_shared(self) -> None:
-        """Move the sites without a label to their barycentres, and those of several labels."""
-        for problem in self.model.shared.values():
-            for site, f in problem.barycenter(self.model.everyone, 1).items():
-                self._owner.atoms.set_factor(site, f)
-        for site, link in self.model.links.items():
-            with locating(link.messages):
-                f = link.atoms(link.problem, self.assignment, self.num_atoms)
-            self._owner.atoms.set_factor(site, f)
-
-    def set_atoms(self, label: str, assignment: Tensor, atoms: Mapping[str, Factor]) -> None:
-        """Move the assignment ``[N]`` of a label, and its atoms, of batch shape ``[K]``."""
-        self.num_atoms[label] = self._used[label] = int(assignment.max()) + 1
-        self.assignment[label] = assignment.to(self.assignment[label].device, non_blocking=True)
-        for site, f in atoms.items():
-            if site not in self.model.links:
-                self._owner.atoms.set_factor(site, f)
-        self._tell()
-
-    @property
-    def _owner(self) -> FusionModel | FusionGuide:
-        return self.model if isinstance(self.model.pooling, Inclusive) else self
-
     def _pool(
-        self, label: str | None, sites: Sequence[str], assignment: Tensor
+        self, label: str | None, sites: Sequence[str], assignment: Tensor, room: int
     ) -> dict[str, Tensor]:
-        model = self.model
-        if isinstance(model.pooling, Inclusive):
+        model, draws_from = self.model, self.model.problem.pooling.draws_from
+        if draws_from == "atoms":
             with pairs(label, assignment, self.scale(label)) as (_, n):
                 return {s: pyro.sample(s, model.local(s, n)) for s in sites}
         # Parameters, outside the plate of components.
         atoms = {s: self.factor(s) for s in sites}
-        if model.pooling.needs_prior:
-            with model.atom_plate(label):
-                return {s: pyro.sample(s, FactorDistribution(f)) for s, f in atoms.items()}
+        if draws_from == "prior":
+            with model.atom_plate(label, room):
+                own = {s: _first(f, room) for s, f in atoms.items()}
+                return {s: pyro.sample(s, FactorDistribution(f)) for s, f in own.items()}
         with pairs(label, assignment, self.scale(label)) as (k, _):
             own = {s: atoms_at(f, k) for s, f in atoms.items()}
             return {s: pyro.sample(s, FactorDistribution(f)) for s, f in own.items()}
+
+
+def _first(f: Factor, count: int) -> Factor:
+    """The first atoms of those that there is room for."""
+    return f if f.batch_shape[0] == count else f.map(lambda v: v[:count])
 
 
 def _places(sizes: Sequence[int]) -> list[Tensor]:
@@ -254,3 +260,23 @@ def _places(sizes: Sequence[int]) -> list[Tensor]:
     every = torch.tensor(sizes)
     first = every.cumsum(0) - every
     return [first[every == n].unsqueeze(1) + torch.arange(n) for n in sorted(set(sizes))]
+
+
+def check_own(model: FusionModel, guide: FusionGuide | None = None) -> None:
+    """:raises ParameterError: if a method is overridden that has a closed form, or if the guide is
+    that of another model, or relaxed."""
+    methods: list[tuple[PyroModule, type[PyroModule], str]] = [
+        (model, FusionModel, name) for name in ("assignment_prior", "local", "scale")
+    ]
+    if guide is not None:
+        methods.append((guide, FusionGuide, "scale"))
+    for owner, base, name in methods:
+        if getattr(getattr(owner, name), "__func__", None) is not getattr(base, name):
+            raise ParameterError(
+                f"{type(owner).__name__} overrides {name}(): there are closed forms for "
+                f"{base.__name__}'s own alone; use SVI"
+            )
+    if guide is not None and guide.model is not model:
+        raise ParameterError("the guide is that of another model")
+    if guide is not None and guide.relaxed:
+        raise ParameterError("the guide is relaxed: harden() it first")

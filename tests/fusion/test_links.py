@@ -167,11 +167,12 @@ class TestObjective:
         for _ in range(3):
             start = {
                 label: torch.cat([torch.randperm(4, generator=g)[:n] for n in part.problem.sizes])
-                for label, part in model.parts.items()
+                for label, part in model.problem.parts.items()
             }
-            guide = FusionGuide(model, start)
-            expected = model.linked_objective(("h1", "h2"), start)
-            expected += sum(model.parties.share(site)[1] for site in model.shared)
+            model = FusionModel(model.problem, assignment=start)
+            guide = FusionGuide(model)
+            expected = model.problem.linked_objective(("h1", "h2"), start)
+            expected += model.problem.shared_objective
             if pooling == "product":
                 # At the best atoms each draw is the evidence.
                 draws = [Trace_ELBO().loss(model, guide) for _ in range(10)]
@@ -246,7 +247,9 @@ class TestRecovery:
         model = FusionModel(posteriors, assignment_prior=GroupNormPrior(), dispersion=4.0)
         ways = [[0, 1, *x] for x in itertools.permutations(range(4), 2)]
         best = min(
-            model.linked_objective(("h1", "h2"), {"h1": torch.tensor(a), "h2": torch.tensor(b)})
+            model.problem.linked_objective(
+                ("h1", "h2"), {"h1": torch.tensor(a), "h2": torch.tensor(b)}
+            )
             for a in ways
             for b in ways
         )
@@ -309,7 +312,9 @@ class TestRecovery:
         for pooling in ("exclusive", "inclusive"):  # the program too
             model = FusionModel(posteriors, pooling=pooling)
             guide = FusionGuide(model)
-            expected = model.linked_objective(model.parties.roles.groups[0], guide.assignment)
+            expected = model.problem.linked_objective(
+                model.problem.parties.roles.groups[0], guide.assignment
+            )
             assert TraceMeanField_ELBO().loss(model, guide) == pytest.approx(expected)
 
     @pytest.mark.parametrize("seed", range(3))
@@ -590,7 +595,7 @@ class TestStructure:
         em = FusionEM(model, guide)
         em.run(restarts=0)
         state = guide.state_dict()
-        start = {x: torch.arange(sum(p.problem.sizes)) for x, p in model.parts.items()}
+        start = {x: torch.arange(sum(p.problem.sizes)) for x, p in model.problem.parts.items()}
         other = FusionGuide(model, start)
         assert TraceMeanField_ELBO().loss(model, other) != pytest.approx(em.step())
         other.load_state_dict(state)

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from pyro import poutine
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 
 from pyro_fusion import (
@@ -37,8 +38,10 @@ def random_assignment(seed, num_atoms=7):
 
 
 def program(pooling, prior=None, start=None, local=None, **settings):
-    model = FusionModel(local or parties(1.5), pooling, prior, prior=BASE, **settings)
-    return model, FusionGuide(model, None if start is None else {"component": start})
+    start = None if start is None else {"component": start}
+    parts = local or parties(1.5)
+    model = FusionModel(parts, pooling, prior, prior=BASE, assignment=start, **settings)
+    return model, FusionGuide(model)
 
 
 def grouping(assignment):
@@ -67,10 +70,10 @@ class TestStep:
     def test_goes_where_coordinate_ascent_goes(self, pooling):
         start = random_assignment(3)
         model, guide = program(pooling, start=start)
-        part = model.parts["component"]
+        part = model.problem.parts["component"]
         direct = expectation_maximization(part.ordered, part.assignment_prior, start[part.order])
         em = FusionEM(model, guide)
-        shared = sum(model.parties.share(site)[1] for site in model.shared)
+        shared = model.problem.shared_objective
         losses = [em.step() for _ in range(len(direct.objective))]
         trace = direct.objective[1:] + direct.objective[-1:]
         assert losses == pytest.approx([f + shared for f in trace], rel=1e-12)
@@ -98,20 +101,19 @@ class TestStep:
             groups = guide.assignment["component"]
         groups = torch.unique(groups, return_inverse=True)[1]
         number = int(groups.max()) + 1
-        problem = model.parts["component"].problem
-        guide.set_atoms("component", groups, problem.barycenter(groups, number))
-        assert model.num_atoms["component"] == number
-        prior = model.parts["component"].assignment_prior
+        problem = model.problem.parts["component"].problem
+        for x in (model, guide):
+            x.move({"component": groups}, problem.barycenter(groups, number))
+        assert guide.num_atoms["component"] == number
         other_model, other = program(pooling, start=groups)
-        other_model.set_prior("component", prior)
         assert em.step() == pytest.approx(FusionEM(other_model, other).step(), rel=1e-12)
         assert torch.equal(guide.assignment["component"], other.assignment["component"])
 
     def test_leaves_the_atoms_of_its_assignment_in_the_guide(self, pooling):
         model, guide = program(pooling, start=random_assignment(2))
         FusionEM(model, guide).step()
-        problem, groups = model.parts["component"].problem, guide.assignment["component"]
-        atoms = problem.barycenter(groups, model.num_atoms["component"])
+        problem, groups = model.problem.parts["component"].problem, guide.assignment["component"]
+        atoms = problem.barycenter(groups, guide.num_atoms["component"])
         for site, f in atoms.items():
             for name, value in f.params.items():
                 torch.testing.assert_close(guide.factor(site).params[name].detach(), value)
@@ -119,10 +121,12 @@ class TestStep:
     def test_learns_the_mass_of_the_buffet(self):
         model, guide = program("product", start=random_assignment(2))
         FusionEM(model, guide).step()
-        prior, number = model.parts["component"].assignment_prior, model.num_atoms["component"]
+        number = guide.num_atoms["component"]
+        replayed = poutine.replay(model, poutine.trace(guide).get_trace())
+        site = poutine.trace(replayed).get_trace().nodes["component_assignment"]
+        prior = site["fn"].prior
         harmonic = sum(1 / (s + 1) for s in range(len(SIZES)))
         assert prior.mass == pytest.approx(number / (1 + harmonic))
-        assert model.assignment_prior("component") is prior
 
     def test_permuted_parties(self, pooling):
         order = [2, 0, 3, 1]
@@ -140,7 +144,7 @@ class TestStep:
         model, guide = program(pooling, local=[one])
         loss = FusionEM(model, guide).step()
         matching = fuse([one], pooling, prior=BASE).only_label()
-        shared = sum(model.parties.share(site)[1] for site in model.shared)
+        shared = model.problem.shared_objective
         assert loss - shared == pytest.approx(matching.objective[-1], rel=1e-9)
 
 
@@ -164,7 +168,7 @@ class TestRun:
         model, guide = program(pooling)
         fusion = FusionEM(model, guide).run(3)
         assert torch.equal(guide.assignment["component"], torch.cat(fusion.assignment))
-        assert model.num_atoms["component"] == fusion.num_atoms
+        assert guide.num_atoms["component"] == fusion.num_atoms
         assert guide.factor("loc").batch_shape == (fusion.num_atoms,)
         if pooling == "product":
             return  # whose atoms are pooled from messages that are not tempered

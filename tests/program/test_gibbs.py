@@ -182,7 +182,7 @@ def wishart_evidence(posteriors, dispersion):
     model = FusionModel(
         posteriors, "product", FixedAtoms(9), prior={"x": WISHART}, dispersion=dispersion
     )
-    problem = model.parts["component"].problem
+    problem = model.problem.parts["component"].problem
 
     def log_evidence(group):
         own = problem.in_order(torch.tensor(group), (1,) * len(group))
@@ -376,8 +376,8 @@ def shared_model(prior=None, dispersion=2.0, **settings):
 
 def objective(model, groups):
     """F of these groups, by coordinate ascent that does not move."""
-    result = model.parties.share("z")[1]
-    for label, part in model.parts.items():
+    result = model.problem.shared_objective
+    for label, part in model.problem.parts.items():
         start = expectation_maximization(part.problem, part.assignment_prior, groups[label], 0)
         result += start.objective[0]
     return result
@@ -403,7 +403,7 @@ def test_the_loss_where_alpha_and_dispersion_are_learned():
         for label, d in draws.items():
             alpha, dispersion = float(d.alpha), float(d.dispersion)
             # A model with this T, in which alpha is fixed.
-            part = shared_model(IndianBuffetPrior(alpha), dispersion).parts[label]
+            part = shared_model(IndianBuffetPrior(alpha), dispersion).problem.parts[label]
             groups = gibbs.assignment[label]
             fixed = expectation_maximization(
                 part.problem, part.assignment_prior, groups, 0
@@ -418,7 +418,7 @@ def test_seeds():
     before = torch.get_rng_state()
 
     def draws(seed, noise=False, **settings):
-        gibbs = FusionGibbs(model, model.start(), seed=seed, **settings)
+        gibbs = FusionGibbs(model, model.problem.start(), seed=seed, **settings)
         found = []
         for _ in range(10):
             found.append(gibbs.run(1, 1).labels["component"])
@@ -475,7 +475,7 @@ def test_without_a_label_there_is_nothing_to_draw():
     posteriors = [Posterior({"x": dist.Normal(m, 1.0)}) for m in (0.0, 1.0)]
     model = FusionModel(posteriors, pooling="product", prior={"x": dist.Normal(0.0, 5.0)})
     gibbs = FusionGibbs(model)
-    assert gibbs.step() == pytest.approx(model.parties.share("x")[1])
+    assert gibbs.step() == pytest.approx(model.problem.shared_objective)
     assert gibbs.run(2, 0).labels == {}
     with pytest.raises(StructureError, match=r"expected one label, got \[\]"):
         gibbs.run(2, 0).same()
@@ -561,7 +561,7 @@ def test_cuda():
     there = FusionModel(
         posteriors, "product", IndianBuffetPrior(), prior={"x": BASE}, dispersion=1.0
     )
-    assert there.parts["component"].problem.weights.device.type == "cuda"
+    assert there.problem.parts["component"].problem.weights.device.type == "cuda"
     for settings in ({}, {"learn_dispersion": True}):
         a, b = (FusionGibbs(m, **settings).run(20, 0).only_label() for m in (here, there))
         assert torch.equal(a.assignments, b.assignments)

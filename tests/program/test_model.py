@@ -98,8 +98,8 @@ def pair(
 ):
     given = settings.pop("parties", None) or posteriors(family, shared)
     settings.setdefault("prior", base(family, shared))
-    model = FusionModel(given, pooling, assignment_prior, **settings)
-    guide = FusionGuide(model, assignment, relaxed)
+    model = FusionModel(given, pooling, assignment_prior, assignment=assignment, **settings)
+    guide = FusionGuide(model, relaxed=relaxed)
     return model, guide
 
 
@@ -109,12 +109,12 @@ def one(f, n):
 
 def site_by_hand(model, site, problem, atoms, assignment, dispersion=None):
     """The part of F of one site; ``dispersion`` tempers the messages of ``product`` if given."""
-    total, prior, weights = 0.0, problem.prior.get(site), model.parties.weights
+    total, prior, weights = 0.0, problem.prior.get(site), model.problem.parties.weights
     for n, (k, s) in enumerate(zip(assignment, problem.party.tolist(), strict=True)):
         atom, local = one(atoms, k), one(problem.local[site], n)
         scale = float(weights[s]) / (dispersion or 1.0)
         if prior is None:
-            ends = (local, atom) if model.pooling.name == "inclusive" else (atom, local)
+            ends = (local, atom) if model.problem.pooling.name == "inclusive" else (atom, local)
             total += scale * kl(*ends)
             continue
         if dispersion is not None:
@@ -127,16 +127,17 @@ def site_by_hand(model, site, problem, atoms, assignment, dispersion=None):
 
 def by_hand(model, guide):
     """F from its definition, one divergence at a time."""
-    total, parties = 0.0, model.parties
-    for label, part in model.parts.items():
+    total, parties = 0.0, model.problem.parties
+    for label, part in model.problem.parts.items():
         assignment = guide.assignment[label].tolist()
         for site in parties.roles.matched[label]:
             rest = (guide.factor(site), assignment, part.dispersion)
             total += site_by_hand(model, site, part.messages, *rest)
-        phi = part.assignment_prior.penalty(len(parties.posteriors)).tolist()
-        total += sum(phi[m] for m in Counter(assignment).values())
-        total += part.assignment_prior.constant(len(parties.posteriors))
-    for site, problem in model.shared.items():
+        number, popularity = len(parties.posteriors), Counter(assignment)
+        prior = part.assignment_prior.update(len(popularity), number)
+        phi = prior.penalty(number).tolist()
+        total += sum(phi[m] for m in popularity.values()) + prior.constant(number)
+    for site, problem in model.problem.shared.items():
         everyone = [0] * len(parties.posteriors)
         total += site_by_hand(model, site, problem, guide.factor(site), everyone)
     return total
@@ -155,7 +156,7 @@ def kl(p, q):
 
 def perturb(guide, size=0.3):
     """Move every parameter a little, in unconstrained space."""
-    owner = guide.model if guide.model.pooling.name == "inclusive" else guide
+    owner = guide.model if guide.model.problem.pooling.name == "inclusive" else guide
     with torch.no_grad():
         for value in owner.atoms.parameters():
             value.add_(size * torch.randn_like(value))
@@ -164,7 +165,7 @@ def perturb(guide, size=0.3):
 def random_assignment(model, num_atoms=5):
     return {
         label: torch.cat([torch.randperm(num_atoms)[:n] for n in part.problem.sizes])
-        for label, part in model.parts.items()
+        for label, part in model.problem.parts.items()
     }
 
 
@@ -206,7 +207,8 @@ class TestElboIsF:
     @pytest.mark.parametrize("family", sorted(FAMILIES))
     def test_anywhere(self, pooling, family):
         model, guide = pair(pooling, family)
-        guide = FusionGuide(model, random_assignment(model))
+        model = FusionModel(model.problem, assignment=random_assignment(model))
+        guide = FusionGuide(model)
         perturb(guide)
         truth = by_hand(model, guide)
         if pooling != "product":
@@ -276,7 +278,7 @@ class TestElboIsF:
 class TestIsAProgram:
     def test_sites_and_plates(self, pooling):
         model, guide = pair(pooling)
-        number = model.num_atoms["component"]
+        number = guide.num_atoms["component"]
         trace = poutine.trace(model).get_trace()
         shapes = trace.format_shapes()
         for name in ("component_assignment", "local_component", "x.y", "shared0", "party"):
@@ -332,7 +334,7 @@ class TestIsAProgram:
         alone = Predictive(model, num_samples=3)()
         both = Predictive(model, guide=guide, num_samples=3)()
         own = Predictive(guide, num_samples=3)()
-        n = model.num_atoms["component"] if pooling == "product" else 8
+        n = guide.num_atoms["component"] if pooling == "product" else 8
         for draws in (alone, both, own):
             assert draws["component_assignment"].flatten(1).shape == (3, 8)
             assert draws["x.y"].shape == (3, n, 2)

@@ -1,0 +1,349 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The search for the best assignment of a problem: coordinate ascent from several starts, the best
+few refined, and labels that share sites in turn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate, relaxed, sinkhorn
+from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
+from pyro_fusion.errors import ParameterError, naming
+from pyro_fusion.fusion.annealing import annealed
+from pyro_fusion.fusion.ascent import EMResult, expectation_maximization
+from pyro_fusion.fusion.parties import LabelProblem, locating
+from pyro_fusion.fusion.problem import FusionProblem
+from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
+from pyro_fusion.fusion.roles import turns
+from pyro_fusion.fusion.seeding import starts
+from pyro_fusion.pooling.components import by_popularity
+
+__all__ = ["Solver", "check_run", "search", "solver_for"]
+
+Solver = Callable[..., Assignment]
+_SOLVERS: dict[str, Solver] = {
+    "coordinate": coordinate,
+    "relaxed": relaxed,
+    "sinkhorn": sinkhorn,
+}
+
+# So many of the starts' results are refined on the collapsed objective.
+_REFINED = 3
+
+# When so many starts have come to one end, and none to a better, there are no more.
+_AGREEING = 3
+
+
+@dataclass(frozen=True)
+class _Found:
+    """Where the search along one label ended.
+
+    :ivar groups: the atom of each component, LongTensor ``[N]``, in the order of the parties.
+    :ivar best: the best result.
+    :ivar ends: F at the end of each start.
+    :ivar stopped: why there were no more starts.
+    """
+
+    groups: Tensor
+    best: EMResult
+    ends: list[float]
+    stopped: StopReason
+
+
+def search(
+    problem: FusionProblem,
+    *,
+    restarts: int = 9,
+    max_iterations: int = 100,
+    seed: int = 0,
+    solver: Literal["coordinate", "relaxed", "sinkhorn"] | Solver = "coordinate",
+    start: Mapping[str, Tensor] | None = None,
+    progress: bool = False,
+) -> Fusion:
+    """Fuse a problem: the assignment with the lowest F that coordinate ascent finds, and the atoms
+    that are best for it.
+
+    An interrupt (Ctrl-C) ends the search where it is, once a start has come to its end: the result
+    is the best so far, and says so.
+
+    :param start: label -> the atom of each component, LongTensor ``[N]``, for the first start; by
+        default that of :meth:`FusionProblem.start`.
+    :param restarts, max_iterations, seed, solver, progress: as for :func:`~pyro_fusion.fuse`.
+    :raises ParameterError: for arguments out of range, a solver that is unknown or not for its
+        prior or pooling, and where ``product`` is improper.
+
+    Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
+    with one direction of the divergence in both steps.
+    """
+    check_run(restarts, max_iterations, seed)
+    chosen = solver_for(problem, solver)
+    with naming(problem.parties.names):
+        if len(problem.parties.posteriors) == 1:
+            return _alone(problem)
+        first = problem.start() if start is None else {k: a.cpu() for k, a in start.items()}
+        return _Search(problem, restarts, max_iterations, seed, chosen, progress).run(first)
+
+
+def check_run(restarts: int, max_iterations: int, seed: int) -> None:
+    """:raises ParameterError: for arguments of :func:`search` out of range."""
+    for name, value in (("restarts", restarts), ("max_iterations", max_iterations), ("seed", seed)):
+        if isinstance(value, bool) or not hasattr(value, "__index__"):
+            raise ParameterError(f"{name} must be an integer, got {value!r}")
+    if restarts < 0 or max_iterations < 1:
+        raise ParameterError(
+            f"expected restarts >= 0 and max_iterations >= 1, got {restarts} and {max_iterations}"
+        )
+    if not -(2**63) <= int(seed) < 2**64:
+        raise ParameterError(f"seed must fit 64 bits, got {seed}")
+
+
+def solver_for(problem: FusionProblem, solver: str | Solver) -> Solver:
+    """The solver of that name, or the user's own, whose assignments are checked.
+
+    :raises ParameterError: for one that is unknown, or not for the problem's pooling or priors.
+    """
+    if callable(solver):
+        chosen = solver if solver in _SOLVERS.values() else _checked(solver)
+    elif not isinstance(solver, str) or solver not in _SOLVERS:
+        raise ParameterError(
+            f"solver must be one of {sorted(_SOLVERS)} or a function, got {solver!r}"
+        )
+    else:
+        chosen = _SOLVERS[solver]
+    for part in problem.parts.values():
+        convex = isinstance(part.assignment_prior, (GroupNormPrior, FixedAtoms))
+        if chosen is relaxed and (problem.pooling.needs_prior or not convex):
+            raise ParameterError(
+                "solver 'relaxed' needs GroupNormPrior or FixedAtoms and pooling 'inclusive' "
+                f"or 'exclusive', got {part.assignment_prior!r} and {problem.pooling.name!r}"
+            )
+    return chosen
+
+
+def _checked(solver: Solver) -> Solver:
+    """A solver of the user's own, whose assignments are checked."""
+
+    def checked(
+        problem: AssignmentProblem, assignment_prior: AssignmentPrior, **settings: Any
+    ) -> Assignment:
+        result = solver(problem, assignment_prior, **settings)
+        if not isinstance(result, Assignment):
+            raise ParameterError(
+                f"expected an Assignment from the solver, got {type(result).__name__}"
+            )
+        return replace(result, atoms=problem.split(problem.join(result.atoms)))
+
+    return checked
+
+
+def _same(a: float, b: float) -> bool:
+    """Whether two objectives are those of one assignment, up to rounding."""
+    return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
+
+
+@dataclass(frozen=True)
+class _Search:
+    """The settings of one search; see :func:`search`."""
+
+    problem: FusionProblem
+    restarts: int
+    max_iterations: int
+    seed: int
+    solver: Solver
+    progress: bool
+
+    def run(self, start: dict[str, Tensor]) -> Fusion:
+        traces: list[list[float]] = []
+        found: dict[str, _Found] = {}
+        for group in self.problem.groups:
+            if len(group) == 1:
+                (label,) = group
+                part = self.problem.parts[label]
+                found[label] = self.along(part, start[label][part.order])
+                traces.append(found[label].best.objective)
+            else:
+                own, trace = self.in_turn(group, start)
+                found.update(own)
+                traces.append(trace)
+        return self.result(found, traces)
+
+    def along(self, part: LabelProblem, first: Tensor | None) -> _Found:
+        """Coordinate ascent along one label from every start, the best few then on the collapsed
+        objective, which takes longer.
+
+        :param first: the first start, ``[N]`` in the order of ``part.ordered``; None to make one.
+        """
+        from tqdm import tqdm
+
+        problem, belief = part.ordered, part.assignment_prior
+        if first is not None:  # for a solver that reads the prior before the first M-step
+            belief = belief.update(len(first.unique()), problem.num_parties)
+        begin = starts(problem, belief, self.restarts, self.seed, first)
+        bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not self.progress)
+        results: list[EMResult] = []
+        ends: list[float] = []
+        stopped = StopReason.EXHAUSTED
+        with locating(part.messages):
+            try:
+                for x in bar:
+                    if self.solver is sinkhorn:
+                        x = annealed(problem, belief, x)
+                    results.append(
+                        expectation_maximization(
+                            problem, belief, x, self.max_iterations, collapsed=False
+                        )
+                    )
+                    ends.append(results[-1].objective[-1])
+                    if sum(_same(f, min(ends)) for f in ends) == _AGREEING:
+                        stopped = StopReason.AGREED
+                        break
+                best = self._refined(problem, belief, results, ends)
+            except KeyboardInterrupt:
+                if not ends:
+                    raise
+                stopped = StopReason.INTERRUPTED
+                best = results[min(range(len(results)), key=lambda i: results[i].objective[-1])]
+        if stopped is not StopReason.INTERRUPTED and not best.converged:
+            stopped = StopReason.ITERATION_LIMIT
+        return _Found(groups=part.as_given(best.groups), best=best, ends=ends, stopped=stopped)
+
+    def _refined(
+        self,
+        problem: Any,
+        belief: AssignmentPrior,
+        results: list[EMResult],
+        ends: list[float],
+    ) -> EMResult:
+        """The best of the best few results, gone on from on the collapsed objective; writes where
+        they end to ``ends``."""
+        order: list[int] = []
+        for i in sorted(range(len(ends)), key=ends.__getitem__):
+            if not any(_same(ends[i], ends[k]) for k in order):
+                order.append(i)
+        best: EMResult | None = None
+        for i in order[:_REFINED]:
+            result = expectation_maximization(
+                problem, belief, results[i].groups, self.max_iterations, solver=self.solver
+            )
+            ends[i] = result.objective[-1]
+            if best is None or result.objective[-1] < best.objective[-1]:
+                trace = results[i].objective + result.objective[1:]
+                best = replace(result, objective=trace)
+        assert best is not None
+        return best
+
+    def in_turn(
+        self, group: tuple[str, ...], start: Mapping[str, Tensor]
+    ) -> tuple[dict[str, _Found], list[float]]:
+        """Labels that share sites: each is assigned in turn, given the others, until none changes.
+        Also the objective after each round, which never rises."""
+        problem, parties = self.problem, self.problem.parties
+        objective = partial(problem.linked_objective, group)
+        begin = [{x: start[x] for x in group}]
+        # Or from nothing, each given those before it. What is wrong at first misleads the others,
+        # which then leave it wrong: any may be the first.
+        for first in group:
+            if parties.roles.matched[first]:
+                fresh: dict[str, Tensor] = {}
+                for label in turns(parties.posteriors[0], parties.roles, first):
+                    fresh[label] = self.along(problem.given(label, fresh), None).groups
+                begin.append(fresh)
+        groups = min(begin, key=objective)
+        trace = [objective(groups)]
+        found: dict[str, _Found] = {}
+        while len(trace) <= self.max_iterations:
+            for label in group:
+                part = problem.given(label, groups)
+                found[label] = self._again(part, groups[label][part.order], found.get(label))
+                groups[label] = found[label].groups
+            trace.append(objective(groups))
+            if _same(trace[-1], trace[-2]):
+                return found, trace
+        limit = StopReason.ITERATION_LIMIT
+        return {x: replace(f, stopped=limit) for x, f in found.items()}, trace
+
+    def _again(self, part: LabelProblem, start: Tensor, before: _Found | None) -> _Found:
+        """A label once more, from where it is; in the light of all others for the first time, from
+        other starts too."""
+        with locating(part.messages):
+            best = expectation_maximization(
+                part.ordered,
+                part.assignment_prior,
+                start,
+                self.max_iterations,
+                solver=self.solver,
+            )
+        if before is None:
+            other = self.along(part, start)
+            if not best.objective[-1] <= other.best.objective[-1]:
+                return other
+            before = other
+        stopped = before.stopped if best.converged else StopReason.ITERATION_LIMIT
+        return replace(before, groups=part.as_given(best.groups), best=best, stopped=stopped)
+
+    def result(self, found: Mapping[str, _Found], traces: list[list[float]]) -> Fusion:
+        problem = self.problem
+        labels, groups = {}, {}
+        for label, f in found.items():
+            part = problem.parts[label]
+            groups[label], popularity = by_popularity(f.groups, f.best.num_atoms)
+            labels[label] = FusedLabel(
+                label=label,
+                assignment=list(groups[label].split(part.problem.sizes)),
+                num_atoms=f.best.num_atoms,
+                popularity=popularity,
+                objective=f.best.objective,
+                dispersion=part.dispersion,
+                assignment_prior=f.best.assignment_prior,
+                stopped=f.stopped,
+                restarts=f.ends,
+                bound=f.best.bound,
+            )
+        trace = [problem.shared_objective]
+        for own in traces:
+            trace = [f + own[0] for f in trace] + [trace[-1] + f for f in own[1:]]
+        return Fusion(
+            posterior=problem.fused(groups, {x: m.num_atoms for x, m in labels.items()}),
+            pooling=problem.pooling.name,
+            labels=labels,
+            objective=trace,
+            shared_objective=problem.shared_objective,
+            party_names=problem.parties.names,
+        )
+
+
+def _alone(problem: FusionProblem) -> Fusion:
+    """One party: every component is an atom, and its posterior is the fused one."""
+    labels = {}
+    for label, part in problem.parts.items():
+        size = part.problem.sizes[0]
+        every = torch.arange(size)
+        belief = part.assignment_prior.update(size, 1)
+        objective = belief.constant(1) + size * float(belief.penalty(1)[1])
+        labels[label] = FusedLabel(
+            label=label,
+            assignment=[every],
+            num_atoms=size,
+            popularity=torch.ones_like(every),
+            objective=[objective],
+            dispersion=part.dispersion,
+            assignment_prior=belief,
+            stopped=StopReason.AGREED,
+            restarts=[objective],
+        )
+    return Fusion(
+        posterior=problem.parties.posteriors[0],
+        pooling=problem.pooling.name,
+        labels=labels,
+        objective=[sum(m.objective[0] for m in labels.values())],
+        shared_objective=0.0,
+        party_names=problem.parties.names,
+    )
