@@ -119,4 +119,11 @@ def _alone(parties: Parties, priors: Mapping[str, AssignmentPrior]) -> Fusion:
             label, [every], size, popularity, [objective], 1.0, own, True, [objective]
         )
     total = sum(m.objective[0] for m in matchings.values())
-    return Fusion(posterior, parties.pooling.name, matchings, [total], 0.0, parties.names)
+    return Fusion(
+        posterior=posterior,
+        pooling=parties.pooling.name,
+        labels=matchings,
+        objective=[total],
+        shared_objective=0.0,
+        parties=dict(zip(parties.names, parties.posteriors, strict=True)),
+    )

@@ -343,4 +343,11 @@ class FusionEM:
         trace = [shared]
         for own in traces:
             trace = [f + own[0] for f in trace] + [trace[-1] + f for f in own[1:]]
-        return Fusion(posterior, self.model.pooling.name, matchings, trace, shared, parties.names)
+        return Fusion(
+            posterior=posterior,
+            pooling=self.model.pooling.name,
+            labels=matchings,
+            objective=trace,
+            shared_objective=shared,
+            parties=dict(zip(parties.names, parties.posteriors, strict=True)),
+        )

@@ -23,6 +23,7 @@ from pyro_fusion import (
     NormalWishart,
     ParameterError,
     Posterior,
+    PosteriorGuide,
     StructureError,
     from_guide,
     fuse,
@@ -717,7 +718,22 @@ class TestNames:
 
     def test_one_party(self):
         (name, posterior), *_ = self.named().items()
-        assert fuse({name: posterior}).party_names == (name,)
+        alone = fuse({name: posterior})
+        assert alone.party_names == (name,)
+        assert alone.parties[name] is posterior
+
+    def test_the_result_holds_what_was_fused(self):
+        named = self.named()
+        assert list(fuse(named).parties.items()) == list(named.items())
+        listed = fuse(list(named.values())).parties
+        assert list(listed) == [str(s) for s in range(len(named))]
+        assert list(listed.values()) == list(named.values())
+
+    def test_guides_are_held_as_they_were_read(self):
+        posterior = self.named()["north"]
+        read = fuse({"a": posterior, "b": PosteriorGuide(posterior)}).parties["b"]
+        assert isinstance(read, Posterior)
+        assert read.axes == posterior.axes
 
     def test_errors_name_the_parties(self):
         named = self.named() | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)})}
