@@ -71,8 +71,9 @@ def plot_components(
     pair = fused.params[0].shape[-1] == 2
     if pair and fused.covariance is None:
         raise UnsupportedFamilyError(
-            f"site '{site}': ellipses are of Normal numbers, got {fused.family}; choose one number "
-            "for its density, such as dims=(0,)"
+            f"ellipses are of Normal numbers, got {fused.family}; choose one number "
+            "for its density, such as dims=(0,)",
+            site=site,
         )
     require_matplotlib()
     names = axis_names(fusion, site, dims, 1 + pair)

@@ -607,10 +607,10 @@ class TestBadInput:
         base = {"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)}
         narrow = normal_party(scale=torch.full((2, 3), 0.1))
         wide = normal_party(scale=torch.full((2, 3), 9.0))
-        with pytest.raises(ParameterError, match=r"site 'z', party 1, party 2: .*wider than the"):
+        with pytest.raises(ParameterError, match=r"party 1, party 2, site 'z': .*wider than the"):
             fuse([narrow, normal_party(), wide], "product", prior=base)
         shared = [Posterior({"z": dist.Normal(float(i), 1.0)}) for i in range(2)]
-        with pytest.raises(ParameterError, match=r"site 'z', party 0, party 1: .*wider than the"):
+        with pytest.raises(ParameterError, match=r"party 0, party 1, site 'z': .*wider than the"):
             fuse(shared, "product", prior={"z": dist.Normal(0.0, 0.5)})
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
