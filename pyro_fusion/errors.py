@@ -4,13 +4,13 @@
 """The exceptions and warnings of the package.
 
 Every message says what was expected and what came. Where it happened is data: an error has the
-fields ``party`` and ``site``, from which the beginning of its text is made::
+fields ``party`` and ``site``, and its text is made from these::
 
     try:
         fuse({"north": a, "east": b})
-    except StructureError as e:
+    except FusionError as e:
         print(e.party, e.site)  # east loc
-        print(e)                # party 1 (east), site 'loc': expected ...
+        print(e)  # site 'loc': expected the same dtype ...
 
 Code deep inside knows neither the site nor the name of a party: :func:`at` and :func:`naming` fill
 in on the exception what is not known yet, as it passes by.
