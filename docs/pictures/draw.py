@@ -113,7 +113,7 @@ def idea() -> None:
     for s, (ax, posterior) in enumerate(zip(panels[:3], posteriors, strict=True)):
         party(ax, posterior)
         ax.set_title(f"party {'ABC'[s]}: {posterior.components('component')} components")
-    plot_components(posteriors, fusion, "loc", ax=panels[3])
+    plot_components(fusion, "loc", ax=panels[3])
     if (legend := panels[3].get_legend()) is not None:
         legend.remove()
     panels[3].set_title(f"fused: {fusion.num_atoms} atoms")

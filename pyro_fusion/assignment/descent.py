@@ -101,7 +101,7 @@ class Descent:
                     n, k = linear_sum_assignment(cost[a - start : b - start])
                 except ValueError as e:
                     raise ParameterError(
-                        f"party {parties[s]}: every assignment has infinite cost"
+                        "every assignment has infinite cost", party=parties[s]
                     ) from e
                 result[a + n] = k
             i = j

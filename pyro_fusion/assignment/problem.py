@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.errors import ParameterError, StructureError
+from pyro_fusion.errors import ParameterError, Party, StructureError
 
 __all__ = [
     "NEW",
@@ -183,18 +183,19 @@ class AssignmentProblem:
         for s, (a, size) in enumerate(zip(parties, self.sizes, strict=True)):
             if a.shape != (size,):
                 raise StructureError(
-                    f"party {s}: expected an assignment of shape [{size}], got {list(a.shape)}"
+                    f"expected an assignment of shape [{size}], got {list(a.shape)}", party=s
                 )
             if size and (a.dtype == torch.bool or a.is_floating_point() or a.is_complex()):
-                raise ParameterError(f"party {s}: expected atoms as integers, got {a.dtype}")
+                raise ParameterError(f"expected atoms as integers, got {a.dtype}", party=s)
         every = torch.cat(parties).cpu().long()
         least = NEW if self.new_atoms else 0
         bad = (every < least) | (every >= self.num_atoms)
         if bool(bad.any()):
             s, n = _place(bad, self.sizes)
             raise ParameterError(
-                f"party {s}: expected atoms from {least} to {self.num_atoms - 1}, got "
-                f"{int(parties[s][n])} for component {n}"
+                f"expected atoms from {least} to {self.num_atoms - 1}, got "
+                f"{int(parties[s][n])} for component {n}",
+                party=s,
             )
         standing = every != NEW
         pair = (party_of(self.sizes) * self.num_atoms + every)[standing]
@@ -203,7 +204,7 @@ class AssignmentProblem:
         if int(taken.count_nonzero()) < len(pair):
             s, k = divmod(int(torch.bincount(pair).argmax()), self.num_atoms)
             raise ParameterError(
-                f"party {s}: expected each atom at most once, got atom {k} for several components"
+                f"expected each atom at most once, got atom {k} for several components", party=s
             )
         return every
 
@@ -247,18 +248,21 @@ def _check_shapes(cost: list[Tensor], new_atoms: bool) -> None:
     num_atoms = 0
     for s, c in enumerate(cost):
         if not isinstance(c, Tensor):
-            raise ParameterError(f"party {s}: expected costs as a tensor, got {type(c).__name__}")
+            raise ParameterError(f"expected costs as a tensor, got {type(c).__name__}", party=s)
         if c.dtype == torch.bool or c.is_complex():
-            raise ParameterError(f"party {s}: expected costs as real numbers, got {c.dtype}")
+            raise ParameterError(f"expected costs as real numbers, got {c.dtype}", party=s)
         if s == 0 and c.dim():
             num_atoms = len(c)
         if c.dim() != 2 or c.shape[0] != num_atoms:
             raise StructureError(
-                f"party {s}: expected costs of shape [{num_atoms}, L], got {list(c.shape)}"
+                f"expected costs of shape [{num_atoms}, L], got {list(c.shape)}", party=s
             )
         if not new_atoms and c.shape[1] > num_atoms:
             raise StructureError(
-                f"party {s} has {c.shape[1]} components, but there are only {num_atoms} atoms"
+                [
+                    Party(s),
+                    f" has {c.shape[1]} components, but there are only {num_atoms} atoms",
+                ]
             )
 
 
@@ -284,12 +288,12 @@ def _check_values(cost: Tensor, sizes: tuple[int, ...], new_atoms: bool) -> None
     bad = ~(low > -torch.inf) | high.isnan()
     if bool(bad.any()):
         s, _ = _place(bad, sizes)
-        raise ParameterError(f"party {s}: costs must not be NaN or -inf")
+        raise ParameterError("costs must not be NaN or -inf", party=s)
     forbidden = low == torch.inf
     if not new_atoms and bool(forbidden.any()):
         s, component = _place(forbidden, sizes)
         raise ParameterError(
-            f"party {s}: every assignment has infinite cost: component {component} has no atom"
+            f"every assignment has infinite cost: component {component} has no atom", party=s
         )
     if bool((high == torch.inf).any()):
         high = cost.masked_fill(cost == torch.inf, 0.0).amax(0).cpu()
@@ -300,8 +304,9 @@ def _check_values(cost: Tensor, sizes: tuple[int, ...], new_atoms: bool) -> None
     if bool(bad.any()):
         s, _ = _place(bad, sizes)
         raise ParameterError(
-            f"party {s}: finite costs must be between {-most:.3g} and {most:.3g}, for sums of "
-            f"them not to overflow in {cost.dtype}; inf forbids a pair"
+            f"finite costs must be between {-most:.3g} and {most:.3g}, for sums of "
+            f"them not to overflow in {cost.dtype}; inf forbids a pair",
+            party=s,
         )
 
 

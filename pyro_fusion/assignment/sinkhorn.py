@@ -304,5 +304,5 @@ def _round(problem: AssignmentProblem, soft: Tensor) -> Tensor:
         try:
             atoms.append(match(v, 0.0, room))
         except ValueError as e:
-            raise ParameterError(f"party {s}: every assignment has infinite cost") from e
+            raise ParameterError("every assignment has infinite cost", party=s) from e
     return torch.cat(atoms)

@@ -13,7 +13,7 @@ import torch
 from torch.distributions import Distribution
 
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.errors import FusionError, ParameterError, StructureError
+from pyro_fusion.errors import FusionError, ParameterError, Site, StructureError, at
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.pyro import (
@@ -75,7 +75,7 @@ def read_parties(
             if isinstance(g, str | os.PathLike):
                 remedy = ": read the file, Posterior.load(path)"
             raise StructureError(
-                f"party {s}: expected a Posterior or a Pyro guide, got {kind}{remedy}"
+                f"expected a Posterior or a Pyro guide, got {kind}{remedy}", party=s
             )
     if axes is not None and not guides:
         raise StructureError(
@@ -86,10 +86,8 @@ def read_parties(
         check_not_shared(inputs)
     parties = []
     for s, g in enumerate(inputs):
-        try:
+        with at(party=s):
             parties.append(g if isinstance(g, Posterior) else from_guide(g, axes=axes))
-        except FusionError as e:
-            raise type(e)(f"party {s}: {e}") from e
     return parties, guides
 
 
@@ -133,8 +131,9 @@ def _check_same_prior(first: Posterior, other: Posterior, s: int) -> None:
         g = other.decomposed.get(site)
         if g is None or not _same_prior(f, g):
             raise StructureError(
-                f"site '{site}': the model of guide {s} has another prior than that of guide 0; "
-                "fit them with one prior, or say as `prior` which one to divide out"
+                f"the model of guide {s} has another prior than that of guide 0; "
+                "fit them with one prior, or say as `prior` which one to divide out",
+                site=site,
             )
 
 
@@ -172,8 +171,11 @@ def _as_factors(
 def check_has(prior: Mapping[str, Any], site: str) -> None:
     if site not in prior:
         raise StructureError(
-            f"pooling 'product' needs the prior of site '{site}'; `prior` has "
-            f"{sorted(map(str, prior))}"
+            [
+                "pooling 'product' needs the prior of ",
+                Site(site),
+                f"; `prior` has {sorted(map(str, prior))}",
+            ]
         )
 
 
@@ -181,4 +183,4 @@ def _prior_factor(site: str, d: Distribution | Factor) -> Factor:
     try:
         return as_factor(d)
     except FusionError as e:
-        raise type(e)(f"site '{site}' of `prior`: {e}") from e
+        raise type(e)([Site(site), " of `prior`: ", *e.pieces]) from e

@@ -38,13 +38,14 @@ def atom_prior(
     target = (1, *like.base_shape[1:])
     if axes and len(g.shape) == len(shape) + len(axes):
         if axes[-1] >= g.separable_axes:
-            raise StructureError(f"site '{site}': axis {axes[-1]} of its prior is not separable")
+            raise StructureError(f"axis {axes[-1]} of its prior is not separable", site=site)
         g = g.with_batch(*axes).map(lambda v: v.flatten(0, len(axes) - 1))
         g = replace(g, batch_dim=1)
         if any(bool((v != v[:1]).any()) for v in g.params.values()):
             raise StructureError(
-                f"site '{site}': the prior differs between components, so it cannot be the prior "
-                "of components whose order means nothing"
+                "the prior differs between components, so it cannot be the prior "
+                "of components whose order means nothing",
+                site=site,
             )
         g = g.index_select(0, torch.tensor([0]))
     else:
@@ -60,7 +61,7 @@ def atom_prior(
         one = like.index_select(0, torch.tensor([0], device=like.device))
         g = project_onto(g.to(like.device, like.dtype), one)
     except (FusionError, RuntimeError) as e:
-        raise StructureError(f"site '{site}': the prior does not fit the posterior: {e}") from e
+        raise StructureError(f"the prior does not fit the posterior: {e}", site=site) from e
     return g
 
 
@@ -77,8 +78,9 @@ def prior_fill(
         return None
     if prior[site].structure() != like.structure():
         raise StructureError(
-            f"site '{site}': the prior is {show_structure(prior[site].structure())}, expected "
-            f"{show_structure(like.structure())} as the posteriors"
+            f"the prior is {show_structure(prior[site].structure())}, expected "
+            f"{show_structure(like.structure())} as the posteriors",
+            site=site,
         )
     values = list(prior[site].params.values())
     if len(places) == 2 and [v.dim() for v in values] == [len(like.shape)]:
@@ -89,14 +91,16 @@ def prior_fill(
         groups = [torch.cat([v.flatten() for v in values])] * 2
     if any(v.numel() == 0 for v in groups):
         raise StructureError(
-            f"site '{site}': the prior is of one component, which does not tell what it is between "
-            "two; give that of two or more"
+            "the prior is of one component, which does not tell what it is between "
+            "two; give that of two or more",
+            site=site,
         )
     if any(bool((v != v[0]).any()) for v in groups):
         where = " on its diagonal, or off it" if len(places) == 2 else ""
         raise StructureError(
-            f"site '{site}': the prior is not symmetric: it has several values{where}, so none for "
-            "components that some parties lack"
+            f"the prior is not symmetric: it has several values{where}, so none for "
+            "components that some parties lack",
+            site=site,
         )
     return float(groups[0][0]), float(groups[1][0])
 
@@ -108,6 +112,8 @@ def located(
     sizes: tuple[int, ...],
 ) -> ParameterError:
     """The error of a barycentre, with its site, and the parties that are wider than the prior."""
+    if error.site is not None or error.parties:
+        return error
     for site, f in local.items():
         one_prior = prior.get(site)
         party = party_of(sizes).tolist()
@@ -117,9 +123,12 @@ def located(
             if one_prior is not None and _wider(one, one_prior):
                 wide.add(party[n])
         if wide:
-            parties = ", ".join(f"party {s}" for s in sorted(wide)[:10])
-            return ParameterError(f"site '{site}', {parties}: {error}")
-    return ParameterError(f"site {' or '.join(repr(s) for s in local)}: {error}")
+            error.locate(party=sorted(wide)[:10], site=site)
+            return error
+    if len(local) == 1:
+        error.locate(site=next(iter(local)))
+        return error
+    return ParameterError([f"site {' or '.join(repr(s) for s in local)}: ", *error.pieces])
 
 
 def _wider(f: Factor, prior: Factor) -> bool:

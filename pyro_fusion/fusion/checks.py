@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from pyro_fusion.errors import ParameterError, StructureError, warn_user
+from pyro_fusion.errors import ParameterError, Party, StructureError, warn_user
 from pyro_fusion.families.member import show_structure
 from pyro_fusion.families.projection import is_stick_breaking
 from pyro_fusion.fusion.roles import Roles
@@ -45,7 +45,12 @@ def check_parties(posteriors: Sequence[Posterior]) -> None:
     for s, other in enumerate(posteriors[1:], 1):
         if set(other.axes) != set(first.axes):
             raise StructureError(
-                f"party {s} has the sites {sorted(other.axes)}, party 0 has {sorted(first.axes)}"
+                [
+                    Party(s),
+                    f" has the sites {sorted(other.axes)}, ",
+                    Party(0),
+                    f" has {sorted(first.axes)}",
+                ]
             )
         for site, f in first.decomposed.items():
             g = other.decomposed[site]
@@ -63,9 +68,15 @@ def check_parties(posteriors: Sequence[Posterior]) -> None:
                     if what == "shape":
                         mine, theirs = tuple(f.shape), tuple(g.shape)
                     raise StructureError(
-                        f"site '{site}': expected the same {what} at all parties, got "
-                        f"{show_structure(theirs)} for party {s} and {show_structure(mine)} for "
-                        f"party 0{remedy}"
+                        [
+                            f"expected the same {what} at all parties, got "
+                            f"{show_structure(theirs)} for ",
+                            Party(s),
+                            f" and {show_structure(mine)} for ",
+                            Party(0),
+                            remedy,
+                        ],
+                        site=site,
                     )
 
 
@@ -194,7 +205,11 @@ def check_weights(weights: Weights, names: Sequence[str]) -> Tensor:
     bad = (~torch.isfinite(w) | (w < 0)).nonzero().flatten().tolist()
     if bad:
         raise ParameterError(
-            f"the weight of party {bad[0]} must be finite and non-negative, got {float(w[bad[0]])}"
+            [
+                "the weight of ",
+                Party(bad[0]),
+                f" must be finite and non-negative, got {float(w[bad[0]])}",
+            ]
         )
     if not bool((w > 0).any()):
         raise ParameterError("all weights are zero")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors
-from pyro_fusion.errors import ParameterError, StructureError, naming
+from pyro_fusion.errors import ParameterError, Party, Site, StructureError, naming
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.arguments import (
     Inputs,
@@ -128,8 +128,11 @@ class Parties:
             for s, p in enumerate(self.posteriors):
                 if one.num_atoms is not None and p.components(label) > one.num_atoms:
                     raise StructureError(
-                        f"party {self.names[s]} has {p.components(label)} components along "
-                        f"'{label}', but the prior allows only {one.num_atoms} atoms"
+                        [
+                            Party(self.names[s]),
+                            f" has {p.components(label)} components along '{label}', but the prior "
+                            f"allows only {one.num_atoms} atoms",
+                        ]
                     )
         return result
 
@@ -243,8 +246,9 @@ class Parties:
         rows = [i for i in places if i < first.separable_axes]
         if len(rows) > 1:
             raise StructureError(
-                f"site '{site}': label '{label}' on {len(rows)} batch axes is not "
-                "supported; one of them must be the event axis of a Dirichlet"
+                f"label '{label}' on {len(rows)} batch axes is not "
+                "supported; one of them must be the event axis of a Dirichlet",
+                site=site,
             )
         filled = prior_fill(site, self.prior, first, places)
         fill = None if filled is None else torch.tensor(filled[0], dtype=torch.float64)
@@ -262,7 +266,7 @@ class Parties:
         prior = None
         if self.pooling.needs_prior:
             if filled is None:
-                raise StructureError(f"pooling 'product' needs the prior of site '{site}'")
+                raise StructureError(["pooling 'product' needs the prior of ", Site(site)])
             first_place = torch.zeros(1, dtype=torch.long, device=stacked.device)
             one = stacked.index_select(0, first_place).map(lambda v: torch.full_like(v, filled[0]))
             prior = one.map(lambda v: v.index_fill(-1, first_place, filled[1]))
@@ -318,7 +322,10 @@ def locating(problem: Components) -> Iterator[None]:
     try:
         yield
     except ParameterError as e:
-        raise located(e, problem.local, problem.prior, problem.sizes) from e
+        error = located(e, problem.local, problem.prior, problem.sizes)
+        if error is e:
+            raise
+        raise error from e
 
 
 def _unsqueeze(f: Factor) -> Factor:

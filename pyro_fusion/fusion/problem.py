@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import AssignmentPrior, AssignmentProblem
-from pyro_fusion.errors import StructureError, naming
+from pyro_fusion.errors import Party, StructureError, naming
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.ascent import expectation_maximization
@@ -226,8 +226,11 @@ def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Label
         for s, own in enumerate(a.split(sizes)):
             if len(own.unique()) < len(own):
                 raise StructureError(
-                    f"assignment of '{label}', party {s}: expected a different atom for each "
-                    f"component, got {own.tolist()}"
+                    [
+                        f"assignment of '{label}', ",
+                        Party(s),
+                        f": expected a different atom for each component, got {own.tolist()}",
+                    ]
                 )
         count = len(a.unique())
         if limit is not None and count > limit:

@@ -83,7 +83,7 @@ class Fusion:
         turn: those that share sites are one, and their iterations rounds. It is that of the
         barycentres, before effects are averaged (``outgoing``) and with messages tempered.
     :ivar shared_objective: the divergence of the sites without a label, a constant.
-    :ivar party_names: names of the parties, for tables and plots.
+    :ivar parties: names of the parties -> the posteriors that were fused, in order.
     """
 
     posterior: Posterior
@@ -91,7 +91,12 @@ class Fusion:
     labels: Mapping[str, FusedLabel]
     objective: list[float]
     shared_objective: float
-    party_names: tuple[str, ...]
+    parties: Mapping[str, Posterior]
+
+    @property
+    def party_names(self) -> tuple[str, ...]:
+        """Names of the parties, in order; of a list, their numbers."""
+        return tuple(self.parties)
 
     @cached_property
     def guide(self) -> PosteriorGuide:
@@ -179,5 +184,5 @@ class Fusion:
         return f"Fusion({self._parties()}, {self.pooling}: {what or 'shared sites'})"
 
     def _parties(self) -> str:
-        count = len(self.party_names)
+        count = len(self.parties)
         return "1 party" if count == 1 else f"{count} parties"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import partial
 
-from pyro_fusion.errors import StructureError
+from pyro_fusion.errors import Site, StructureError
 from pyro_fusion.posterior import Posterior
 
 __all__ = ["Roles", "site_roles", "turns"]
@@ -55,9 +55,12 @@ def site_roles(posterior: Posterior) -> Roles:
             roles.linked[site] = labels
         else:
             raise StructureError(
-                f"site '{site}' has the labels {axes}: a site with several labels must have each "
-                "once, on axes of independent components. Label it once: "
-                f"axes={{'{site}': {tuple(a if a == labels[0] else None for a in axes)}}}, say"
+                [
+                    Site(site),
+                    f" has the labels {axes}: a site with several labels must have each "
+                    "once, on axes of independent components. Label it once: "
+                    f"axes={{'{site}': {tuple(a if a == labels[0] else None for a in axes)}}}, say",
+                ]
             )
     roles.groups.extend(_groups(posterior, roles))
     return roles

@@ -316,7 +316,7 @@ class _Search:
             labels=labels,
             objective=trace,
             shared_objective=problem.shared_objective,
-            party_names=problem.parties.names,
+            parties=dict(zip(problem.parties.names, problem.parties.posteriors, strict=True)),
         )
 
 
@@ -345,5 +345,5 @@ def _alone(problem: FusionProblem) -> Fusion:
         labels=labels,
         objective=[sum(m.objective[0] for m in labels.values())],
         shared_objective=0.0,
-        party_names=problem.parties.names,
+        parties=dict(zip(problem.parties.names, problem.parties.posteriors, strict=True)),
     )

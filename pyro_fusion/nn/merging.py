@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from pyro_fusion.errors import ParameterError, StructureError
+from pyro_fusion.errors import ParameterError, Party, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.checks import check_weights
 from pyro_fusion.fusion.parties import Parties
@@ -187,16 +187,19 @@ def _posteriors(
     for s, p in enumerate(posteriors):
         if unknown := sorted(set(p.axes) - set(own)):
             raise StructureError(
-                f"party {s}: the {type(modules[0]).__name__} has no parameters {unknown[:10]}; it "
-                f"has {list(own)[:20]}"
+                f"the {type(modules[0]).__name__} has no parameters {unknown[:10]}; it "
+                f"has {list(own)[:20]}",
+                party=s,
             )
         for site, f in p.decomposed.items():
             if f.shape != own[site].shape or f.family.name != "Normal" or f.transforms:
                 behind = f" behind {type(f.transforms[-1]).__name__}" if f.transforms else ""
                 raise StructureError(
-                    f"party {s}, site '{site}': expected a Normal of shape "
+                    f"expected a Normal of shape "
                     f"{tuple(own[site].shape)}, as the parameter has, got a {f.family.name} of "
-                    f"shape {tuple(f.shape)}{behind}"
+                    f"shape {tuple(f.shape)}{behind}",
+                    party=s,
+                    site=site,
                 )
         result.append(
             Posterior(
@@ -209,17 +212,18 @@ def _posteriors(
 def _trained(m: nn.Module, party: int) -> Posterior:
     """All parameters that are trained, with one precision."""
     trained = {k: p.detach() for k, p in m.named_parameters() if p.requires_grad and p.numel()}
-    what = f"party {party}: the {type(m).__name__} has"
+    what = f"the {type(m).__name__} has"
     if not trained:
-        raise ParameterError(f"{what} no parameter that is trained (requires_grad)")
+        raise ParameterError(f"{what} no parameter that is trained (requires_grad)", party=party)
     for k, p in trained.items():
         if not p.is_floating_point():
             raise ParameterError(
                 f"{what} the parameter '{k}' of {p.dtype}, expected a real one: write a complex "
-                "one as its real and imaginary part"
+                "one as its real and imaginary part",
+                party=party,
             )
         if not bool(p.isfinite().all()):
-            raise ParameterError(f"{what} NaN or inf in parameter '{k}'")
+            raise ParameterError(f"{what} NaN or inf in parameter '{k}'", party=party)
     return equally_sure({k: p.double() for k, p in trained.items()})
 
 
@@ -236,7 +240,7 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
     for s, m in enumerate(modules):
         if lazy := [k for k, p in _tensors(m).items() if nn.parameter.is_lazy(p)]:
             raise ParameterError(
-                f"party {s}: parameters {lazy} have no shape yet: run the module once first"
+                f"parameters {lazy} have no shape yet: run the module once first", party=s
             )
     first = dict(_described(modules[0]))
     for s, m in enumerate(modules):
@@ -244,8 +248,13 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
         for name in (*first, *other):
             if first.get(name) != other.get(name):
                 raise StructureError(
-                    f"modules of different architectures: party {s} has {name} "
-                    f"{other.get(name, 'not at all')}, party 0 {first.get(name, 'not at all')}"
+                    [
+                        "modules of different architectures: ",
+                        Party(s),
+                        f" has {name} {other.get(name, 'not at all')}, ",
+                        Party(0),
+                        f" {first.get(name, 'not at all')}",
+                    ]
                 )
     frozen = [k for k, p in modules[0].named_parameters() if not p.requires_grad]
     running = tuple(f"{k}.".lstrip(".") for k in _normalised(modules[0]))
@@ -257,8 +266,14 @@ def _check_modules(modules: Sequence[nn.Module]) -> None:
             for name in names:
                 if not torch.equal(mine[name].cpu(), theirs[name].cpu()):
                     raise StructureError(
-                        f"{kind} '{name}' of party {s} differs from that of party 0: networks "
-                        "around it cannot be merged. Train it, or make it the same for all"
+                        [
+                            f"{kind} '{name}' of ",
+                            Party(s),
+                            " differs from that of ",
+                            Party(0),
+                            ": networks around it cannot be merged. Train it, or make it the same "
+                            "for all",
+                        ]
                     )
 
 

@@ -9,21 +9,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.plotting.common import (
     BLUE,
     EMPTY,
     FONT_SIZE,
     MIN_FONT_SIZE,
     cell_points,
-    matching_of,
+    fused_label,
     new_axes,
     require_matplotlib,
 )
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["plot_assignment", "plot_popularity"]
 
@@ -39,15 +38,15 @@ def plot_assignment(fusion: Fusion, label: str | None = None, ax: Axes | None = 
         none is given.
     :raises ImportError: without matplotlib.
     """
-    matching = matching_of(fusion, label)
+    found = fused_label(fusion, label)
     require_matplotlib()
     from matplotlib.colors import ListedColormap
     from matplotlib.ticker import MaxNLocator
 
     names = list(fusion.party_names)
-    num_parties, num_atoms = len(names), matching.num_atoms
+    num_parties, num_atoms = len(names), found.num_atoms
     table = torch.full((num_parties, num_atoms), -1)
-    for s, a in enumerate(matching.assignment):
+    for s, a in enumerate(found.assignment):
         table[s, a] = torch.arange(len(a))
     margin = 1.2 + 0.07 * max(map(len, names))
     ax = new_axes(ax, max(4.0, margin + 0.35 * num_atoms), 1.3 + 0.3 * num_parties)
@@ -61,7 +60,7 @@ def plot_assignment(fusion: Fusion, label: str | None = None, ax: Axes | None = 
     )
     ax.set_xlabel("atom")
     ax.set_ylabel("party")
-    ax.set_title(f"which {matching.label} of each party is in which atom", fontsize=10)
+    ax.set_title(f"which {found.label} of each party is in which atom", fontsize=10)
 
     font_size = min(FONT_SIZE, 0.45 * cell_points(ax, num_parties, num_atoms))
     if font_size < MIN_FONT_SIZE:
@@ -76,7 +75,7 @@ def plot_assignment(fusion: Fusion, label: str | None = None, ax: Axes | None = 
     ax.grid(which="minor", color="white", linewidth=font_size / 4)
     ax.tick_params(which="minor", length=0)
     ax.tick_params(which="major", labelsize=font_size + 1)
-    ax.set_xticks(range(num_atoms), [f"{k}\n×{int(m)}" for k, m in enumerate(matching.popularity)])
+    ax.set_xticks(range(num_atoms), [f"{k}\n×{int(m)}" for k, m in enumerate(found.popularity)])
     ax.set_yticks(range(num_parties), names)
     ax.set_xlabel("atom, × number of parties that have it")
     return ax
@@ -92,12 +91,12 @@ def plot_popularity(fusion: Fusion, label: str | None = None, ax: Axes | None = 
         none is given.
     :raises ImportError: without matplotlib.
     """
-    matching = matching_of(fusion, label)
+    found = fused_label(fusion, label)
     require_matplotlib()
     from matplotlib.ticker import MaxNLocator
 
-    num_parties, num_atoms = len(fusion.party_names), matching.num_atoms
-    popularity = matching.popularity.tolist()
+    num_parties, num_atoms = len(fusion.party_names), found.num_atoms
+    popularity = found.popularity.tolist()
     ax = new_axes(ax, max(4.0, 1.2 + 0.3 * num_atoms), 3)
     bars = ax.bar(range(num_atoms), popularity, color=BLUE, width=0.8)
     font_size = min(FONT_SIZE + 1, 0.6 * cell_points(ax, 1, num_atoms))
@@ -115,5 +114,5 @@ def plot_popularity(fusion: Fusion, label: str | None = None, ax: Axes | None = 
     ax.set_yticks([y for y in steps if y <= num_parties])
     ax.set_xlabel("atom")
     ax.set_ylabel(f"parties, of {num_parties}")
-    ax.set_title(f"how many parties have each {matching.label}", fontsize=10)
+    ax.set_title(f"how many parties have each {found.label}", fontsize=10)
     return ax

@@ -1,22 +1,19 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the pictures share: colours, new axes, and checks of what is to be drawn."""
+"""Parts that pictures have in common: colours, new axes, and checks of what is to be drawn."""
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from pyro_fusion.errors import StructureError
-from pyro_fusion.fusion.arguments import by_name
-from pyro_fusion.posterior import Posterior
+from pyro_fusion.fusion.result import FusedLabel, Fusion
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from pyro_fusion.fusion.result import FusedLabel, Fusion
 
 __all__ = [
     "BLUE",
@@ -29,9 +26,8 @@ __all__ = [
     "MIN_FONT_SIZE",
     "VERMILION",
     "cell_points",
-    "check_posteriors",
     "chosen_atoms",
-    "matching_of",
+    "fused_label",
     "new_axes",
     "require_matplotlib",
 ]
@@ -56,7 +52,11 @@ def require_matplotlib() -> None:
         raise ImportError("plots need matplotlib: pip install 'pyro-fusion[plot]'") from e
 
 
-def matching_of(fusion: Fusion, label: str | None) -> FusedLabel:
+def fused_label(fusion: Fusion, label: str | None) -> FusedLabel:
+    """How one label was fused; it may be left out if there is one.
+
+    :raises StructureError: for a label that is not there, or none where there are several.
+    """
     if label is None:
         return fusion.only_label()
     if label not in fusion.labels:
@@ -96,34 +96,3 @@ def chosen_atoms(atoms: Sequence[int] | None, num_atoms: int) -> list[int]:
     if not chosen or not known or len(set(chosen)) < len(chosen):
         raise StructureError(f"expected some of the atoms 0 to {num_atoms - 1}, got {list(given)}")
     return chosen
-
-
-def check_posteriors(
-    posteriors: Sequence[Posterior] | Mapping[str, Posterior], fusion: Fusion
-) -> list[Posterior]:
-    """The posteriors, if they are those that were fused.
-
-    :raises StructureError: naming the party, its label, and both numbers of components.
-    """
-    if isinstance(posteriors, Mapping):
-        named = by_name(posteriors)
-        if set(named) != set(fusion.party_names):
-            raise StructureError(
-                f"expected the posteriors of the parties {list(fusion.party_names)}, got those of "
-                f"{list(named)}"
-            )
-        posteriors = [named[name] for name in fusion.party_names]
-    posteriors = list(posteriors)
-    expected = len(fusion.party_names)
-    if len(posteriors) != expected:
-        raise StructureError(
-            f"expected the posteriors of {expected} parties, got {len(posteriors)}"
-        )
-    for label, matching in fusion.labels.items():
-        for s, (p, a) in enumerate(zip(posteriors, matching.assignment, strict=True)):
-            if p.components(label) != len(a):
-                raise StructureError(
-                    f"party {s} has {p.components(label)} components along '{label}', but "
-                    f"{len(a)} were fused: give the posteriors in the order of the fusion"
-                )
-    return posteriors

@@ -5,13 +5,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from pyro_fusion.errors import UnsupportedFamilyError
+from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.plotting.common import (
     BLUE,
     CYCLE,
@@ -20,19 +21,15 @@ from pyro_fusion.plotting.common import (
     MARKERS,
     MIN_FONT_SIZE,
     cell_points,
-    check_posteriors,
     chosen_atoms,
-    matching_of,
+    fused_label,
     new_axes,
     require_matplotlib,
 )
 from pyro_fusion.plotting.marginals import Dims, Marginals, label_of, marginals
-from pyro_fusion.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["axis_names", "contributions", "plot_components"]
 
@@ -41,7 +38,6 @@ _HEIGHT = 0.85
 
 
 def plot_components(
-    posteriors: Sequence[Posterior] | Mapping[str, Posterior],
     fusion: Fusion,
     site: str,
     *,
@@ -57,8 +53,6 @@ def plot_components(
     of the site, so that a positive number is drawn as a positive one. A site that all parties share
     is one atom, which all have.
 
-    :param posteriors: what was fused, a list or a mapping as it was for
-        :func:`~pyro_fusion.fuse`.
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param site: whose components to draw.
     :param label: that of the site; may be left out.
@@ -66,56 +60,49 @@ def plot_components(
         more. Places along its axis, or tuples of places where it has several: ``((0, 1), (2, 1))``.
     :param atoms: which to draw, from the top; by default all, in their order.
     :param ax: axes to draw into; a new figure by default.
-    :raises StructureError: for another number of parties or components than were fused, an unknown
-        site or label, a site with several labels, or dims or atoms that are not there.
+    :raises StructureError: for an unknown site or label, a site with several labels, or dims or
+        atoms that are not there.
     :raises UnsupportedFamilyError: if the numbers are not Normal, Gamma, Beta or Dirichlet behind
         transforms of single numbers; or two are not Normal.
     :raises ImportError: without matplotlib.
     """
-    fused, local, members = contributions(posteriors, fusion, site, label, dims, most=2)
+    fused, local, members = contributions(fusion, site, label, dims, most=2)
     chosen = chosen_atoms(atoms, len(members))
     pair = fused.params[0].shape[-1] == 2
     if pair and fused.covariance is None:
         raise UnsupportedFamilyError(
-            f"site '{site}': ellipses are of Normal numbers, got {fused.family}; choose one number "
-            "for its density, such as dims=(0,)"
+            f"ellipses are of Normal numbers, got {fused.family}; choose one number "
+            "for its density, such as dims=(0,)",
+            site=site,
         )
     require_matplotlib()
-    names = axis_names(site, fusion, dims, 1 + pair)
+    names = axis_names(fusion, site, dims, 1 + pair)
     if pair:
         return _ellipses(fused, local, members, chosen, names, new_axes(ax, 6, 5.5))
     return _rows(fused, local, members, chosen, names[0], ax)
 
 
 def contributions(
-    posteriors: Sequence[Posterior] | Mapping[str, Posterior],
-    fusion: Fusion,
-    site: str,
-    label: str | None,
-    dims: Dims | None,
-    most: int,
+    fusion: Fusion, site: str, label: str | None, dims: Dims | None, most: int
 ) -> tuple[Marginals, list[Marginals], list[list[tuple[int, int]]]]:
     """The atoms' numbers, the parties', and for each atom its ``(party, component)``.
 
     :raises StructureError: as :func:`plot_components` does.
     """
-    posteriors = check_posteriors(posteriors, fusion)
     own = label_of(fusion.posterior, site, label)
-    for p in posteriors:
-        label_of(p, site, own)
     fused = marginals(fusion.posterior, site, dims, most)
-    local = [marginals(p, site, dims, most) for p in posteriors]
+    local = [marginals(p, site, dims, most) for p in fusion.parties.values()]
     if own is None:
         return fused, local, [[(s, 0) for s in range(len(local))]]
-    matching = matching_of(fusion, own)
-    members: list[list[tuple[int, int]]] = [[] for _ in range(matching.num_atoms)]
-    for s, a in enumerate(matching.assignment):
+    found = fused_label(fusion, own)
+    members: list[list[tuple[int, int]]] = [[] for _ in range(found.num_atoms)]
+    for s, a in enumerate(found.assignment):
         for component, k in enumerate(a.tolist()):
             members[k].append((s, component))
     return fused, local, members
 
 
-def axis_names(site: str, fusion: Fusion, dims: Dims | None, count: int) -> list[str]:
+def axis_names(fusion: Fusion, site: str, dims: Dims | None, count: int) -> list[str]:
     """The site, with the places if a component has several numbers."""
     if None not in fusion.posterior.axes[site] or (dims is None and count == 1):
         return [site]

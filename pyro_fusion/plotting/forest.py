@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 
+from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.plotting.common import (
     BLUE,
     EMPTY,
@@ -25,12 +26,9 @@ from pyro_fusion.plotting.common import (
 from pyro_fusion.plotting.components import axis_names, contributions
 from pyro_fusion.plotting.diagnostics import heterogeneity
 from pyro_fusion.plotting.marginals import Dims
-from pyro_fusion.posterior import Posterior
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["plot_forest"]
 
@@ -40,7 +38,6 @@ _INK = "#444444"
 
 
 def plot_forest(
-    posteriors: Sequence[Posterior] | Mapping[str, Posterior],
     fusion: Fusion,
     site: str,
     *,
@@ -56,22 +53,10 @@ def plot_forest(
     :func:`~pyro_fusion.plotting.diagnostics.heterogeneity`. Names
     are left out where there is no room. A site that all parties share is one atom.
 
-    :param posteriors: what was fused, a list or a mapping as it was for
-        :func:`~pyro_fusion.fuse`.
-    :param fusion: the result of :func:`~pyro_fusion.fuse`.
-    :param site: whose components to draw.
-    :param label: that of the site; may be left out.
-    :param dims: which number of a component, ``(i,)``, or ``((i, j),)`` where it has two axes; may
-        be left out if there is one.
-    :param atoms: which to draw, from the top; by default all, in their order.
-    :param ax: axes to draw into; a new figure by default.
-    :raises StructureError: for another number of parties or components than were fused, an unknown
-        site or label, a site with several labels, or dims or atoms that are not there.
-    :raises UnsupportedFamilyError: if the number is not Normal, Gamma, Beta or of a Dirichlet,
-        behind transforms of single numbers.
-    :raises ImportError: without matplotlib.
+    Arguments and errors are those of :func:`plot_components`, of one number: ``dims`` is ``(i,)``,
+    or ``((i, j),)`` where a component has two axes. It need not be Normal.
     """
-    fused, local, members = contributions(posteriors, fusion, site, label, dims, most=1)
+    fused, local, members = contributions(fusion, site, label, dims, most=1)
     chosen = chosen_atoms(atoms, len(members))
     require_matplotlib()
 
@@ -121,5 +106,5 @@ def plot_forest(
     ax.set_yticks(list(ticks), list(ticks.values()), fontsize=font_size if named else FONT_SIZE)
     ax.set_ylim(y - 1.2 + half, -0.9)
     ax.tick_params(axis="y", length=0)
-    ax.set_xlabel(axis_names(site, fusion, dims, 1)[0] + ", 95 % interval")
+    ax.set_xlabel(axis_names(fusion, site, dims, 1)[0] + ", 95 % interval")
     return ax

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 
 from pyro_fusion.errors import StructureError
-from pyro_fusion.plotting.common import BLUE, GREY, MAX_INCHES, matching_of, require_matplotlib
+from pyro_fusion.fusion.result import Fusion
+from pyro_fusion.plotting.common import BLUE, GREY, MAX_INCHES, fused_label, require_matplotlib
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from numpy.typing import ArrayLike
-
-    from pyro_fusion.fusion.result import Fusion
 
 __all__ = ["plot_atoms"]
 
@@ -49,14 +48,14 @@ def plot_atoms(
     :raises StructureError: if a party, an atom or a component has no image, or too many.
     :raises ImportError: without matplotlib.
     """
-    matching = matching_of(fusion, label)
+    found = fused_label(fusion, label)
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    sources = [list(range(matching.num_atoms)), *(a.tolist() for a in matching.assignment)]
+    sources = [list(range(found.num_atoms)), *(a.tolist() for a in found.assignment)]
     images = _images([fused, *local], [len(source) for source in sources])
-    atoms = list(range(matching.num_atoms) if order is None else order)
-    titles = [str(k) for k in range(matching.num_atoms)] if titles is None else titles
+    atoms = list(range(found.num_atoms) if order is None else order)
+    titles = [str(k) for k in range(found.num_atoms)] if titles is None else titles
     names = ["fused", *([f"party {n}" for n in fusion.party_names] if names is None else names)]
     low, high = limits or (min(float(v.min()) for v in images), max(float(v.max()) for v in images))
     if figure is None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Transform
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import StructureError, UnsupportedFamilyError
+from pyro_fusion.errors import Site, StructureError, UnsupportedFamilyError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.transforms import is_elementwise
 from pyro_fusion.posterior import Posterior
@@ -109,19 +109,27 @@ def label_of(posterior: Posterior, site: str, label: str | None) -> str | None:
     :raises StructureError: for an unknown site, another label than the site's, or several.
     """
     if site not in posterior.axes:
-        raise StructureError(f"there is no site '{site}'; the sites are {sorted(posterior.axes)}")
+        raise StructureError(
+            ["there is no ", Site(site), f"; the sites are {sorted(posterior.axes)}"]
+        )
     labels = [x for x in posterior.axes[site] if x is not None]
     if len(labels) > 1:
         raise StructureError(
-            f"site '{site}' has the labels {labels}: expected one, as places along the other are "
-            "not the same in all parties"
+            [
+                Site(site),
+                f" has the labels {labels}: expected one, as places along the other are "
+                "not the same in all parties",
+            ]
         )
     own = labels[0] if labels else None
     if label is not None and label != own:
         raise StructureError(
-            f"site '{site}' has "
-            + ("no label" if own is None else f"the label '{own}'")
-            + f", got label '{label}'"
+            [
+                Site(site),
+                " has "
+                + ("no label" if own is None else f"the label '{own}'")
+                + f", got label '{label}'",
+            ]
         )
     return own
 
@@ -141,7 +149,7 @@ def marginals(posterior: Posterior, site: str, dims: Dims | None, most: int) -> 
     if not all(map(is_elementwise, transforms)):
         names = ", ".join(type(t).__name__ for t in transforms)
         raise UnsupportedFamilyError(
-            f"site '{site}': expected transforms of single numbers, got {names}"
+            f"expected transforms of single numbers, got {names}", site=site
         )
     shape = tuple(n for i, n in enumerate(f.shape) if i != axis)
     places = _places(site, dims, shape, most)
@@ -205,8 +213,9 @@ def _numbers(
         rest = alpha.sum(-1, keepdim=True) - alpha
         return "Beta", (first(alpha), first(rest)), None
     raise UnsupportedFamilyError(
-        f"site '{site}': expected a Normal, MultivariateNormal, Gamma, Exponential, Beta or "
-        f"Dirichlet, perhaps behind a bijection, got {name}"
+        f"expected a Normal, MultivariateNormal, Gamma, Exponential, Beta or "
+        f"Dirichlet, perhaps behind a bijection, got {name}",
+        site=site,
     )
 
 

@@ -8,21 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyro_fusion.errors import StructureError
+from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.plotting.common import (
     BLUE,
     FONT_SIZE,
     MIN_FONT_SIZE,
     cell_points,
-    matching_of,
+    fused_label,
     new_axes,
     require_matplotlib,
 )
+from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-    from pyro_fusion.fusion.result import Fusion
-    from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
 
 __all__ = ["plot_num_atoms", "plot_objective"]
 
@@ -30,6 +29,7 @@ __all__ = ["plot_num_atoms", "plot_objective"]
 def plot_objective(fusion: Fusion, ax: Axes | None = None) -> Axes:
     """The objective F after the start and after each iteration; it never rises.
 
+    :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param ax: axes to draw into; a new figure by default.
     :raises ImportError: without matplotlib.
     """
@@ -45,17 +45,18 @@ def plot_objective(fusion: Fusion, ax: Axes | None = None) -> Axes:
 
 
 def plot_num_atoms(
+    fusion: Fusion | None,
     draws: GibbsResult | AssignmentDraws,
-    fusion: Fusion | None = None,
     label: str | None = None,
     ax: Axes | None = None,
 ) -> Axes:
     """The posterior of the number of atoms, a bar of height ``P(K)`` for each K from the least to
     the largest that was drawn.
 
+    :param fusion: the result of :func:`~pyro_fusion.fuse`, whose own K is marked; None to mark
+        none.
     :param draws: what :meth:`FusionGibbs.run <pyro_fusion.FusionGibbs.run>` returns, or its draws
         of one label.
-    :param fusion: the result of :func:`~pyro_fusion.fuse`, whose own K is marked.
     :param label: which label; may be left out if there is one.
     :param ax: axes to draw into; a new figure by default.
     :raises StructureError: for a label that the draws or the fusion do not have, or if there are
@@ -63,7 +64,7 @@ def plot_num_atoms(
     :raises ImportError: without matplotlib.
     """
     of_label = _draws_of(draws, label)
-    own = None if fusion is None else matching_of(fusion, of_label.label).num_atoms
+    own = None if fusion is None else fused_label(fusion, of_label.label).num_atoms
     require_matplotlib()
     from matplotlib.patheffects import withStroke
     from matplotlib.ticker import MaxNLocator
@@ -96,8 +97,6 @@ def plot_num_atoms(
 
 
 def _draws_of(draws: GibbsResult | AssignmentDraws, label: str | None) -> AssignmentDraws:
-    from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
-
     if not isinstance(draws, GibbsResult | AssignmentDraws):
         raise StructureError(
             "expected what FusionGibbs.run() returns, or its draws of one label, got "

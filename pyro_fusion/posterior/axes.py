@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_fusion.errors import FusionError, StructureError, warn_user
+from pyro_fusion.errors import StructureError, at, warn_user
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.families.projection import (
     dirichlet_from_stick_breaking,
@@ -63,10 +63,10 @@ def names_of(site: str, names: Sequence[str | None] | str) -> tuple[str | None, 
     :raises StructureError: for what is no name.
     """
     if not isinstance(names, Sequence):
-        raise StructureError(f"site '{site}': expected a sequence of labels, got {names!r}")
+        raise StructureError(f"expected a sequence of labels, got {names!r}", site=site)
     names = (names,) if isinstance(names, str) else tuple(names)
     if any(not (name is None or (isinstance(name, str) and name)) for name in names):
-        raise StructureError(f"site '{site}': labels must be names or None, got {names}")
+        raise StructureError(f"labels must be names or None, got {names}", site=site)
     return names
 
 
@@ -75,7 +75,7 @@ def labelled(
 ) -> tuple[Factor, tuple[str | None, ...]]:
     """Take one site apart, check it, and make its labelled axes separable."""
     labels = names_of(site, labels)
-    try:
+    with at(site=site):
         f = d.map(torch.clone) if isinstance(d, Factor) else as_factor(d)
         if len(labels) > len(f.shape):
             raise StructureError(
@@ -88,8 +88,6 @@ def labelled(
         if joint:
             f = _separated(site, f, joint)
             f.check()
-    except FusionError as e:
-        raise type(e)(f"site '{site}': {e}") from e
     return f, axes
 
 

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributions.transforms import _InverseTransform
 
-from pyro_fusion.errors import FileFormatError, FusionError
+from pyro_fusion.errors import FileFormatError, FusionError, Site
 from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.transforms import describe, rebuild
 
@@ -85,7 +85,7 @@ def write(
 
 
 @contextlib.contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def _refusing(*what: str | Site) -> Iterator[None]:
     """Turn whatever reading hostile data raises into a FileFormatError of one short line."""
     try:
         yield
@@ -101,7 +101,7 @@ def _refusing(what: str) -> Iterator[None]:
     ) as e:
         # repr: a file may name things with line breaks or lone surrogates in them.
         text = " ".join(str(e).split()).encode("utf-8", "backslashreplace").decode()
-        raise FileFormatError(f"{what}: {text[:300]}") from e
+        raise FileFormatError([*what, f": {text[:300]}"]) from e
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes, dict[str, str]]:
@@ -130,7 +130,7 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes,
         name = site.get("name") if isinstance(site, dict) else None
         if not isinstance(name, str) or not name or name in factors:
             raise FileFormatError(f"{path}: a site without a name of its own: {ascii(site)[:100]}")
-        with _refusing(f"{path}: site {ascii(name)[:100]}"):
+        with _refusing(f"{path}: ", Site(name)):
             factors[name] = _read_factor(name, site, tensors)
             axes[name], plates[name] = _labels(site, "axes"), _labels(site, "plates")
             if "outgoing" in site:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_fusion.errors import FileFormatError, FusionError, StructureError
+from pyro_fusion.errors import FileFormatError, FusionError, Site, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.projection import to_marginals
 from pyro_fusion.posterior.axes import (
@@ -99,8 +99,7 @@ class Posterior:
             names = names_of(site, (plates or {}).get(site, self._axes[site][: f.batch_dim]))
             if len(names) != f.batch_dim:
                 raise StructureError(
-                    f"site '{site}': {len(names)} plates {names} for batch shape "
-                    f"{tuple(f.batch_shape)}"
+                    f"{len(names)} plates {names} for batch shape {tuple(f.batch_shape)}", site=site
                 )
             self._plates[site] = names
         self._sizes = self._check_sizes("label", self._axes)
@@ -111,8 +110,9 @@ class Posterior:
             if not known or not self._factors[site].scales:
                 found = f"{describe(self._factors[site])} with {describe_axes(self._axes[site])}"
                 raise StructureError(
-                    f"site '{site}': expected a Normal or MultivariateNormal with the label "
-                    f"{ascii(label)[:100]} on one axis to be outgoing, got {found}"
+                    f"expected a Normal or MultivariateNormal with the label "
+                    f"{ascii(label)[:100]} on one axis to be outgoing, got {found}",
+                    site=site,
                 )
 
     def _check_sizes(
@@ -126,9 +126,13 @@ class Posterior:
                 other, expected = seen.setdefault(name, (site, size))
                 if size != expected:
                     raise StructureError(
-                        f"{what} '{name}' has size {size} at site '{site}' (shape "
-                        f"{tuple(f.shape)}) but size {expected} at site '{other}' (shape "
-                        f"{tuple(self._factors[other].shape)})"
+                        [
+                            f"{what} '{name}' has size {size} at ",
+                            Site(site),
+                            f" (shape {tuple(f.shape)}) but size {expected} at ",
+                            Site(other),
+                            f" (shape {tuple(self._factors[other].shape)})",
+                        ]
                     )
         return {name: size for name, (_, size) in seen.items()}
 
@@ -288,7 +292,7 @@ class Posterior:
         try:
             return cls(factors, axes, plates=plates, outgoing=outgoing)
         except FusionError as e:
-            raise FileFormatError(f"{os.fspath(path)}: {e}") from e
+            raise FileFormatError([f"{os.fspath(path)}: ", *e.pieces]) from e
 
     # -- printing --------------------------------------------------------------------------------
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from pyro_fusion.errors import StructureError
+from pyro_fusion.errors import Site, StructureError
 from pyro_fusion.fusion.roles import Roles
 
 __all__ = ["check_names"]
@@ -38,6 +38,9 @@ def check_names(roles: Roles, sites: Iterable[str], product: bool) -> None:
         plates |= {f"{site}_atoms" for site in roles.linked}
     if clash := sorted(sites & (taken | plates)):
         raise StructureError(
-            f"site '{clash[0]}' has a name that the program of a fusion uses itself; those are "
-            f"{sorted(taken | plates)}: give the site another"
+            [
+                Site(clash[0]),
+                f" has a name that the program of a fusion uses itself; those are "
+                f"{sorted(taken | plates)}: give the site another",
+            ]
         )

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.errors import GuideError, at, warn_user
 from pyro_fusion.families import Factor, family_named
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.sites import Labels, Read, Sites, normal_factor, transform_of
@@ -172,14 +172,12 @@ def block(
     try:
         tril = torch.linalg.cholesky(joint.covariance(index))
     except torch.linalg.LinAlgError as e:
-        raise GuideError(f"site '{name}': the guide's covariance is singular") from e
+        raise GuideError("the guide's covariance is singular", site=name) from e
     log_det = 2 * float(tril.diagonal(dim1=-2, dim2=-1).log().sum())
     reshape: tuple[tt.Transform, ...] = ()
     if len(rest) > 1:
         reshape = (tt.ReshapeTransform(torch.Size([rest.numel()]), rest),)
     params = {"loc": joint.loc[index].to(joint.dtype), "scale_tril": tril.to(joint.dtype)}
     factor = Factor(family_named("MultivariateNormal"), params, (*reshape, *parts), len(plates))
-    try:
+    with at(site=name):
         return Factor.of(factor.distribution(validate_args=False)), log_det
-    except FusionError as e:
-        raise type(e)(f"site '{name}': {e}") from e

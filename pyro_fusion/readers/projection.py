@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform
 
-from pyro_fusion.errors import GuideError, ParameterError, UnsupportedFamilyError, warn_user
+from pyro_fusion.errors import GuideError, ParameterError, Site, UnsupportedFamilyError, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.families.projection import normal_from_draws
 from pyro_fusion.families.transforms import flatten
@@ -40,8 +40,11 @@ def factor_of(name: str, site: Mapping[str, Any]) -> Factor | None:
     mask = site["mask"]
     if isinstance(mask, Tensor) and not bool(mask.all()):
         raise GuideError(
-            f"site '{name}' is partly masked out, so there is no posterior over the whole of it. "
-            "Remove the mask, or block the site"
+            [
+                Site(name),
+                " is partly masked out, so there is no posterior over the whole of it. "
+                "Remove the mask, or block the site",
+            ]
         )
     if isinstance(bare(site["fn"]), dist.Delta):
         return None
@@ -116,7 +119,9 @@ def resolve(
         there = run()
         for name, s in run_for.items():
             if name not in there:
-                raise GuideError(f"site '{name}' is not there in every run of the {what}; block it")
+                raise GuideError(
+                    [Site(name), f" is not there in every run of the {what}; block it"]
+                )
             values[name].append(_statistic(name, s, there[name]).unsqueeze(0))
             dtypes[name] = there[name]["value"].dtype
     matched: dict[str, Read] = {}
@@ -126,11 +131,13 @@ def resolve(
             dtype = dtypes[name] if s.like is None else s.like.dtype
             matched[name] = Read(factor.to(dtype=dtype), s.plates)
         except UnsupportedFamilyError as e:
-            raise UnsupportedFamilyError(f"site '{name}': {e}") from e
+            e.locate(site=name)
+            raise
         except (ParameterError, torch.linalg.LinAlgError) as e:
             raise GuideError(
-                f"site '{name}': {num_samples} draws of the {what} match no "
-                f"{s.like.family.name if s.like else 'Normal'}: {e}"
+                f"{num_samples} draws of the {what} match no "
+                f"{s.like.family.name if s.like else 'Normal'}: {e}",
+                site=name,
             ) from e
     _warn_projected(pending, what, num_samples)
     return {name: s if isinstance(s, Read) else matched[name] for name, s in sites.items()}
@@ -143,8 +150,11 @@ def _statistic(name: str, s: Draws, site: Mapping[str, Any]) -> Tensor:
     factor = factor_of(name, site)
     if factor is None or factor.structure() != s.like.structure():
         raise GuideError(
-            f"site '{name}' changes its kind of distribution from run to run, so there is no one "
-            "family to project it onto"
+            [
+                Site(name),
+                " changes its kind of distribution from run to run, so there is no one "
+                "family to project it onto",
+            ]
         )
     return factor.shift(s.like.location()).mean
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
-from pyro_fusion.errors import FusionError, GuideError, ParameterError
+from pyro_fusion.errors import GuideError, ParameterError, Site, at
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Axes, Posterior
 
@@ -78,7 +78,7 @@ def labels_of(axes: Axes | None) -> Labels:
     result: dict[str, Sequence[str | None]] = {}
     for site, labels in (axes or {}).items():
         if not isinstance(labels, Sequence):
-            raise ParameterError(f"site '{site}': expected a sequence of labels, got {labels!r}")
+            raise ParameterError(f"expected a sequence of labels, got {labels!r}", site=site)
         result[site] = (labels,) if isinstance(labels, str) else tuple(labels)
     return result
 
@@ -118,9 +118,10 @@ def transform_of(name: str, support: Any) -> Transform:
         return biject_to(support)
     except NotImplementedError as e:
         raise GuideError(
-            f"site '{name}': support {support} has no bijection to unconstrained space, so its "
+            f"support {support} has no bijection to unconstrained space, so its "
             "draws cannot be matched by a Normal. Enumerate the site or block it, or give it a "
-            "distribution of a registered family"
+            "distribution of a registered family",
+            site=name,
         ) from e
 
 
@@ -136,10 +137,8 @@ def normal_factor(name: str, loc: Tensor, scale: Tensor, support: Any, batch_dim
 
 
 def _factor(name: str, d: Distribution) -> Factor:
-    try:
+    with at(site=name):
         return Factor.of(d)
-    except FusionError as e:
-        raise type(e)(f"site '{name}': {e}") from e
 
 
 class Spread:
@@ -163,20 +162,24 @@ class Spread:
         spread = self._spread.get(name) if isinstance(self._spread, Mapping) else self._spread
         if spread is None:
             raise GuideError(
-                f"site '{name}' is a point mass (Delta): it has a value but no spread. Pass "
-                f"spread=0.1, or spread={{'{name}': 0.1}}: a standard deviation in unconstrained "
-                "space. Or fit a guide that has one, as AutoNormal"
+                [
+                    Site(name),
+                    " is a point mass (Delta): it has a value but no spread. Pass spread=0.1, or "
+                    f"spread={{'{name}': 0.1}}: a standard deviation in unconstrained space. "
+                    "Or fit a guide that has one, as AutoNormal",
+                ]
             )
         self._used.add(name)
         scale = torch.as_tensor(spread, dtype=loc.dtype, device=loc.device).detach()
         if not bool((torch.isfinite(scale) & (scale > 0)).all()):
-            raise ParameterError(f"site '{name}': spread must be positive and finite, got {spread}")
+            raise ParameterError(f"spread must be positive and finite, got {spread}", site=name)
         try:
             scale = scale.expand(loc.shape)
         except RuntimeError as e:
             raise ParameterError(
-                f"site '{name}': spread of shape {tuple(scale.shape)} does not broadcast to the "
-                f"unconstrained shape {tuple(loc.shape)}"
+                f"spread of shape {tuple(scale.shape)} does not broadcast to the "
+                f"unconstrained shape {tuple(loc.shape)}",
+                site=name,
             ) from e
         return normal_factor(name, loc.detach(), scale, support, batch_dim)
 

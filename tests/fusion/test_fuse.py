@@ -23,6 +23,7 @@ from pyro_fusion import (
     NormalWishart,
     ParameterError,
     Posterior,
+    PosteriorGuide,
     StructureError,
     from_guide,
     fuse,
@@ -606,10 +607,10 @@ class TestBadInput:
         base = {"z": dist.Normal(torch.zeros(3), 0.5).to_event(1)}
         narrow = normal_party(scale=torch.full((2, 3), 0.1))
         wide = normal_party(scale=torch.full((2, 3), 9.0))
-        with pytest.raises(ParameterError, match=r"site 'z', party 1, party 2: .*wider than the"):
+        with pytest.raises(ParameterError, match=r"party 1, party 2, site 'z': .*wider than the"):
             fuse([narrow, normal_party(), wide], "product", prior=base)
         shared = [Posterior({"z": dist.Normal(float(i), 1.0)}) for i in range(2)]
-        with pytest.raises(ParameterError, match=r"site 'z', party 0, party 1: .*wider than the"):
+        with pytest.raises(ParameterError, match=r"party 0, party 1, site 'z': .*wider than the"):
             fuse(shared, "product", prior={"z": dist.Normal(0.0, 0.5)})
 
     @pytest.mark.parametrize("value", [0.0, -1.0, float("nan"), float("inf")])
@@ -717,7 +718,22 @@ class TestNames:
 
     def test_one_party(self):
         (name, posterior), *_ = self.named().items()
-        assert fuse({name: posterior}).party_names == (name,)
+        alone = fuse({name: posterior})
+        assert alone.party_names == (name,)
+        assert alone.parties[name] is posterior
+
+    def test_the_result_holds_what_was_fused(self):
+        named = self.named()
+        assert list(fuse(named).parties.items()) == list(named.items())
+        listed = fuse(list(named.values())).parties
+        assert list(listed) == [str(s) for s in range(len(named))]
+        assert list(listed.values()) == list(named.values())
+
+    def test_guides_are_held_as_they_were_read(self):
+        posterior = self.named()["north"]
+        read = fuse({"a": posterior, "b": PosteriorGuide(posterior)}).parties["b"]
+        assert isinstance(read, Posterior)
+        assert read.axes == posterior.axes
 
     def test_errors_name_the_parties(self):
         named = self.named() | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)})}

@@ -555,7 +555,7 @@ class TestStructure:
             local = [wide, *posteriors[1:]]
             fusion = fuse(local, "product", prior=BASE, weights=[0, 1, 1], dispersion=1.0)
             found.append(fusion.objective[-1])
-            with pytest.raises(ParameterError, match=r"'W2', party 0: "):
+            with pytest.raises(ParameterError, match=r"party 0, site 'W2': "):
                 fuse(local, "product", prior=BASE, dispersion=0.9)
         assert found[0] == pytest.approx(found[1])
 

@@ -203,7 +203,9 @@ class TestErrors:
     def test_location_of_a_shared_site(self):
         narrow = dist.Gamma(torch.tensor(100.0).double(), torch.tensor(50.0).double())
         given = read("product", prior={**BASE, "noise": narrow})
-        with pytest.raises(ParameterError, match="'noise', party 0, party 1, party 2, party 3: "):
+        with pytest.raises(
+            ParameterError, match="party 0, party 1, party 2, party 3, site 'noise': "
+        ):
             given.share("noise")
 
     def test_other_errors_pass(self):

@@ -9,18 +9,21 @@ import torch
 
 from pyro_fusion import FusedLabel, Fusion, Posterior
 from pyro_fusion.assignment.priors import FixedAtoms
+from pyro_fusion.program.gibbs import AssignmentDraws
 
 
 def fusion(
     assignment: list[list[int]],
     names: list[str] | None = None,
     posterior: Posterior | None = None,
+    parties: list[Posterior] | None = None,
 ) -> Fusion:
-    """A fusion with this assignment, of atoms at 0, 1, ... unless others are given."""
+    """A fusion with this assignment, of :func:`normals` to atoms at 0, 1, ... unless others are
+    given."""
     num_atoms = 1 + max(map(max, assignment))
     atoms = torch.arange(float(num_atoms))
     tensors = [torch.tensor(a) for a in assignment]
-    matching = FusedLabel(
+    one = FusedLabel(
         label="component",
         assignment=tensors,
         num_atoms=num_atoms,
@@ -33,9 +36,20 @@ def fusion(
     )
     if posterior is None:
         posterior = Posterior({"loc": dist.Normal(atoms, 1.0)}, {"loc": "component"})
-    party_names = tuple(names or map(str, range(len(assignment))))
-    trace = matching.objective
-    return Fusion(posterior, "inclusive", {"component": matching}, trace, 0.0, party_names)
+    return Fusion(
+        posterior=posterior,
+        pooling="inclusive",
+        labels={"component": one},
+        objective=one.objective,
+        shared_objective=0.0,
+        parties=dict(
+            zip(
+                names or map(str, range(len(assignment))),
+                parties or normals(assignment),
+                strict=True,
+            )
+        ),
+    )
 
 
 def many(num_parties: int, num_atoms: int, size: int) -> Fusion:
@@ -44,6 +58,20 @@ def many(num_parties: int, num_atoms: int, size: int) -> Fusion:
 
 
 THREE = [[0, 1], [2, 0], [1]]
+
+
+def draws(num_atoms: list[int], label: str = "component") -> AssignmentDraws:
+    """Draws that have these numbers of atoms."""
+    n = len(num_atoms)
+    return AssignmentDraws(
+        label=label,
+        sizes=(2, 2, 1),
+        assignments=torch.zeros(n, 5, dtype=torch.long),
+        num_atoms=torch.tensor(num_atoms),
+        log_density=torch.zeros(n),
+        alpha=None,
+        dispersion=None,
+    )
 
 
 def images(counts: list[int]) -> list[np.ndarray]:

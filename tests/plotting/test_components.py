@@ -17,7 +17,7 @@ from scipy import stats
 from pyro_fusion import Posterior, UnsupportedFamilyError
 from pyro_fusion.plotting import plot_components
 from pyro_fusion.plotting.marginals import marginals
-from tests.plotting.examples import THREE, fusion, normals
+from tests.plotting.examples import THREE, fusion
 
 
 def curves(ax) -> list[np.ndarray]:
@@ -29,7 +29,7 @@ def curves(ax) -> list[np.ndarray]:
 
 
 def test_each_row_has_its_atom_and_its_parties() -> None:
-    ax = plot_components(normals(THREE), fusion(THREE), "loc")
+    ax = plot_components(fusion(THREE), "loc")
     peaks = sorted((int(y.min()), float(x[y.argmax()])) for x, y in curves(ax))
     # Row 2 is atom 0, of party 0 at 0 and party 1 at 0.5; the atom itself is at 0.
     expected = [(0, 2), (0, 2.5), (1, 1), (1, 1), (1, 2), (2, 0), (2, 0), (2, 0.5)]
@@ -41,7 +41,7 @@ def test_each_row_has_its_atom_and_its_parties() -> None:
 
 
 def test_atoms_are_chosen_and_stronger_than_parties() -> None:
-    ax = plot_components(normals(THREE), fusion(THREE), "loc", atoms=[1])
+    ax = plot_components(fusion(THREE), "loc", atoms=[1])
     lines = [line for line in ax.lines if len(line.get_xdata()) > 2]
     *parties, atom = sorted(lines, key=Line2D.get_linewidth)
     assert len(parties) == 2
@@ -52,7 +52,7 @@ def test_atoms_are_chosen_and_stronger_than_parties() -> None:
 def test_the_density_of_a_positive_number_is_that_of_the_constrained_one() -> None:
     scale = dist.LogNormal(torch.tensor([0.3, 1.0]), torch.tensor([0.5, 0.2]))
     party = Posterior({"scale": scale}, {"scale": "component"})
-    ax = plot_components([party], fusion([[0, 1]], posterior=party), "scale", atoms=[0])
+    ax = plot_components(fusion([[0, 1]], posterior=party, parties=[party]), "scale", atoms=[0])
     for x, y in curves(ax):
         assert (x > 0).all()
         shape = stats.lognorm(0.5, scale=math.exp(0.3)).pdf(x)
@@ -122,15 +122,12 @@ def test_weights_along_the_label_are_one_number_each() -> None:
 
 def test_a_shared_site_is_one_atom_that_all_have() -> None:
     parties = [Posterior({"b": dist.Normal(torch.tensor(float(s)), 1.0)}) for s in range(3)]
-    ax = plot_components(parties, shared(parties[1]), "b")
+    result = replace(fusion([[0]] * 3, posterior=parties[1], parties=parties), labels={})
+    ax = plot_components(result, "b")
     assert sorted(float(x[y.argmax()]) for x, y in curves(ax)) == pytest.approx(
         [0, 1, 1, 2], abs=0.02
     )
     assert [t.get_text() for t in ax.get_yticklabels()] == ["0  ×3"]
-
-
-def shared(posterior: Posterior):
-    return replace(fusion([[0]] * 3, posterior=posterior), matchings={})
 
 
 # -- two numbers -----------------------------------------------------------------------------------
@@ -141,7 +138,7 @@ COVARIANCE = torch.tensor([[4.0, 1.5], [1.5, 1.0]]).double()
 def test_ellipses_are_one_and_two_deviations_wide() -> None:
     loc = torch.tensor([[0.0, 5.0], [20.0, -3.0]]).double()
     party = Posterior({"x": dist.MultivariateNormal(loc, COVARIANCE)}, {"x": "component"})
-    ax = plot_components([party], fusion([[1, 0]], posterior=party), "x", atoms=[1])
+    ax = plot_components(fusion([[1, 0]], posterior=party, parties=[party]), "x", atoms=[1])
     found = []
     for points in curves(ax):
         line = points - points.mean(1, keepdims=True)
@@ -183,7 +180,7 @@ def test_the_outline_of_positive_numbers_is_that_behind_the_bijection() -> None:
 def test_twenty_eight_atoms_differ_without_their_numbers() -> None:
     loc = torch.arange(56.0).reshape(28, 2)
     party = Posterior({"x": dist.Normal(loc, 0.1).to_event(1)}, {"x": "component"})
-    ax = plot_components([party], fusion([list(range(28))], posterior=party), "x")
+    ax = plot_components(fusion([list(range(28))], posterior=party, parties=[party]), "x")
     marks = [(x.get_color(), x.get_marker()) for x in ax.lines if len(x.get_xdata()) == 1]
     assert len(marks) == len(set(marks)) == 28
 
@@ -192,4 +189,4 @@ def test_ellipses_are_of_normals() -> None:
     gamma = dist.Gamma(torch.ones(1, 2), torch.ones(1, 2)).to_event(1)
     party = Posterior({"x": gamma}, {"x": "component"})
     with pytest.raises(UnsupportedFamilyError, match=r"of Normal numbers, got Gamma.* dims=\(0,\)"):
-        plot_components([party], fusion([[0]], posterior=party), "x")
+        plot_components(fusion([[0]], posterior=party, parties=[party]), "x")

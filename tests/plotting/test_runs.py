@@ -5,22 +5,13 @@
 
 import numpy as np
 import pytest
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from pyro_fusion import StructureError
 from pyro_fusion.plotting import plot_num_atoms, plot_objective
-from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
-from tests.plotting.examples import THREE, fusion
-
-
-def draws(num_atoms: list[int], label: str = "component") -> AssignmentDraws:
-    n = len(num_atoms)
-    groups = torch.zeros(n, 5, dtype=torch.long)
-    return AssignmentDraws(
-        label, (2, 2, 1), groups, torch.tensor(num_atoms), torch.zeros(n), None, None
-    )
+from pyro_fusion.program.gibbs import GibbsResult
+from tests.plotting.examples import THREE, draws, fusion
 
 
 def test_objective() -> None:
@@ -31,7 +22,7 @@ def test_objective() -> None:
 
 
 def test_number_of_atoms_is_drawn_with_its_probability() -> None:
-    ax = plot_num_atoms(draws([3, 3, 5, 3, 4, 3, 3, 5]))
+    ax = plot_num_atoms(None, draws([3, 3, 5, 3, 4, 3, 3, 5]))
     assert [b.get_x() + b.get_width() / 2 for b in ax.patches] == pytest.approx([3, 4, 5])
     assert [b.get_height() for b in ax.patches] == [5 / 8, 1 / 8, 2 / 8]
     assert [t.get_text() for t in ax.texts] == ["0.62", "0.12", "0.25"]
@@ -43,7 +34,7 @@ def test_number_of_atoms_is_drawn_with_its_probability() -> None:
 @pytest.mark.parametrize("num_atoms", [3, 40])
 def test_the_number_that_was_fused_is_marked_even_if_never_drawn(num_atoms: int) -> None:
     result = GibbsResult({"component": draws([10, 11, 11])})
-    ax = plot_num_atoms(result, fusion([list(range(num_atoms))]))
+    ax = plot_num_atoms(fusion([list(range(num_atoms))]), result)
     (line,) = ax.lines
     assert set(line.get_xdata()) == {num_atoms}
     low, high = ax.get_xlim()
@@ -52,16 +43,16 @@ def test_the_number_that_was_fused_is_marked_even_if_never_drawn(num_atoms: int)
 
 
 def test_rare_and_missing_numbers_are_told_apart() -> None:
-    ax = plot_num_atoms(draws([2] * 999 + [4]))
+    ax = plot_num_atoms(None, draws([2] * 999 + [4]))
     assert [t.get_text() for t in ax.texts] == ["1.00", "", "<.01"]
 
 
 def test_numbers_are_left_out_where_they_would_touch() -> None:
-    assert len(plot_num_atoms(draws(list(range(1, 200)))).texts) == 0
+    assert len(plot_num_atoms(None, draws(list(range(1, 200)))).texts) == 0
 
 
 @pytest.mark.parametrize(
-    "plot", [plot_objective, lambda f, ax: plot_num_atoms(draws([2]), f, ax=ax)]
+    "plot", [plot_objective, lambda f, ax: plot_num_atoms(f, draws([2]), ax=ax)]
 )
 def test_draws_into_given_axes_and_opens_no_figure(plot) -> None:
     axes = Figure().subplots(1, 2)
@@ -73,15 +64,15 @@ def test_draws_into_given_axes_and_opens_no_figure(plot) -> None:
 def test_draws_of_which_label() -> None:
     two = GibbsResult({x: draws([2], x) for x in ("state", "topic")})
     with pytest.raises(StructureError, match=r"expected one label, got \['state', 'topic'\]"):
-        plot_num_atoms(two)
+        plot_num_atoms(None, two)
     with pytest.raises(StructureError, match=r"label 'x', only of \['state', 'topic'\]"):
-        plot_num_atoms(two, label="x")
+        plot_num_atoms(None, two, label="x")
     with pytest.raises(StructureError, match=r"label 'x', only of \['component'\]"):
-        plot_num_atoms(draws([2]), label="x")
-    assert plot_num_atoms(two, label="topic").get_title().startswith("atoms of topic")
+        plot_num_atoms(None, draws([2]), label="x")
+    assert plot_num_atoms(None, two, label="topic").get_title().startswith("atoms of topic")
     plt.close("all")
     with pytest.raises(StructureError, match="no label 'topic'"):
-        plot_num_atoms(two, fusion(THREE), label="topic")
+        plot_num_atoms(fusion(THREE), two, label="topic")
     with pytest.raises(StructureError, match=r"FusionGibbs.run.*got Fusion"):
-        plot_num_atoms(fusion(THREE))  # type: ignore[arg-type]
+        plot_num_atoms(None, fusion(THREE))  # type: ignore[arg-type]
     assert plt.get_fignums() == []

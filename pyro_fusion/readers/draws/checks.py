@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from pyro_fusion.errors import DrawsError
+from pyro_fusion.errors import DrawsError, Site
 from pyro_fusion.readers.draws.site_draws import SiteDraws
 
 __all__ = ["check_converged", "check_enough", "check_number", "check_varies", "columns", "extreme"]
@@ -25,9 +25,10 @@ def check_varies(s: SiteDraws) -> None:
     constant = (base == base[:1]).flatten(1).all(0) if base.dim() > 1 else (base == base[:1]).all()
     if bool(constant.any()):
         raise DrawsError(
-            f"site '{s.name}': {int(constant.sum())} of its {constant.numel()} numbers are the "
+            f"{int(constant.sum())} of its {constant.numel()} numbers are the "
             f"same in all {len(base)} draws, so they have no spread to read. Leave the site out "
-            "with sites=[...], or fix it in the model"
+            "with sites=[...], or fix it in the model",
+            site=s.name,
         )
 
 
@@ -53,10 +54,13 @@ def check_converged(rhat: Mapping[str, float], limit: float | None, relabelled: 
         return
     after = ", after relabelling" if relabelled else ""
     raise DrawsError(
-        f"the chains have not converged: R-hat of site '{site}' is {rhat[site]:.3g}{after}, and "
-        f"{limit} is allowed. Run them for longer; label axes whose components have no order "
-        "(axes=), so that those that changed places are matched; or take the draws all the same "
-        "with max_rhat=None"
+        [
+            "the chains have not converged: R-hat of ",
+            Site(site),
+            f" is {rhat[site]:.3g}{after}, and {limit} is allowed. Run them for longer; label axes "
+            "whose components have no order (axes=), so that those that changed places are "
+            "matched; or take the draws all the same with max_rhat=None",
+        ]
     )
 
 
@@ -66,9 +70,12 @@ def check_enough(ess: Mapping[str, float], limit: float | None, total: int) -> N
     if limit is None or ess[site] >= limit:
         return
     raise DrawsError(
-        f"too few draws: the effective sample size of site '{site}' is {ess[site]:.0f}, of {total} "
-        f"draws, and {limit:g} are asked for. Run the chains for longer, or ask for fewer with "
-        "min_ess"
+        [
+            "too few draws: the effective sample size of ",
+            Site(site),
+            f" is {ess[site]:.0f}, of {total} draws, and {limit:g} are asked "
+            "for. Run the chains for longer, or ask for fewer with min_ess",
+        ]
     )
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform, constraints
 
-from pyro_fusion.errors import DrawsError, GuideError, ParameterError, UnsupportedFamilyError
+from pyro_fusion.errors import DrawsError, GuideError, ParameterError, Site, UnsupportedFamilyError
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.draws.checks import (
     check_converged,
@@ -253,16 +253,17 @@ def _arrays(source: Source, names: Sequence[str]) -> dict[str, Tensor]:
     for name in names:
         x = to_tensor(name, source.values[name])
         if x.dim() < 1 + source.chains or x.numel() == 0:
-            raise DrawsError(
-                f"site '{name}': expected draws of shape {expected}, got {tuple(x.shape)}"
-            )
+            raise DrawsError(f"expected draws of shape {expected}, got {tuple(x.shape)}", site=name)
         result[name] = x if source.chains else x.unsqueeze(0)
         first = names[0]
         mine, others = result[name].shape[:2], result[first].shape[:2]
         if mine != others:
             raise DrawsError(
-                f"site '{name}' has {mine[0]} chains of {mine[1]} draws, site '{first}' "
-                f"{others[0]} of {others[1]}: expected as many of each, of shape {expected}"
+                [
+                    Site(name),
+                    f" has {mine[0]} chains of {mine[1]} draws, site '{first}' "
+                    f"{others[0]} of {others[1]}: expected as many of each, of shape {expected}",
+                ]
             )
     for name, x in result.items():
         check_finite(name, x)
@@ -293,9 +294,12 @@ def _site(
     value = draws.double().flatten(0, 1)
     if info is not None and info.shape != shape:
         raise DrawsError(
-            f"site '{name}' has draws of shape {tuple(shape)}, but in the model, with these "
-            f"arguments, it is of shape {tuple(info.shape)}. Pass the arguments that the draws "
-            "were made with, and group_by_chain=True if the draws are [chain, draw, *shape]"
+            [
+                Site(name),
+                f" has draws of shape {tuple(shape)}, but in the model, with these "
+                f"arguments, it is of shape {tuple(info.shape)}. Pass the arguments that the draws "
+                "were made with, and group_by_chain=True if the draws are [chain, draw, *shape]",
+            ]
         )
     transform = transform_onto(name, constraints.real)
     if kind.gaussian:  # any other family knows its support
@@ -332,19 +336,21 @@ def _bijection(
         if info is not None:
             return info.transform()
     except (GuideError, UnsupportedFamilyError) as e:
-        reason = str(e).removeprefix(f"site '{name}': ").split(". ")[0]
+        reason = e.message.split(". ")[0]
         raise DrawsError(
-            f"site '{name}': no bijection onto its support is known: {reason}. Pass one, "
+            f"no bijection onto its support is known: {reason}. Pass one, "
             f"supports={{'{name}': ...}}, or a family that has this support, "
-            f"families={{'{name}': ...}}, or leave the site out with sites=[...]"
+            f"families={{'{name}': ...}}, or leave the site out with sites=[...]",
+            site=name,
         ) from e
     if name in source.transforms:
         return source.transforms[name]
     if looks_like_simplex(value):
         raise DrawsError(
-            f"site '{name}': all draws are on the simplex, but its support is not known. Pass "
+            f"all draws are on the simplex, but its support is not known. Pass "
             f"supports={{'{name}': constraints.simplex}}, or the model; or, if it is no "
-            f"simplex, supports={{'{name}': constraints.real}}"
+            f"simplex, supports={{'{name}': constraints.real}}",
+            site=name,
         )
     return transform_onto(name, constraints.real)
 
@@ -356,8 +362,8 @@ def _kind(name: str, families: Families | None) -> Kind:
     if isinstance(family, type):
         return Kind.named(family.__name__)
     raise DrawsError(
-        f"site '{name}': expected a family as the class of a distribution or its name, got "
-        f"{_shown(family)}"
+        f"expected a family as the class of a distribution or its name, got {_shown(family)}",
+        site=name,
     )
 
 

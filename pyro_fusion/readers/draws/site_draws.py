@@ -149,10 +149,11 @@ class SiteDraws:
             entry = self.value[place].flatten()[rows[place]].tolist()
         shown = ", ".join(f"{x:g}" for x in entry[:4]) + (", ..." if len(entry) > 4 else "")
         raise DrawsError(
-            f"site '{self.name}': expected draws {expected}; got {shown} in draw {draw} of chain "
+            f"expected draws {expected}; got {shown} in draw {draw} of chain "
             f"{chain}, one of {int(rows.any(1).sum())} such draws of {len(bad)}. Say what the "
             f"support is, supports={{'{self.name}': ...}}, draw in float64 if this is rounding, or "
-            "leave the site out with sites=[...]"
+            "leave the site out with sites=[...]",
+            site=self.name,
         )
 
     # -- the factor ------------------------------------------------------------------------------
@@ -169,9 +170,10 @@ class SiteDraws:
             raise
         except (FusionError, ValueError, RuntimeError, NotImplementedError) as e:
             raise DrawsError(
-                f"site '{self.name}': {len(self.value)} draws of shape "
+                f"{len(self.value)} draws of shape "
                 f"{tuple(self.value.shape[1:])} fit no {self.kind.family.name}: "
-                f"{' '.join(str(e).split())[:300]}"
+                f"{' '.join(str(e).split())[:300]}",
+                site=self.name,
             ) from e
         return factor
 
@@ -196,9 +198,10 @@ class SiteDraws:
         rest = base.dim() - 1 - family.event_dim
         if rest < len(self.plates):
             raise DrawsError(
-                f"site '{self.name}': a {family.name} has {family.event_dim} event axes, but of "
+                f"a {family.name} has {family.event_dim} event axes, but of "
                 f"the shape {tuple(base.shape[1:])} {len(self.plates)} axes are plates or "
-                "labelled batch axes"
+                "labelled batch axes",
+                site=self.name,
             )
         bad = ~torch.isfinite(family.statistics(base))
         self.refuse(bad.flatten(1).any(1), f"inside the support of a {family.name}")
@@ -229,9 +232,10 @@ def check_finite(name: str, draws: Tensor) -> None:
     if bool(rows.any()):
         chain, draw = rows.nonzero()[0].tolist()
         raise DrawsError(
-            f"site '{name}': expected finite draws, got {int(rows.sum())} draws of {rows.numel()} "
+            f"expected finite draws, got {int(rows.sum())} draws of {rows.numel()} "
             f"with NaN or infinite numbers, first in draw {draw} of chain {chain}. The sampler "
-            "went astray there: find out why, or leave out those draws, of all sites"
+            "went astray there: find out why, or leave out those draws, of all sites",
+            site=name,
         )
 
 

@@ -143,8 +143,9 @@ def _from_xarray(draws: Any, dataset: Any) -> Source:
         x = dataset[name]
         if not {"chain", "draw"} <= set(x.dims):
             raise DrawsError(
-                f"site '{name}': expected the dimensions 'chain' and 'draw', got {tuple(x.dims)}. "
-                "Do not select or stack them; expand_dims('chain') brings back one that is lost"
+                f"expected the dimensions 'chain' and 'draw', got {tuple(x.dims)}. "
+                "Do not select or stack them; expand_dims('chain') brings back one that is lost",
+                site=name,
             )
         values[str(name)] = x.transpose("chain", "draw", ...).values
     stats = _group(draws, "sample_stats") if draws is not dataset else None
@@ -174,14 +175,16 @@ def to_tensor(site: str, value: Any) -> Tensor:
             result = torch.from_numpy(_native(np.ma.array(value)))
     except (TypeError, ValueError, RuntimeError, BufferError) as e:
         raise DrawsError(
-            f"site '{site}': expected draws as an array of numbers, got {type(value).__name__}: "
-            f"{' '.join(str(e).split())[:200]}"
+            f"expected draws as an array of numbers, got {type(value).__name__}: "
+            f"{' '.join(str(e).split())[:200]}",
+            site=site,
         ) from e
     if not result.is_floating_point():
         raise DrawsError(
-            f"site '{site}': expected floating-point draws, got {getattr(value, 'dtype', 'int')}. "
+            f"expected floating-point draws, got {getattr(value, 'dtype', 'int')}. "
             "A discrete site has no posterior that could be fused: leave it out with sites=[...], "
-            "or sum it out of the model; if it is continuous, convert it"
+            "or sum it out of the model; if it is continuous, convert it",
+            site=site,
         )
     return result
 
@@ -281,9 +284,10 @@ def _constant(name: str, t: Transform, other: Transform) -> Transform:
         return t  # of a kind that is refused later, or compared by itself
     if not same:
         raise DrawsError(
-            f"site '{name}': its support depends on other sites of the model, so no one bijection "
+            "its support depends on other sites of the model, so no one bijection "
             "takes its draws to unconstrained space. Leave it out with sites=[...], or rewrite the "
-            "model with a site that is scaled afterwards"
+            "model with a site that is scaled afterwards",
+            site=name,
         )
     return t
 

@@ -16,7 +16,7 @@ from numpyro import handlers
 from numpyro.distributions import biject_to
 from torch.distributions import Transform
 
-from pyro_fusion.errors import FusionError, GuideError, ParameterError, UnsupportedFamilyError
+from pyro_fusion.errors import FusionError, GuideError, ParameterError, Site, UnsupportedFamilyError
 from pyro_fusion.families import Factor
 from pyro_fusion.readers.numpyro.convert import to_pyro_distribution, to_pyro_transform, to_tensor
 from pyro_fusion.readers.projection import constant_axes, factor_of, same_factors
@@ -169,9 +169,10 @@ def plates_of(
         size = (sizes or {}).get(frame.name, frame.size)
         if size != frame.size:
             raise GuideError(
-                f"site '{name}': plate '{frame.name}' is subsampled ({frame.size} of {size}), so "
+                f"plate '{frame.name}' is subsampled ({frame.size} of {size}), so "
                 "the other components are not there to be read. Read the guide without "
-                "subsampling: pass the full data"
+                "subsampling: pass the full data",
+                site=name,
             )
         plates[batch_dim + frame.dim] = frame.name
     return tuple(plates)
@@ -189,9 +190,10 @@ def bijection(name: str, fn: Any) -> Transform:
         raise set_up_in_jit("guide") from e
     except (NotImplementedError, UnsupportedFamilyError) as e:
         raise GuideError(
-            f"site '{name}': support {fn.support} has no bijection to unconstrained space that "
+            f"support {fn.support} has no bijection to unconstrained space that "
             "Pyro has too. Give the site a distribution of a registered family, or leave it out "
-            "of the guide"
+            "of the guide",
+            site=name,
         ) from e
 
 
@@ -236,8 +238,11 @@ def read_program(program: Program, spread: Spread) -> Sites:
         others = [r[name] for r in runs[1:] if name in r]
         if len(others) < _COMPARED - 1:
             raise GuideError(
-                f"site '{name}' is not there in every run of the {program.what}, so the posterior "
-                "has no fixed set of sites"
+                [
+                    Site(name),
+                    f" is not there in every run of the {program.what}, so the posterior "
+                    "has no fixed set of sites",
+                ]
             )
         _check_mask(name, site["fn"])
         batch_dim = len(site["fn"].batch_shape)
@@ -277,8 +282,11 @@ def _check_mask(name: str, fn: Any) -> None:
     masks = [layer._mask for layer in _layers(fn) if isinstance(layer, ndist.MaskedDistribution)]
     if not all(isinstance(mask, bool) or bool(jnp.all(mask)) for mask in masks):
         raise GuideError(
-            f"site '{name}' is partly masked out, so there is no posterior over the whole of it. "
-            "Remove the mask"
+            [
+                Site(name),
+                " is partly masked out, so there is no posterior over the whole of it. "
+                "Remove the mask",
+            ]
         )
 
 

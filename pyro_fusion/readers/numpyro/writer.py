@@ -11,7 +11,7 @@ from typing import Any
 
 import numpyro
 
-from pyro_fusion.errors import UnsupportedFamilyError
+from pyro_fusion.errors import at
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.readers.numpyro.convert import (
     check_precision,
@@ -59,10 +59,8 @@ class NumPyroGuide:
 
     def _distribution(self, site: str, params: dict[str, Any]) -> Any:
         f = self._factors[site]
-        try:
+        with at(site=site):
             return to_numpyro_distribution(f, {k: params[_name(site, k)] for k in f.params})
-        except UnsupportedFamilyError as e:
-            raise UnsupportedFamilyError(f"site '{site}': {e}") from e
 
     def __call__(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Sample every site; returns site name -> value, as autoguides do."""

@@ -24,7 +24,7 @@ from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 from torch import Tensor
 
-from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.errors import FusionError, GuideError, Site, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Posterior
 from pyro_fusion.readers.axes.modules import evaluating, hidden_layers, random_input
@@ -161,13 +161,16 @@ def _check_shapes(trace: Trace, values: Values) -> None:
     nodes: Mapping[str, Any] = trace.nodes
     for name, v in values.items():
         if name not in nodes:
-            raise GuideError(f"the model has no site '{name}', which the guide has")
+            raise GuideError(["the model has no ", Site(name), ", which the guide has"])
         if nodes[name]["value"].shape != v.shape:
             raise GuideError(
-                f"site '{name}' has shape {tuple(v.shape)} in the guide and "
-                f"{tuple(nodes[name]['value'].shape)} in the model, as with other data or a "
-                "subsampled plate. Pass the arguments that the guide was fitted with; hide local "
-                f"variables, poutine.block(guide, hide=['{name}']); or give axes by hand"
+                [
+                    Site(name),
+                    f" has shape {tuple(v.shape)} in the guide and "
+                    f"{tuple(nodes[name]['value'].shape)} in the model, as with other data or a "
+                    "subsampled plate. Pass the arguments that the guide was fitted with; hide "
+                    f"local variables, poutine.block(guide, hide=['{name}']); or give axes by hand",
+                ]
             )
 
 

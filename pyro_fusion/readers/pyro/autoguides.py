@@ -51,7 +51,7 @@ from pyro.poutine.scale_messenger import ScaleMessenger
 from torch import Tensor
 from torch.distributions import Distribution
 
-from pyro_fusion.errors import GuideError, warn_user
+from pyro_fusion.errors import GuideError, Site, warn_user
 from pyro_fusion.readers.joint import Joint, Piece, marginals
 from pyro_fusion.readers.pyro.joint import gaussian_joint, structured_joint
 from pyro_fusion.readers.pyro.program import Program, modules_of, peel
@@ -176,8 +176,11 @@ def _read_list(guide: AutoGuideList, program: Program, spread: Spread, labels: L
         sites = read(Program(part, program.args, program.kwargs), spread, labels)
         for name in set(sites) & set(result):
             raise GuideError(
-                f"site '{name}' is in part {i} of the AutoGuideList and in an earlier one; block "
-                "it in one of them"
+                [
+                    Site(name),
+                    f" is in part {i} of the AutoGuideList and in an earlier one; block "
+                    "it in one of them",
+                ]
             )
         result.update(sites)
     return result

@@ -41,7 +41,7 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.guide import GuideMessenger
 from torch import Tensor, nn
 
-from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.errors import FusionError, GuideError, Party, at, warn_user
 from pyro_fusion.posterior import Axes, Posterior, PosteriorGuide
 from pyro_fusion.readers.axes.symmetries import FoundAxes
 from pyro_fusion.readers.projection import resolve
@@ -287,30 +287,41 @@ def check_not_shared(
     for party, guide in enumerate(guides):
         if isinstance(guide, Posterior):
             continue
-        _check_is_pyro(guide, f"party {party}: ")
+        with at(party=party):
+            _check_is_pyro(guide)
         for earlier in range(party):
             if guides[earlier] is guide:
                 raise GuideError(
-                    f"party {earlier} and party {party} are the same guide. If it was fitted "
-                    "twice, read its posterior after each fit: from_guide(guide)"
+                    [
+                        Party(earlier),
+                        " and ",
+                        Party(party),
+                        " are the same guide. If it was fitted twice, read its posterior after "
+                        "each fit: from_guide(guide)",
+                    ]
                 )
         for key, name in _parameters(guide, args, kwargs).items():
             owner, _ = owners.setdefault(key, (party, name))
             if owner != party:
                 raise GuideError(
-                    f"party {owner} and party {party} share the parameter '{name}': their guides "
-                    "were fitted in one parameter store, so fitting the second moved the first. "
-                    "Read each posterior right after its fit, from_guide(guide), and "
-                    "call pyro.clear_param_store() before the next; or fit each under `with "
-                    "pyro.get_param_store().scope():`, or set "
-                    "pyro.settings.set(module_local_params=True) before making the guides"
+                    [
+                        Party(owner),
+                        " and ",
+                        Party(party),
+                        f" share the parameter '{name}': their guides were fitted in one parameter "
+                        "store, so fitting the second moved the first. Read each posterior right "
+                        "after its fit, from_guide(guide), and call pyro.clear_param_store() "
+                        "before the next; or fit each under `with "
+                        "pyro.get_param_store().scope():`, or set "
+                        "pyro.settings.set(module_local_params=True) before making the guides",
+                    ]
                 )
 
 
-def _check_is_pyro(guide: Any, who: str = "") -> None:
+def _check_is_pyro(guide: Any) -> None:
     if "numpyro" in type(guide).__module__.split("."):  # its own, or what to_numpyro made
         raise GuideError(
-            f"{who}this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
+            f"this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
             "from_numpyro(guide, params, *args)"
         )
 

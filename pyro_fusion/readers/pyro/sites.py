@@ -51,10 +51,11 @@ def plates_of(
             continue
         if full and frame.full_size is not None and frame.full_size != frame.size:
             raise GuideError(
-                f"site '{name}': plate '{frame.name}' is subsampled ({frame.size} of "
+                f"plate '{frame.name}' is subsampled ({frame.size} of "
                 f"{frame.full_size}), so the other components are not there to be read. Read the "
                 "guide without subsampling: pass the full data, or a subsample_size of "
-                f"{frame.full_size}"
+                f"{frame.full_size}",
+                site=name,
             )
         plates[batch_dim + frame.dim] = frame.name
     return tuple(plates)

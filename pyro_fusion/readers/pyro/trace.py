@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import GuideError
+from pyro_fusion.errors import GuideError, Site
 from pyro_fusion.families import Factor
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.projection import bare, constant_axes, factor_of, same_factors
@@ -88,8 +88,11 @@ def read_trace(
         others = [r[name] for r in runs[1:] if name in r]
         if len(others) < _COMPARED - 1:
             raise GuideError(
-                f"site '{name}' is not there in every run of the {program.what}, so the posterior "
-                "has no fixed set of sites. Block it"
+                [
+                    Site(name),
+                    f" is not there in every run of the {program.what}, so the posterior "
+                    "has no fixed set of sites. Block it",
+                ]
             )
         fn = site["fn"]
         batch_dim = len(fn.batch_shape)
