@@ -137,7 +137,7 @@ class FusionEM:
         chosen = _solver_named(solver)
         for part in model.parts.values():
             convex = isinstance(part.assignment_prior, (GroupNormPrior, FixedAtoms))
-            if chosen is relaxed and (model.pooling.needs_prior or not convex):
+            if chosen is relaxed and not (model.pooling.convex and convex):
                 raise ParameterError(
                     "solver 'relaxed' needs GroupNormPrior or FixedAtoms and pooling 'inclusive' "
                     f"or 'exclusive', got {part.assignment_prior!r} and {model.pooling.name!r}"

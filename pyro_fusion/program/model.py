@@ -37,7 +37,7 @@ from torch import Tensor
 from pyro_fusion.assignment import AssignmentProblem
 from pyro_fusion.assignment.joint_matching import JointMatching
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.errors import StructureError
+from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.distribution import FactorDistribution
 from pyro_fusion.fusion.arguments import Inputs, Prior
@@ -102,6 +102,11 @@ class FusionModel(PyroModule):
         dispersion = check_dispersion(dispersion)
         how = pooling_named(pooling)
         if not isinstance(posteriors, Parties):
+            if how.draws_from is None:
+                raise ParameterError(
+                    f"pooling {how.name!r} has no Pyro program (its `draws_from` is None): `fuse` "
+                    "works with it"
+                )
             posteriors = Parties.of(posteriors, how, weights, prior, axes)
         priors = posteriors.priors(assignment_prior)
         warn_identical(posteriors.posteriors, posteriors.names)
@@ -383,7 +388,7 @@ def _parts(
             )
         found[label] = part.as_given(end.groups)
     parts = {x: parties.labelled(x, priors[x], dispersion, found) for x in group}
-    if parties.pooling.needs_prior and dispersion is None:
+    if parties.pooling.tempers and dispersion is None:
         # The entries that labels have in common are tempered once.
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
         parts = {x: parties.labelled(x, priors[x], scale, found) for x in group}
