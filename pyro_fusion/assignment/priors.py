@@ -228,10 +228,10 @@ class FixedAtoms(AssignmentPrior):
 def assignment_priors(
     prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None,
     labels: Sequence[str],
-    evidence: bool,
+    default: AssignmentPrior,
 ) -> dict[str, AssignmentPrior]:
-    """The prior of each label: the one that is given for it, or for all, else the default: the
-    buffet where there is ``evidence`` that components agree, where it is at home.
+    """The prior of each label: the one that is given for it, or for all, else the default, which is
+    the pooling's.
 
     :raises StructureError: for a label that there is not.
     :raises ParameterError: for what is no prior.
@@ -242,7 +242,6 @@ def assignment_priors(
             f"assignment_prior names labels {sorted(map(str, unknown))}; the labels are "
             f"{sorted(labels)}"
         )
-    default = IndianBuffetPrior() if evidence else GroupNormPrior()
     for one in given.values() if isinstance(prior, Mapping) else (prior,):
         if not isinstance(one, AssignmentPrior | None):
             raise ParameterError(

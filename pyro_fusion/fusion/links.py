@@ -18,14 +18,10 @@ from torch import Tensor
 
 from pyro_fusion.families import Factor
 from pyro_fusion.families.partial import PartialFactor
-from pyro_fusion.pooling.base import Pooling
 from pyro_fusion.pooling.components import Components
-from pyro_fusion.pooling.kl import Exclusive, Inclusive
 from pyro_fusion.posterior import Posterior
 
 __all__ = ["LinkedSite", "averaged", "entries"]
-
-_INCLUSIVE, _EXCLUSIVE = Inclusive(), Exclusive()
 
 
 @dataclass(frozen=True)
@@ -92,30 +88,25 @@ class LinkedSite:
 
     # -- for barycentres -------------------------------------------------------------------------
 
-    def _rest(self, like: Pooling) -> Factor:
-        """What an entry is that nobody has: the prior if it is known, else the barycentre of all
-        entries. Batch shape ``[1]``."""
-        prior = self.messages.prior.get(self.site)
-        if prior is not None:
-            return prior
-        local, weights = self.messages.local[self.site], self.messages.weights
-        return like.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
-
     def atoms(
         self,
         problem: Components,
         groups: Mapping[str, Tensor],
         counts: Mapping[str, int],
-        rest: Pooling = _INCLUSIVE,
+        averaged: bool = False,
     ) -> Factor:
         """The barycentres of :attr:`messages` or :attr:`problem`, one for each tuple of atoms:
         batch shape ``[size]``.
 
-        :param rest: how entries are pooled to say what one is that nobody has.
+        :param averaged: whether their effects will be averaged, so that of an entry that nobody
+            has the width alone counts.
         """
         there, place = self.places(self.labels, groups, counts).unique(return_inverse=True)
         found = problem.barycenter(place, len(there))[self.site]
-        every = self._rest(rest).expand_batch((self.size(counts),))
+        entries, weights = self.messages.local[self.site], self.messages.weights
+        prior = self.messages.prior.get(self.site)
+        absent = self.messages.pooling.absent(entries, weights, averaged, prior)
+        every = absent.expand_batch((self.size(counts),))
         params = {k: v.index_copy(0, there, found.params[k]) for k, v in every.params.items()}
         return replace(found, params=params)
 
@@ -129,10 +120,8 @@ class LinkedSite:
     ) -> Factor:
         """The barycentres with the axes of the site, which those of ``first`` are."""
         like = first.decomposed[self.site]
-        averaging = self.site in first.outgoing and self.messages.pooling.normalised
-        # Of what nobody has the width alone is kept then: that of one entry, not of them all.
-        rest = _EXCLUSIVE if averaging else _INCLUSIVE
-        atoms = self.atoms(self.messages, groups, counts, rest)
+        averaging = self.site in first.outgoing and self.messages.pooling.averages_outgoing
+        atoms = self.atoms(self.messages, groups, counts, averaging)
         if averaging:
             atoms = self._averaged(atoms, first.outgoing[self.site], groups, counts)
         shape = [counts[label] for label in self.labels]
@@ -157,19 +146,15 @@ def averaged(
     problem: Components, site: str, atoms: Factor, groups: Tensor, acts_on: Tensor
 ) -> Factor:
     """The mean effects of atoms over the parties, of which those that lack one have nothing there.
-    With ``exclusive`` the parties count by how sure they are, by one over the standard deviation in
-    the mean over the components that they have: half-way, in logarithms, between counting alike and
-    by precision, as its barycentres do, which a party that is overconfident would rule. What nobody
-    has is zero, as unsure as what one party has.
+    The parties count by what the pooling says, in the mean over the components that they have. What
+    nobody has is zero, as unsure as what one party has.
 
     :param groups: LongTensor ``[N]``, the atom of each component.
     :param acts_on: LongTensor ``[N]``: means are over the parties that have components that act on
         the same.
     """
     local, num_parties = problem.local[site], problem.num_parties
-    sure = local.precision.sqrt()
-    if not isinstance(problem.pooling, Exclusive):
-        sure = torch.ones_like(sure)
+    sure = problem.pooling.say(local)
     party = acts_on * num_parties + problem.party.to(acts_on.device)
     size = num_parties * (int(acts_on.max()) + 1)
 

@@ -5,9 +5,10 @@
 holds them still. They leave optima in which E- and M-steps are stuck, because an atom that already
 contains a component is biased towards keeping it.
 
-- :func:`regroup` merges two atoms, or splits one.
-- :func:`rematch` matches one party again, exactly. It costs a barycentre per pair of an atom and a
-  component: only pairs of near ones are looked at, and only the parties visited that could gain.
+- :func:`regroup` merges two atoms, or splits one, in any pooling.
+- :func:`rematch` matches one party again, exactly, where the pooling is additive. It costs a
+  barycentre per pair of an atom and a component: only pairs of near ones are looked at, and only
+  the parties visited that could gain.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment import NEW, match
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.pooling.collapsed import Sums
+from pyro_fusion.pooling.collapsed import Sums, group_costs
 from pyro_fusion.pooling.components import Components
 
 __all__ = ["regroup", "rematch"]
@@ -37,16 +38,16 @@ def regroup(
     """Merge pairs of near atoms that no party has both of, and split atoms in two, where that
     lowers F: LongTensor ``[N]``, numbered with gaps. Arguments as for :func:`rematch`."""
     groups = groups.clone()
-    sums = Sums.of(problem, groups, num_atoms)
+    costs = group_costs(problem, groups, num_atoms)
     popularity = torch.bincount(groups, minlength=num_atoms)
     penalty = assignment_prior.penalty(problem.num_parties)
     every = torch.arange(num_atoms)
-    alone = sums.values(every) + penalty[popularity]
+    alone = costs.values(every) + penalty[popularity]
     # What is merged is not also split.
     taken = torch.zeros(num_atoms, dtype=torch.bool)
     first, second = _near_pairs(problem, groups, num_atoms, cost)
     if len(first):
-        both = sums.values(first, second) + penalty[popularity[first] + popularity[second]]
+        both = costs.values(first, second) + penalty[popularity[first] + popularity[second]]
         gain = alone[first] + alone[second] - both
         order = gain.argsort(descending=True, stable=True)
         for i in order[gain[order] > 0].tolist():
@@ -63,12 +64,11 @@ def regroup(
         return groups
     part = _far_parts(problem, groups, num_atoms, cost)
     away = part.nonzero().squeeze(-1)
-    there = Sums.of(problem, torch.where(part, groups, num_atoms), num_atoms + 1)
     leaving = torch.bincount(groups[away], minlength=num_atoms)
     splits = ((leaving > 0) & (leaving < popularity) & ~taken).nonzero().squeeze(-1)
     if len(splits) == 0:
         return groups
-    here = sums.minus(there)
+    here, there = costs.parted(groups, part)
     parts = here.values(splits) + there.values(splits)
     parts += penalty[leaving[splits]] + penalty[popularity[splits] - leaving[splits]]
     gain = alone[splits] - parts
@@ -120,14 +120,16 @@ def rematch(
     cost: Tensor,
 ) -> Tensor:
     """Match the parties that could gain, one after the other, given the groups that the others
-    make: LongTensor ``[N]``, numbered with gaps.
+    make: LongTensor ``[N]``, numbered with gaps; as they are where the pooling is not additive.
 
     :param groups: LongTensor ``[N]``, in ``0, ..., K-1``.
     :param cost: of the last E-step, ``[K, N]``: tells which atoms are near.
     """
+    sums = group_costs(problem, groups, num_atoms)
+    if not isinstance(sums, Sums):
+        return groups
     groups = groups.clone()
     near = cost.topk(min(_NEAREST, num_atoms), dim=0, largest=False).indices.cpu()
-    sums = Sums.of(problem, groups, num_atoms)
     popularity = torch.bincount(groups, minlength=num_atoms)
     step = assignment_prior.penalty(problem.num_parties).diff()
     new = float(step[0])

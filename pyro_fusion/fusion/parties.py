@@ -34,10 +34,9 @@ from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.base import Pooling
 from pyro_fusion.pooling.components import Components, canonical_order, compact
 from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
-from pyro_fusion.pooling.product import temper
 from pyro_fusion.posterior import Axes, Posterior
 
-__all__ = ["LabelProblem", "Parties", "locating", "tempered"]
+__all__ = ["LabelProblem", "Parties", "locating"]
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,9 @@ class Parties:
         :raises StructureError: if a party has more components than there may be atoms.
         """
         result = assignment_priors(
-            assignment_prior, list(self.roles.matched), self.pooling.needs_prior
+            assignment_prior,
+            list(self.roles.matched),
+            self.pooling.default_assignment_prior(),
         )
         for label, one in result.items():
             for s, p in enumerate(self.posteriors):
@@ -184,7 +185,7 @@ class Parties:
             if dispersion is None and len(sizes) > 1:
                 scale = estimate_dispersion(*voting, self.pooling, prior)
             messages = replace(messages, dispersion=scale)
-            problem = scored(messages)
+            problem = messages.scored()
         calibrated = assignment_prior.calibrated(lambda: pairwise_spread(*voting) / scale)
         ordered = problem.in_order(order, ordered_sizes)
         return LabelProblem(label, problem, messages, calibrated, scale, ordered, order)
@@ -200,10 +201,10 @@ class Parties:
             messages = part.messages.restricted(self.roles.matched[label])
             messages = replace(messages, dispersion=scale)
             labelled[label] = replace(
-                part, messages=messages, problem=scored(messages), price=part.dispersion / scale
+                part, messages=messages, problem=messages.scored(), price=part.dispersion / scale
             )
         links = {
-            x.site: replace(x, problem=scored(replace(x.messages, dispersion=scale)))
+            x.site: replace(x, problem=replace(x.messages, dispersion=scale).scored())
             for x in self.links
             if set(x.labels) <= set(parts)
         }
@@ -229,7 +230,7 @@ class Parties:
         with locating(part.messages):
             atoms = part.messages.barycenter(groups, num_atoms)
         for site in sites:
-            if self.pooling.normalised and first.outgoing.get(site) == part.label:
+            if self.pooling.averages_outgoing and first.outgoing.get(site) == part.label:
                 k = groups.to(atoms[site].device)
                 same = torch.zeros_like(k)
                 atoms[site] = averaged(part.messages, site, atoms[site], k, same)
@@ -266,7 +267,9 @@ class Parties:
         prior = None
         if self.pooling.needs_prior:
             if filled is None:
-                raise StructureError(["pooling 'product' needs the prior of ", Site(site)])
+                raise StructureError(
+                    [f"pooling '{self.pooling.name}' needs the prior of ", Site(site)]
+                )
             first_place = torch.zeros(1, dtype=torch.long, device=stacked.device)
             one = stacked.index_select(0, first_place).map(lambda v: torch.full_like(v, filled[0]))
             prior = one.map(lambda v: v.index_fill(-1, first_place, filled[1]))
@@ -357,17 +360,3 @@ def _voting(problem: Components) -> tuple[dict[str, Factor], tuple[int, ...]]:
     if len(kept) in (1, problem.num_parties):
         return dict(problem.local), problem.sizes
     return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
-
-
-def scored(messages: Components) -> Components:
-    """As an assignment is scored: messages to be multiplied are tempered first, others as is."""
-    return tempered(messages) if messages.prior else messages
-
-
-def tempered(problem: Components) -> Components:
-    """Weights and dispersion moved into the messages, where the evidence is exact."""
-    local = {
-        site: temper(f, problem.prior[site], problem.weights, problem.dispersion)
-        for site, f in problem.local.items()
-    }
-    return replace(problem, local=local, weights=torch.ones_like(problem.weights), dispersion=1.0)

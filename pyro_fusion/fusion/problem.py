@@ -264,7 +264,7 @@ def _parts(
             )
         found[label] = part.as_given(end.groups)
     parts = {x: parties.labelled(x, priors[x], dispersion, found) for x in group}
-    if parties.pooling.needs_prior and dispersion is None:
+    if parties.pooling.tempers and dispersion is None:
         # The entries that labels have in common are tempered once.
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
         parts = {x: parties.labelled(x, priors[x], scale, found) for x in group}

@@ -120,7 +120,7 @@ def solver_for(problem: FusionProblem, solver: str | Solver) -> Solver:
         chosen = _SOLVERS[solver]
     for part in problem.parts.values():
         convex = isinstance(part.assignment_prior, (GroupNormPrior, FixedAtoms))
-        if chosen is relaxed and (problem.pooling.needs_prior or not convex):
+        if chosen is relaxed and not (problem.pooling.convex and convex):
             raise ParameterError(
                 "solver 'relaxed' needs GroupNormPrior or FixedAtoms and pooling 'inclusive' "
                 f"or 'exclusive', got {part.assignment_prior!r} and {problem.pooling.name!r}"

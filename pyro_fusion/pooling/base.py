@@ -1,102 +1,72 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""M-step: components and their groups in, atoms out, in each of the three poolings. Pure tensor
-code. A pooling is a divergence and its barycentre; both steps of fusion take both from it, so
-they always lower the same objective.
+"""What a pooling is: a divergence and its barycentre, from which both steps of fusion are taken, so
+that they always lower the same objective; and all that is otherwise asked of it. Pure tensor code.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from pyro_fusion.assignment.priors import AssignmentPrior, GroupNormPrior
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
+from pyro_fusion.pooling.groups import group_sizes
+from pyro_fusion.pooling.merges import Merges
 
-__all__ = ["FAR", "Pooling", "given", "group_mean"]
+__all__ = ["Pooling"]
 
-# An atom that lies less than the root of this from the origin, in units of its width, has ten
-# digits or so after sums about that origin; others are summed about their own.
-FAR = 1e6
+# Numbers in the pairs whose divergences are computed at a time, one by one.
+_NUMBERS = 1 << 22
 
 
 class Pooling(ABC):
-    """How the members of a group become one atom.
-
-    :cvar needs_prior: whether the prior is needed.
-    :cvar normalised: whether only the ratios of weights in a group matter.
+    """How the components of a group become one atom. To make one, write :meth:`divergence` and
+    :meth:`barycenter`; where the best atom of a group is a function of sums over it, subclass
+    :class:`~pyro_fusion.pooling.AdditivePooling`, and moves of the search are cheaper and more.
 
     ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``prior``
-    ``[1]`` (the prior of one atom; only ``product`` reads it).
+    ``[1]`` (the prior of one atom, None unless the pooling needs it).
+
+    :cvar name: its name, in results and messages.
+    :cvar needs_prior: whether the prior of the local models must be read and is passed on.
+    :cvar draws_from: whose draws the sites of its Pyro model are: those of the ``"local"``
+        posteriors, with the atoms in the guide; of the ``"atoms"``, with the local posteriors in
+        the guide; or of the ``"prior"``, with the local posteriors as factors. None where there is
+        no such program: :func:`~pyro_fusion.fuse` works, and ``FusionModel`` says that it does not.
+    :cvar normalised: whether only the ratios of weights in a group matter.
+    :cvar convex: whether the cost of an assignment to given atoms is a sum over its pairs alone,
+        without :meth:`opening`, as the relaxed solver needs it.
+    :cvar averages_outgoing: whether effects of what some parties lack (``Posterior.outgoing``) are
+        averages over all parties, by :meth:`say`.
+    :cvar tempers: whether weights and dispersion are moved into the components, by :meth:`temper`,
+        before an assignment is scored.
+    :cvar failure: what is wrong where sums of members of the family are no member.
     """
 
     name: ClassVar[str]
     needs_prior: ClassVar[bool] = False
-    draws_from: ClassVar[str | None] = None
+    draws_from: ClassVar[Literal["local", "atoms", "prior"] | None] = None
     normalised: ClassVar[bool] = True
+    convex: ClassVar[bool] = True
+    averages_outgoing: ClassVar[bool] = True
+    tempers: ClassVar[bool] = False
     failure: ClassVar[str] = "is singular"
+
+    # -- the divergence and its barycentre -------------------------------------------------------
 
     @abstractmethod
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
-        """The KL divergence of the pooling, in its direction, elementwise."""
+        """The divergence of each component from an atom of its own, ``[N]``, not negative."""
 
     @abstractmethod
-    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
-        """``D(k; n)``, what component ``n`` adds to the objective in atom ``k``: ``[K, N]``."""
-
-    def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
-        """The same of components in one atom each: ``[N]``."""
-        return self.divergence(atoms, local)
-
-    def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
-        """What an atom adds to the objective by itself: ``[K]``."""
-        return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
-
-    @abstractmethod
-    def coordinates(self, local: Factor) -> Tensor:
-        """The coordinates in which this pooling adds up a group: ``[N, P]``."""
-
-    @abstractmethod
-    def from_coordinates(
-        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
-    ) -> Factor:
-        """Atoms from the weighted sums of coordinates and of weights, ``[K, P]`` and ``[K, 1]``."""
-
-    def statistics(self, local: Factor) -> Tensor:
-        """What is added up over a group: ``[N, Q]``."""
-        return local.summands(self.coordinates(local))
-
-    def from_statistics(
-        self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
-    ) -> Factor:
-        """Atoms from the weighted sums of statistics, ``[K, Q]`` and ``[K]``."""
-        sums, w, like = like.sums(total, weight, self.coordinates(like))
-        return self.from_coordinates(like.to(dtype=torch.float64), sums, w, prior)
-
-    @abstractmethod
-    def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
-        """What a component adds to its group's objective whatever the group: ``[N]``."""
-
-    @abstractmethod
-    def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
-        """What the group's optimal atom takes off: ``[K]``. The objective of a group is
-        ``Σ_n w_n potential_n - group_potential``, with no sum over pairs."""
-
-    @classmethod
-    @contextmanager
-    def telling(cls) -> Iterator[None]:
-        """Where sums of statistics may be no member of the family: a ParameterError says so."""
-        try:
-            yield
-        except (torch.linalg.LinAlgError, ValueError) as e:
-            raise ParameterError(f"the {cls.name} barycentre {cls.failure}") from e
-
     def barycenter(
         self,
         local: Factor,
@@ -105,109 +75,146 @@ class Pooling(ABC):
         weights: Tensor | None = None,
         prior: Factor | None = None,
     ) -> Factor:
-        """The atoms that minimise ``Σ_n w_n D(groups[n]; n)`` plus their opening costs.
+        """The atoms that minimise ``Σ_n w_n D(groups[n]; n)`` plus their opening costs; of the
+        family and dtype of ``local``. :meth:`group_weights` checks groups and weights.
 
         :param local: batch shape ``[N]``.
         :param groups: the atom of each component, LongTensor ``[N]``; every atom has at least one.
         :param num_atoms: K.
-        :param weights: ``[N]``, non-negative, with a positive sum in each group; ones by default.
+        :param weights: ``[N]``, non-negative; ones by default.
         :param prior: batch shape ``[1]``.
-        :raises ParameterError: if an atom is empty, or ``product`` is improper.
+        :raises ParameterError: if an atom is empty, or no member of the family.
+        """
+
+    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+        """``D(k; n)``, what component ``n`` adds to the objective in atom ``k``: ``[K, N]``. By
+        default pair by pair."""
+        shape = (*atoms.batch_shape, *local.batch_shape)
+        pairs = torch.cartesian_prod(*(torch.arange(n, device=local.device) for n in shape))
+        step = max(1, _NUMBERS // max(1, local.base_shape[1:].numel()))
+        parts = [
+            self.pair_cost(atoms.index_select(0, k), local.index_select(0, n), prior)
+            for k, n in (rows.unbind(1) for rows in pairs.split(step))
+        ]
+        return torch.cat(parts).reshape(shape)
+
+    def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+        """What each component adds to the objective in an atom of its own: ``[N]``."""
+        return self.divergence(atoms, local)
+
+    def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
+        """What an atom adds to the objective by itself: ``[K]``."""
+        return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
+
+    def group_weights(
+        self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The weights of components ``[N]`` and of groups ``[K]``, positive and in float64, as
+        :meth:`barycenter` is given them: where only parties of weight zero have an atom, they count
+        alike.
+
+        :raises ParameterError: if an atom is empty.
         """
         w = torch.ones_like(groups, dtype=torch.float64) if weights is None else weights.double()
-        if self.needs_prior:
-            given(prior)
-        count, weight = _sizes(groups, w, num_atoms)
+        count, weight = group_sizes(groups, w, num_atoms)
         # Read at once: a GPU waits meanwhile.
         filled, weighed = torch.stack([count.all(), weight.all()]).tolist()
         if not filled:
             empty = (count == 0).nonzero().flatten().tolist()
             raise ParameterError(f"atoms {empty} have no component")
         if self.normalised and not weighed:
-            # Where only parties of weight zero have an atom, they count alike.
             w = torch.where(weight[groups] > 0, w, 1.0)
-            _, weight = _sizes(groups, w, num_atoms)
-        # About one origin for all, where the statistics of `local` stay in its cache.
-        origin = local.origin
-        limit = torch.inf if origin is None else FAR * origin.numel()
+            _, weight = group_sizes(groups, w, num_atoms)
+        return w, weight
+
+    def given(self, prior: Factor | None) -> Factor:
+        """The prior, of a pooling that needs it.
+
+        :raises ParameterError: if there is none.
+        """
+        if prior is None:
+            raise ParameterError(f"pooling {self.name!r} needs the prior of one atom as `prior`")
+        return prior
+
+    @contextmanager
+    def telling(self) -> Iterator[None]:
+        """Where sums of statistics may be no member of the family: a ParameterError says so."""
         try:
-            own = None if prior is None else prior.shift(origin)
-            atoms = self._sum(local.centred, groups, w, weight, own)
-            far = atoms.first.size > limit
-        except (torch.linalg.LinAlgError, ValueError):  # perhaps for want of digits
-            far = torch.ones_like(weight, dtype=torch.bool)
-        if not bool(far.any()):
-            return atoms.shift(origin, sign=1.0).to(dtype=local.dtype)
-        members = far[groups].nonzero().squeeze(-1)
-        index = (far.cumsum(0) - 1)[groups[members]]
-        part = local.index_select(0, members)
-        with self.telling():
-            exact = self._sum_about_means(part, index, w[members], weight[far], prior)
-        if not bool(far.all()):
-            exact = atoms.shift(origin, sign=1.0).index_copy(far.nonzero().squeeze(-1), exact)
-        return exact.to(dtype=local.dtype)
+            yield
+        except (torch.linalg.LinAlgError, ValueError) as e:
+            raise ParameterError(f"the {self.name} barycentre {self.failure}") from e
 
-    def _sum(
-        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, prior: Factor | None
-    ) -> Factor:
-        """The atoms, in the coordinates that ``local`` and ``prior`` are in; a LinAlgError or a
-        ValueError if one is no member of the family."""
-        total = _group_sum(self.statistics(local), groups, w, len(weight))
-        atoms = self.from_statistics(local, total, weight, prior)
-        if not self.normalised:  # means of members are members, but these are no means
-            atoms.family.build(atoms.params, validate_args=True)
-        if not bool(atoms.first.size.isfinite().all()):
-            raise ParameterError("natural or mean parameters are not finite")
-        return atoms
+    # -- what else fusion asks of it --------------------------------------------------------------
 
-    def _sum_about_means(
-        self, local: Factor, groups: Tensor, w: Tensor, weight: Tensor, prior: Factor | None
+    def default_assignment_prior(self) -> AssignmentPrior:
+        """The belief of how components share atoms where none is given."""
+        return GroupNormPrior()
+
+    def temper(self, local: Factor, prior: Factor, weights: Tensor, dispersion: float) -> Factor:
+        """The components ``[N]`` with weights ``[N]`` and dispersion moved into them; called where
+        :attr:`tempers` is set.
+
+        :raises ParameterError: if one is improper then.
+        """
+        raise NotImplementedError(f"pooling {self.name!r} does not temper its components")
+
+    def say(self, local: Factor) -> Tensor:
+        """By how much each number of each component counts where effects are averaged over the
+        parties, of the shape of its location: alike by default."""
+        return torch.ones_like(local.precision)
+
+    def absent(
+        self, local: Factor, weights: Tensor, averaged: bool, prior: Factor | None = None
     ) -> Factor:
-        """The atoms, each summed about the mean location of its group: nothing cancels there."""
-        origin = group_mean(local.location(), groups, w, weight)
-        shifted = local if origin is None else local.shift(origin[groups])
+        """An entry that no party has, of batch shape ``[1]``: the prior where it is known, else the
+        barycentre of all entries ``[E]``.
+
+        :param averaged: whether effects are averaged; of what is returned the width alone counts
+            then, and should be that of one entry, not of them all.
+        """
         if prior is not None:
-            prior = prior.expand_batch((len(weight),)).shift(origin)
-        return self._sum(shifted, groups, w, weight, prior).shift(origin, sign=1.0)
+            return prior
+        return self.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
 
+    def dispersion(self, merges: Merges) -> float:
+        """T, given the price up to which two components may be the same. By default what a merge at
+        that price costs in this pooling."""
+        costs = self.merge_costs(merges.local, merges.first, merges.second, merges.prior)
+        return merges.translated(costs)
 
-def given(prior: Factor | None) -> Factor:
-    if prior is None:
-        raise ParameterError("pooling 'product' needs the prior of one atom as `prior`")
-    return prior
+    def merge_costs(
+        self,
+        local: Mapping[str, Factor],
+        first: Tensor,
+        second: Tensor,
+        prior: Mapping[str, Factor],
+    ) -> Tensor:
+        """The objective of each pair of components in its best atom, summed over sites: ``[M]`` on
+        the CPU, never negative."""
+        total = torch.zeros(len(first), dtype=torch.float64)
+        for site, f in local.items():
+            total += self.pair_objective(f, first, second, prior.get(site)).clamp(min=0)
+        # What is too far apart to tell how far costs as much as the dearest of the others.
+        known = total.isfinite()
+        if not bool(known.any()):
+            return total
+        return torch.where(known, total, total[known].max())
 
-
-# Sums over groups, in the same order each time. On a GPU by a matrix, no larger than the costs: to
-# count, or to sort a sparse matrix, the host would have to wait for it.
-
-
-def _members(groups: Tensor, num_groups: int) -> Tensor:
-    """Which are of which group, ``[K, N]``."""
-    return groups == torch.arange(num_groups, device=groups.device).unsqueeze(1)
-
-
-def _sizes(groups: Tensor, w: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """How many there are in each group, and ``Σ_n w_n``: ``[K]``."""
-    if w.device.type != "cpu":
-        members = _members(groups, num_groups)
-        return members.sum(1), members.to(w.dtype) @ w
-    count = torch.bincount(groups, minlength=num_groups)
-    return count, w.new_zeros(num_groups).index_add(0, groups, w)
-
-
-def _group_sum(x: Tensor, groups: Tensor, w: Tensor, num_groups: int) -> Tensor:
-    """``Σ_n w_n x_n`` over each group, ``[N, P] -> [K, P]``; on the CPU without a temporary."""
-    if x.device.type != "cpu":
-        return (_members(groups, num_groups) * w) @ x
-    index = torch.stack([groups, torch.arange(len(groups))])
-    shape = (num_groups, len(groups))
-    return torch.sparse_coo_tensor(index, w, shape, check_invariants=False) @ x
-
-
-def group_mean(loc: Tensor | None, groups: Tensor, w: Tensor, weight: Tensor) -> Tensor | None:
-    """Weighted mean location of each group, ``[K, ...]``: statistics are taken about it."""
-    if loc is None:
-        return None
-    total = _group_sum(loc.reshape(len(loc), -1), groups, w, len(weight))
-    mean = total / weight.clamp(min=1e-300).unsqueeze(1)
-    return mean.reshape(len(weight), *loc.shape[1:])
+    def pair_objective(
+        self, local: Factor, first: Tensor, second: Tensor, prior: Factor | None = None
+    ) -> Tensor:
+        """The objective of each pair of components of ``local`` in its best atom: ``[M]`` on the
+        CPU; NaN where that is singular."""
+        pair = local.index_select(0, torch.cat([first, second]))
+        groups = torch.arange(len(first), device=local.device).repeat(2)
+        try:
+            atoms = self.barycenter(pair, groups, len(first), None, prior)
+            cost = self.pair_cost(atoms.index_select(0, groups), pair, prior)
+            return (cost.double().reshape(2, -1).sum(0) + self.opening(atoms, prior)).cpu()
+        except (ParameterError, torch.linalg.LinAlgError):
+            if len(first) == 1:
+                return torch.full((1,), torch.nan, dtype=torch.float64)
+            half = len(first) // 2
+            sides = (slice(half), slice(half, None))
+            parts = [self.pair_objective(local, first[i], second[i], prior) for i in sides]
+            return torch.cat(parts)

@@ -1,13 +1,15 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The collapsed objective: that of groups of components with the best atom for each, and what a
-component more or less in a group would change. For ``product`` it is minus the log evidence that
-the components of a group share one atom, against that each has one of its own."""
+"""The collapsed objective: that of groups of components with the best atom for each, and, where
+the pooling is additive, what a component more or less in a group would change. For ``product`` it
+is minus the log evidence that the components of a group share one atom, against that each has one
+of its own."""
 
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -15,15 +17,25 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.families import Factor
-from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.additive import AdditivePooling
 from pyro_fusion.pooling.components import Components
 
-__all__ = ["SiteSums", "Sums", "log_evidence", "log_evidence_of_joining"]
+__all__ = [
+    "GroupCosts",
+    "SiteSums",
+    "Sums",
+    "group_costs",
+    "log_evidence",
+    "log_evidence_of_joining",
+]
 
 # Numbers in the statistics of the candidate groups at a time: what stays in the processor's cache,
 # or on a GPU what bounds the memory.
 _NUMBERS = 1 << 17
 _NUMBERS_GPU = 1 << 24
+
+# Numbers in the components of candidate groups at a time, where each has a barycentre of its own.
+_NUMBERS_EXPLICIT = 1 << 20
 
 # Groups of components with so many numbers are remembered, so many at most: with fewer it would
 # take longer to look them up.
@@ -40,7 +52,7 @@ class SiteSums:
     :ivar total, potentials: their weighted sums over each group, ``[K, P]`` and ``[K]``.
     """
 
-    pooling: Pooling
+    pooling: AdditivePooling
     local: Factor
     prior: Factor | None
     statistics: Tensor
@@ -54,8 +66,66 @@ class SiteSums:
         return potential - self.pooling.group_potential(atoms, weight, self.prior)
 
 
+class GroupCosts(ABC):
+    """The objective of groups with the best atom for each."""
+
+    @abstractmethod
+    def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
+        """The objective over T of groups, or of their unions with others: on the CPU."""
+
+    @abstractmethod
+    def parted(self, groups: Tensor, part: Tensor) -> tuple[GroupCosts, GroupCosts]:
+        """The groups, which components ``[N]`` are in, without those of the mask ``part``, and with
+        these alone."""
+
+
+def group_costs(problem: Components, groups: Tensor, num_atoms: int) -> GroupCosts:
+    """The groups ``[N]``, in ``0, ..., K-1``: by :class:`Sums` where the pooling is additive, else
+    with a barycentre for each that is asked for."""
+    if isinstance(problem.pooling, AdditivePooling):
+        return Sums.of(problem, groups, num_atoms)
+    return _Explicit(problem, groups, torch.ones_like(groups, dtype=torch.bool))
+
+
 @dataclass
-class Sums:
+class _Explicit(GroupCosts):
+    """Groups of any pooling.
+
+    :ivar kept: which components are in their groups: a mask ``[N]``.
+    """
+
+    problem: Components
+    groups: Tensor
+    kept: Tensor
+
+    def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
+        sets = groups.unsqueeze(1) if other is None else torch.stack([groups, other], 1)
+        members = self.kept.nonzero().squeeze(-1)
+        members = members[self.groups[members].argsort(stable=True)]
+        length = int(max(self.groups.max(), sets.max())) + 1
+        count = torch.bincount(self.groups[members], minlength=length)
+        first = count.cumsum(0) - count
+        size = sum(f.shape[1:].numel() for f in self.problem.local.values())
+        rows = max(1, _NUMBERS_EXPLICIT // max(1, size))
+        # So many candidates at a time that their members fill about one block.
+        place = count[sets].sum(1).cumsum(0) // rows
+        parts = []
+        for block in sets.split(torch.bincount(place)[place.unique()].tolist()):
+            own = block.flatten()
+            sizes = count[own]
+            offset = first[own] - (sizes.cumsum(0) - sizes)
+            index = torch.arange(int(sizes.sum())) + offset.repeat_interleave(sizes)
+            candidate = torch.arange(len(block)).repeat_interleave(block.shape[1])
+            part = self.problem.take(members[index])
+            parts.append(part.values(candidate.repeat_interleave(sizes), len(block)).cpu())
+        return torch.cat(parts)
+
+    def parted(self, groups: Tensor, part: Tensor) -> tuple[GroupCosts, GroupCosts]:
+        return replace(self, kept=self.kept & ~part), replace(self, kept=self.kept & part)
+
+
+@dataclass
+class Sums(GroupCosts):
     """The objective of each group, and what a component more or less would change.
 
     :ivar weights: of the components, ``[N]``; ``weight``: of the groups, ``[K]``.
@@ -75,19 +145,18 @@ class Sums:
 
     @classmethod
     def of(cls, problem: Components, groups: Tensor, num_atoms: int) -> Sums:
-        """Of the groups ``[N]``, in ``0, ..., K-1``."""
-        w = problem.weights
+        """The sums over the groups ``[N]``, in ``0, ..., K-1``; the pooling is additive."""
+        pooling, w = problem.pooling, problem.weights
+        assert isinstance(pooling, AdditivePooling)
         sites = []
         for site, f in problem.local.items():
             prior = problem.prior.get(site)
             prior = None if prior is None else prior.shift(f.origin)
-            statistics = problem.pooling.statistics(f.centred)
-            potential = problem.pooling.potential(f.centred, prior)
+            statistics = pooling.statistics(f.centred)
+            potential = pooling.potential(f.centred, prior)
             zero = w.new_zeros(num_atoms)
             total = w.new_zeros(num_atoms, statistics.shape[1])
-            sites.append(
-                SiteSums(problem.pooling, f.centred, prior, statistics, potential, total, zero)
-            )
+            sites.append(SiteSums(pooling, f.centred, prior, statistics, potential, total, zero))
         known = None
         if sum(s.total.shape[1] for s in sites) >= _LARGE:
             known = problem.known
@@ -111,8 +180,18 @@ class Sums:
         weight, code = self.weight - other.weight[:count], self.code - other.code[:count]
         return replace(self, sites=sites, weight=weight, code=code)
 
+    def parted(self, groups: Tensor, part: Tensor) -> tuple[Sums, Sums]:
+        sites = [
+            replace(s, total=torch.zeros_like(s.total), potentials=torch.zeros_like(s.potentials))
+            for s in self.sites
+        ]
+        weight, code = torch.zeros_like(self.weight), torch.zeros_like(self.code)
+        there = replace(self, sites=sites, weight=weight, code=code)
+        members = part.nonzero().squeeze(-1)
+        there.add(members, groups[members], 1.0)
+        return self.minus(there), there
+
     def values(self, groups: Tensor, other: Tensor | None = None) -> Tensor:
-        """The objective over T of groups, or of their unions with others: on the CPU."""
         code = self.code[groups] if other is None else self.code[groups] + self.code[other]
 
         def of(index: Tensor) -> Tensor:

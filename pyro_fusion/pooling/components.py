@@ -88,6 +88,17 @@ class Components:
         """The same with components and parties in another order."""
         return replace(self.take(order), sizes=sizes)
 
+    def scored(self) -> Components:
+        """The components as their assignment is scored: where the pooling tempers, with weights and
+        dispersion moved into them; else as they are."""
+        if not (self.pooling.tempers and self.prior):  # a lone party may come without
+            return self
+        local = {
+            site: self.pooling.temper(f, self.prior[site], self.weights, self.dispersion)
+            for site, f in self.local.items()
+        }
+        return replace(self, local=local, weights=torch.ones_like(self.weights), dispersion=1.0)
+
     def cost(self, atoms: Factors) -> Tensor:
         """``w D / T`` summed over sites: ``[K, N]``."""
         total: Tensor | None = None
@@ -118,6 +129,17 @@ class Components:
             site: self.pooling.barycenter(f, groups, num_atoms, w, self.prior.get(site))
             for site, f in self.local.items()
         }
+
+    def values(self, groups: Tensor, num_atoms: int) -> Tensor:
+        """What each of the groups ``[N]`` with its best atom adds to the objective: ``[K]``."""
+        groups = groups.to(self.weights.device, non_blocking=True)
+        total = torch.zeros(num_atoms, dtype=torch.float64, device=self.weights.device)
+        for site, atoms in self.barycenter(groups, num_atoms).items():
+            local, prior = self.local[site], self.prior.get(site)
+            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, prior)
+            total += self.pooling.opening(atoms, prior)
+            total.index_add_(0, groups, self.weights * pairs.double())
+        return total / self.dispersion
 
     def divergence(self, groups: Tensor, num_atoms: int, atoms: Factors | None = None) -> float:
         """What the groups ``[N]`` with their best atoms add to the objective, pair by pair.

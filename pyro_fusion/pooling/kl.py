@@ -5,20 +5,35 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from pyro_fusion.families import Factor, kl, pairwise_kl
-from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.additive import AdditivePooling
+from pyro_fusion.pooling.merges import Merges
 
 __all__ = ["Exclusive", "Inclusive"]
 
 
-class Inclusive(Pooling):
+class _KL(AdditivePooling):
+    """What both directions have in common."""
+
+    def absent(
+        self, local: Factor, weights: Tensor, averaged: bool, prior: Factor | None = None
+    ) -> Factor:
+        if prior is not None:
+            return prior
+        # The width of the one is that of an entry, of the other that of all entries.
+        how: AdditivePooling = Exclusive() if averaged else Inclusive()
+        return how.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
+
+
+class Inclusive(_KL):
     """``min_q Σ_n w_n KL(q_n ‖ q)``: the mean of the mean parameters, that is moment matching;
     the mixture of the group, projected."""
 
-    draws_from = "atoms"
     name = "inclusive"
+    draws_from = "atoms"
 
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(local, atoms)
@@ -41,14 +56,14 @@ class Inclusive(Pooling):
         return atoms.weighted_dual(weight)
 
 
-class Exclusive(Pooling):
+class Exclusive(_KL):
     """``min_q Σ_n w_n KL(q ‖ q_n)``: the mean of the natural parameters, the log-linear pool.
 
     Source: Claici et al. (ICML 2020), prop. 1.
     """
 
-    draws_from = "local"
     name = "exclusive"
+    draws_from = "local"
 
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(atoms, local)
@@ -69,3 +84,11 @@ class Exclusive(Pooling):
 
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
         return atoms.weighted_log_normalizer(weight)
+
+    def say(self, local: Factor) -> Tensor:
+        """By one over the standard deviation: half-way, in logarithms, between counting alike and
+        by precision, as barycentres do, which a party that is overconfident would rule."""
+        return local.precision.sqrt()
+
+    def dispersion(self, merges: Merges) -> float:
+        return merges.limit  # prices are in its units

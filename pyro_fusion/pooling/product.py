@@ -5,15 +5,25 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
+from pyro_fusion.assignment.priors import AssignmentPrior, IndianBuffetPrior
+from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
-from pyro_fusion.pooling.base import Pooling, given
+from pyro_fusion.pooling.additive import AdditivePooling
+from pyro_fusion.pooling.merges import WRONG, Merges
 
-__all__ = ["Product", "temper"]
+__all__ = ["Product"]
+
+# Pairs, of the cheapest and of one party, that tell what evidence there is for a merge.
+_MAX_EVIDENCE = 200
+_BISECTIONS = 12
 
 
-class Product(Pooling):
+class Product(AdditivePooling):
     """``min_q KL(q ‖ p0) + Σ_n w_n E_q[log p0 - log q_n]``: Bayes' rule for conditionally
     independent data, ``q ∝ p0 Π (q_n / p0)^w_n``. At the optimum the objective is minus the log
     evidence that the group shares one atom, and zero for a group of one.
@@ -21,10 +31,13 @@ class Product(Pooling):
     Source: Campbell & How, *Approximate Decentralized Bayesian Inference* (UAI 2014), eq. 4.
     """
 
-    draws_from = "prior"
     name = "product"
     needs_prior = True
+    draws_from = "prior"
     normalised = False
+    convex = False
+    averages_outgoing = False
+    tempers = True
     failure = (
         "is improper: some local posterior is wider than the prior. Give the prior that was "
         "really used as `prior`, or pool inclusively or exclusively"
@@ -34,16 +47,16 @@ class Product(Pooling):
         return kl(atoms, local)
 
     def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
-        one = given(prior).expand_batch(atoms.batch_shape)
+        one = self.given(prior).expand_batch(atoms.batch_shape)
         origin = atoms.location()  # nothing large cancels there
         from_prior = atoms.shift(origin).divergences(one.shift(origin))
         return pairwise_kl(atoms, local) - local.over_entries(from_prior)
 
     def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
-        return kl(atoms, local) - kl(atoms.within(local), given(prior))
+        return kl(atoms, local) - kl(atoms.within(local), self.given(prior))
 
     def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
-        return kl(atoms, given(prior)).double()
+        return kl(atoms, self.given(prior)).double()
 
     def coordinates(self, local: Factor) -> Tensor:
         return local.natural
@@ -51,26 +64,71 @@ class Product(Pooling):
     def from_coordinates(
         self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
-        return like.from_natural(total + (1 - weight) * given(prior).natural)
+        return like.from_natural(total + (1 - weight) * self.given(prior).natural)
 
     def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
-        return local.log_normalizer_over(given(prior))
+        return local.log_normalizer_over(self.given(prior))
 
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
-        return atoms.log_normalizer_over(given(prior))
+        return atoms.log_normalizer_over(self.given(prior))
 
+    def default_assignment_prior(self) -> AssignmentPrior:
+        """The buffet: it is at home where there is evidence that components agree."""
+        return IndianBuffetPrior()
 
-def temper(local: Factor, prior: Factor, weights: Tensor, dispersion: float) -> Factor:
-    """The messages ``q_n / p0`` raised to ``w_n / T``: ``η_0 + (η_n - η_0) w_n / T``.
+    def temper(self, local: Factor, prior: Factor, weights: Tensor, dispersion: float) -> Factor:
+        """The messages ``q_n / p0`` raised to ``w_n / T``: ``η_0 + (η_n - η_0) w_n / T``, for which
+        the evidence is exact.
 
-    :param local: batch shape ``[N]``; ``prior``: ``[1]``; ``weights``: ``[N]``.
-    :raises ParameterError: if one is improper.
-    """
-    origin = local.location()
-    shifted_prior = prior.expand_batch((len(weights),)).shift(origin)
-    shifted = local.shift(origin)
-    message = (shifted.natural - shifted_prior.natural) * (weights / dispersion).unsqueeze(1)
-    with Product.telling():
-        tempered = local.from_natural(shifted_prior.natural + message)
-        tempered.check()
-    return tempered.shift(origin, sign=1.0)
+        :param local: batch shape ``[N]``; ``prior``: ``[1]``; ``weights``: ``[N]``.
+        :raises ParameterError: if one is improper.
+        """
+        origin = local.location()
+        shifted_prior = prior.expand_batch((len(weights),)).shift(origin)
+        shifted = local.shift(origin)
+        message = (shifted.natural - shifted_prior.natural) * (weights / dispersion).unsqueeze(1)
+        with self.telling():
+            tempered = local.from_natural(shifted_prior.natural + message)
+            tempered.check()
+        return tempered.shift(origin, sign=1.0)
+
+    def dispersion(self, merges: Merges) -> float:
+        """The T at which tempered messages at the limit are as well merged as not, or, if it is
+        less, that at which those of pairs of one party are, by bisection."""
+        limit, prior = merges.limit, merges.prior
+        cheapest = merges.price.argsort(stable=True)[:_MAX_EVIDENCE]
+        wrong = merges.wrong[:: math.ceil(len(merges.wrong) / _MAX_EVIDENCE) or 1]
+        pairs = torch.cat([cheapest, wrong])
+        both = torch.cat([merges.first[pairs], merges.second[pairs]])
+        groups = torch.arange(len(pairs)).repeat(2)
+        # Halfway between two lone components (nothing) and one that joins half of all parties.
+        new_atom = math.log(merges.num_parties) / 2
+
+        def excess(dispersion: float) -> float:
+            cost = torch.zeros(len(pairs), dtype=torch.float64)  # minus the evidence of each merge
+            for site, f in merges.local.items():
+                part = f.index_select(0, both)
+                index, one = groups.to(part.device), prior[site]
+                weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
+                part = self.temper(part, one, weights, dispersion)
+                atoms = self.barycenter(part, index, len(pairs), weights, one)
+                value = self.pair_cost(atoms.index_select(0, index), part, one)
+                cost += (value.reshape(2, -1).sum(0) + self.opening(atoms, one)).double().cpu()
+            beyond, own = cost.split([len(cheapest), len(wrong)])
+            # For what the merge costs beyond its price, the sign is that of the evidence for it.
+            beyond = beyond - merges.price[cheapest] / dispersion
+            result = limit / dispersion + float(beyond.median())
+            if len(wrong):
+                result = min(result, float(own.quantile(WRONG)))
+            return result - new_atom
+
+        low, high = 1.0, max(limit, 1.0)
+        try:
+            if excess(low) <= 0:
+                return low
+            for _ in range(_BISECTIONS):
+                middle = (low * high) ** 0.5
+                low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+        except ParameterError:  # improper: fusion itself will say which and why
+            return 1.0
+        return low

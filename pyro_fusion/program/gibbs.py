@@ -40,7 +40,7 @@ from pyro_fusion.assignment.markov_kernels import match_anew, slice_sample
 from pyro_fusion.assignment.matching import MAX_EXACT
 from pyro_fusion.assignment.priors import IndianBuffetPrior
 from pyro_fusion.errors import ParameterError, StructureError
-from pyro_fusion.fusion.parties import LabelProblem, locating, tempered
+from pyro_fusion.fusion.parties import LabelProblem, locating
 from pyro_fusion.fusion.problem import check_assignment
 from pyro_fusion.pooling.collapsed import Sums, log_evidence, log_evidence_of_joining
 from pyro_fusion.pooling.components import Components, compact
@@ -338,7 +338,7 @@ class _Chain:
             return -math.inf
 
     def _tempered(self, log_dispersion: float) -> Components:
-        return tempered(replace(self.part.messages, dispersion=math.exp(log_dispersion)))
+        return replace(self.part.messages, dispersion=math.exp(log_dispersion)).scored()
 
 
 def _check_model(model: FusionModel) -> None:

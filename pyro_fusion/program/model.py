@@ -120,6 +120,11 @@ class FusionModel(PyroModule):
                 dispersion=dispersion,
             )
         how = self.problem.pooling
+        if how.draws_from is None:
+            raise ParameterError(
+                f"pooling {how.name!r} has no Pyro program (its `draws_from` is None): `fuse` "
+                "works with it"
+            )
         if how.needs_prior and not self.problem.parties.prior:
             raise ParameterError(
                 f"the program of pooling '{how.name}' draws atoms from the prior of the local "

@@ -193,20 +193,22 @@ class TestCalibration:
 class TestOneForEachLabel:
     def test_given_and_default(self):
         given = {"b": FixedAtoms(3)}
-        assert assignment_priors(given, ["a", "b"], False) == {
+        assert assignment_priors(given, ["a", "b"], GroupNormPrior()) == {
             "a": GroupNormPrior(),
             "b": FixedAtoms(3),
         }
-        assert assignment_priors(given, ["a", "b"], True)["a"] == IndianBuffetPrior()
-        assert assignment_priors(None, ["a"], True) == {"a": IndianBuffetPrior()}
-        assert assignment_priors(GroupNormPrior(2.0), ["a", "b"], True)["b"] == GroupNormPrior(2.0)
+        default = IndianBuffetPrior()
+        assert assignment_priors(given, ["a", "b"], default)["a"] is default
+        assert assignment_priors(None, ["a"], default) == {"a": default}
+        all_alike = assignment_priors(GroupNormPrior(2.0), ["a", "b"], default)
+        assert all_alike["b"] == GroupNormPrior(2.0)
 
     def test_errors(self):
         with pytest.raises(StructureError, match=r"labels \['c'\]; the labels are \['a', 'b'\]"):
-            assignment_priors({"c": GroupNormPrior()}, ["a", "b"], False)
+            assignment_priors({"c": GroupNormPrior()}, ["a", "b"], GroupNormPrior())
         for wrong in ("buffet", {"a": 3}, 0):
             with pytest.raises(ParameterError, match="prior must be"):
-                assignment_priors(wrong, ["a"], False)
+                assignment_priors(wrong, ["a"], GroupNormPrior())
 
 
 def test_tables_have_what_is_in_use():

@@ -140,7 +140,7 @@ class TestGroups:
         local, d = partial(family, 6, 2)
         how = pooling_named(pooling)
         base = {}
-        if how.needs_base:
+        if how.needs_prior:
             # Wider than all components.
             wide = {
                 "Normal": dist.Normal(torch.zeros(1, J).double(), 5.0),

@@ -11,7 +11,7 @@ from torch.distributions import kl_divergence
 from pyro_fusion import ParameterError
 from pyro_fusion.families import Factor, kl
 from pyro_fusion.pooling import pooling_named
-from pyro_fusion.pooling.base import FAR
+from pyro_fusion.pooling.additive import FAR
 from tests.families.members import BARE, mvn, normal, normal_gamma, normal_wishart
 
 POOLINGS = ["inclusive", "exclusive", "product"]

@@ -29,7 +29,7 @@ from pyro_fusion import (
     fuse,
 )
 from pyro_fusion.families import Factor
-from pyro_fusion.pooling.product import temper
+from pyro_fusion.pooling import Product
 from tests.families import members
 
 POOLINGS = ["exclusive", "inclusive", "product"]
@@ -118,7 +118,7 @@ def site_by_hand(model, site, problem, atoms, assignment, dispersion=None):
             total += scale * kl(*ends)
             continue
         if dispersion is not None:
-            local, scale = temper(local, prior, weights[s : s + 1], dispersion), 1.0
+            local, scale = Product().temper(local, prior, weights[s : s + 1], dispersion), 1.0
         total += scale * (kl(atom, local) - kl(atom, prior))
     if prior is not None:
         total += sum(kl(one(atoms, k), prior) for k in set(assignment))
