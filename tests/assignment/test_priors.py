@@ -5,6 +5,7 @@
 
 import math
 
+import pyro
 import pytest
 import torch
 
@@ -16,6 +17,7 @@ from pyro_fusion import (
     StructureError,
 )
 from pyro_fusion.assignment.priors import assignment_priors
+from tests.device import DEVICE, elsewhere
 
 PRIORS = [
     IndianBuffetPrior(),
@@ -125,6 +127,20 @@ class TestIndianBuffet:
     def test_bad_tensor(self, alpha):
         with pytest.raises(ParameterError, match="alpha must be positive"):
             IndianBuffetPrior(alpha)
+        with (
+            pyro.validation_enabled(False),
+            pytest.raises(ParameterError, match="must be positive"),
+        ):
+            IndianBuffetPrior(alpha)
+
+    def test_a_tensor_elsewhere_is_checked_when_it_is_read(self):
+        with elsewhere() as reads:
+            alpha = torch.tensor(-1.0).to(DEVICE)
+            reads.clear()
+            prior = IndianBuffetPrior(alpha)
+            assert reads == []
+            with pytest.raises(ParameterError, match="alpha must be positive"):
+                prior.calibrated(lambda: math.nan)
 
     def test_a_tensor_of_several_alphas(self):
         """Of as many particles."""
