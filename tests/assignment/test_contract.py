@@ -4,7 +4,6 @@
 """What every solver satisfies, and the solvers against each other."""
 
 import math
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -20,20 +19,13 @@ from pyro_fusion import (
 )
 from pyro_fusion.assignment import (
     NEW,
-    Assignment,
     assignment_objective,
     coordinate,
-    relaxed,
-    sinkhorn,
 )
 from pyro_fusion.assignment.priors import AssignmentPrior
 from tests.assignment.problems import brute_force, random_costs
+from tests.assignment.solvers import SOLVERS, every_solver, solve
 
-SOLVERS: dict[str, Callable[..., Assignment]] = {
-    "coordinate": coordinate,
-    "relaxed": relaxed,
-    "sinkhorn": sinkhorn,
-}
 GROUP_NORMS = [GroupNormPrior(), GroupNormPrior(0.3), GroupNormPrior(0.5, ranked=True)]
 # With a fixed number of atoms it is that of the problem: None stands for it.
 FOR_SOLVER: dict[str, list[AssignmentPrior | None]] = {
@@ -45,52 +37,9 @@ CASES = [(name, prior) for name in SOLVERS for prior in FOR_SOLVER[name]]
 every_case = pytest.mark.parametrize(
     ("name", "prior"), CASES, ids=[f"{n}-{p or 'FixedAtoms'}" for n, p in CASES]
 )
-every_solver = pytest.mark.parametrize("name", SOLVERS)
 
 sizes_of = st.lists(st.integers(1, 4), min_size=1, max_size=5)
 seeds = st.integers(0, 10_000)
-
-
-def solve(name, cost, prior, **options) -> Assignment:
-    """Solve, and check what holds of any result."""
-    if prior is None:
-        prior = FixedAtoms(len(cost[0]))
-    result = SOLVERS[name](cost, prior, **options)
-    check_feasible(cost, prior, result)
-    value = assignment_objective(cost, prior, result.atoms)
-    assert result.objective == pytest.approx(value, rel=1e-12)
-    assert result.bound <= result.objective
-    return result
-
-
-def check_feasible(cost, prior, result) -> None:
-    assert len(result.atoms) == len(cost)
-    for s, (a, c) in enumerate(zip(result.atoms, cost, strict=True)):
-        assert a.dtype == torch.long
-        assert a.device.type == "cpu"
-        assert a.shape == (c.shape[1],)
-        standing = a[a != NEW]
-        assert bool(((a >= NEW) & (a < len(c))).all())
-        assert len(standing.unique()) == len(standing)
-        assert prior.num_atoms is None or len(standing) == len(a)
-        assert bool(c[standing, (a != NEW).nonzero().squeeze(-1)].isfinite().all())
-        if result.soft is not None:
-            p = result.soft[s]
-            assert p.shape == c.shape
-            assert p.dtype == c.dtype
-            assert p.device == c.device
-            check_soft(p, c, prior)
-
-
-def check_soft(p, cost, prior) -> None:
-    """Whether or not the solver converged."""
-    eps = 20 * torch.finfo(p.dtype).eps
-    assert bool((p >= 0).all())
-    assert bool((p[cost.isinf()] == 0).all())
-    total = p.double().sum(0)
-    assert bool((total <= 1 + eps).all())
-    assert prior.num_atoms is None or bool((total >= 1 - eps).all())
-    assert bool((p.double().sum(1) <= 1 + 1e-3 + eps).all())
 
 
 def random_start(seed, num_atoms, sizes):

@@ -25,8 +25,7 @@ from pyro_fusion.plotting import (
     plot_objective,
     plot_popularity,
 )
-from tests.plotting.examples import THREE, fusion, images, many, normals
-from tests.plotting.test_runs import draws
+from tests.plotting.examples import THREE, draws, fusion, images, many, normals
 
 
 def test_without_matplotlib_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

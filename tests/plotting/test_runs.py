@@ -5,22 +5,13 @@
 
 import numpy as np
 import pytest
-import torch
 from matplotlib import pyplot as plt
 from matplotlib.figure import Figure
 
 from pyro_fusion import StructureError
 from pyro_fusion.plotting import plot_num_atoms, plot_objective
-from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
-from tests.plotting.examples import THREE, fusion
-
-
-def draws(num_atoms: list[int], label: str = "component") -> AssignmentDraws:
-    n = len(num_atoms)
-    groups = torch.zeros(n, 5, dtype=torch.long)
-    return AssignmentDraws(
-        label, (2, 2, 1), groups, torch.tensor(num_atoms), torch.zeros(n), None, None
-    )
+from pyro_fusion.program.gibbs import GibbsResult
+from tests.plotting.examples import THREE, draws, fusion
 
 
 def test_objective() -> None:
