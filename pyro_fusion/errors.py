@@ -216,6 +216,10 @@ def _is_library(module: str) -> bool:
 
 
 def broadcast_shapes(shapes: dict[str, Size]) -> Size:
+    """The common batch shape of parameters by name.
+
+    :raises ValueError: names each parameter and its shape.
+    """
     try:
         return torch.broadcast_shapes(*shapes.values())
     except RuntimeError as error:

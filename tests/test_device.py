@@ -27,9 +27,9 @@ from pyro_fusion import (
 )
 from pyro_fusion.assignment import Matching, RelaxedMatching, relaxed, sinkhorn
 from tests.device import DEVICE, elsewhere
-from tests.fusion.test_links import OUTGOING
-from tests.fusion.test_links import parties as networks
-from tests.fusion.test_links import settings_of as settings_of_networks
+from tests.fusion.networks import OUTGOING
+from tests.fusion.networks import parties as networks
+from tests.fusion.networks import settings_of as settings_of_networks
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 SIZES = (3, 2, 4, 3)

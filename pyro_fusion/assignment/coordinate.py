@@ -75,7 +75,12 @@ def coordinate(
         if candidate[1] < best[1]:
             best = candidate
     atoms, objective, sweeps, converged = best
-    return Assignment(problem.split(torch.as_tensor(atoms)), objective, sweeps, converged)
+    return Assignment(
+        atoms=problem.split(torch.as_tensor(atoms)),
+        objective=objective,
+        iterations=sweeps,
+        converged=converged,
+    )
 
 
 def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import torch
-from pyro.poutine.util import is_validation_enabled
 from torch import Tensor
 
 from pyro_fusion.assignment.indian_buffet import harmonic_number, popularity_log_weights
@@ -96,9 +95,9 @@ class IndianBuffetPrior(AssignmentPrior):
             if self.alpha.numel() == 1:
                 # Of axes of size one, as those that ``Predictive`` puts in front.
                 object.__setattr__(self, "alpha", self.alpha.reshape(()))
+            # To read it makes a GPU wait; there it is checked when it is read as a number.
             good = (self.alpha > 0) & self.alpha.isfinite()
-            # To read it makes a GPU wait; ``fuse`` does anyhow.
-            if is_validation_enabled() and not bool(good.all()):
+            if self.alpha.device.type == "cpu" and not bool(good.all()):
                 raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")
         elif self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")

@@ -107,7 +107,16 @@ def relaxed(
         plain = coordinate(problem, assignment_prior, start=start)
         value = plain.objective
         soft = problem.split(_one_hot(problem, torch.cat(plain.atoms)))
-        return RelaxedAssignment(plain.atoms, value, 0, True, value, soft, value, value)
+        return RelaxedAssignment(
+            atoms=plain.atoms,
+            objective=value,
+            iterations=0,
+            converged=True,
+            bound=value,
+            soft=soft,
+            relaxation=value,
+            dual=value,
+        )
     first = start
     if first is None:
         first = [match(c, float(problem.penalty[1])) for c in problem.split(problem.host_cost)]
@@ -120,14 +129,14 @@ def relaxed(
     best = min(ends, key=lambda a: a.objective)
     fixed_ranks = bool((problem.weights != 1).any())
     return RelaxedAssignment(
-        best.atoms,
-        best.objective,
-        result.iterations,
-        relative_gap(result.primal, result.dual, relaxation.scale) <= tolerance,
-        -math.inf if fixed_ranks else min(result.dual, best.objective),
-        problem.split(joint),
-        result.primal,
-        result.dual,
+        atoms=best.atoms,
+        objective=best.objective,
+        iterations=result.iterations,
+        converged=relative_gap(result.primal, result.dual, relaxation.scale) <= tolerance,
+        bound=-math.inf if fixed_ranks else min(result.dual, best.objective),
+        soft=problem.split(joint),
+        relaxation=result.primal,
+        dual=result.dual,
     )
 
 

@@ -124,10 +124,10 @@ def sinkhorn(
     best = min(candidates, key=problem.objective)
     polished = coordinate(problem, assignment_prior, start=problem.split(best))
     return Assignment(
-        polished.atoms,
-        polished.objective,
-        iterations + state.iterations,
-        state.converged and polished.converged,
+        atoms=polished.atoms,
+        objective=polished.objective,
+        iterations=iterations + state.iterations,
+        converged=state.converged and polished.converged,
         soft=problem.split(state.soft),
     )
 
@@ -196,7 +196,15 @@ def soft_assignment(
         converged = result.converged and bool((off.abs() <= tolerance * temperature).all())
         if converged or iteration >= max_iterations:
             soft = _feasible(problem, scaling, result)
-            return SoftAssignment(soft, dual, price, new, result.heat, iteration, converged)
+            return SoftAssignment(
+                soft=soft,
+                dual=dual,
+                price=price,
+                new=new,
+                heat=result.heat,
+                iterations=iteration,
+                converged=converged,
+            )
         part = torch.where(off * last < 0, part / 2, (1.5 * part).clamp_(max=1))
         last, before = off, price
         price = price.lerp(target, part)
@@ -213,7 +221,15 @@ def _first(problem: AssignmentProblem) -> SoftAssignment:
     price = price.expand(num_parties, -1)
     heat = cost.new_full((num_parties, 1), _scale(problem))
     new = problem.penalty[1].to(cost, non_blocking=True)
-    return SoftAssignment(cost, torch.zeros_like(price), price, new, heat, 0, False)
+    return SoftAssignment(
+        soft=cost,
+        dual=torch.zeros_like(price),
+        price=price,
+        new=new,
+        heat=heat,
+        iterations=0,
+        converged=False,
+    )
 
 
 def _feasible(problem: AssignmentProblem, scaling: Scaling, result: Scaled) -> Tensor:

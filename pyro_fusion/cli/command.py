@@ -11,10 +11,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NoReturn, TextIO
+from typing import Any, Literal, NoReturn, TextIO
 
-from pyro_fusion import __version__
 from pyro_fusion.assignment.priors import (
     AssignmentPrior,
     FixedAtoms,
@@ -76,6 +76,14 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"pyro-fusion: error: {_one_line(message)} (see {self.prog} --help)\n")
 
 
+class _Version(argparse.Action):
+    """Prints the installed version, which is looked up only then."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> NoReturn:
+        _print(f"pyro-fusion {version('pyro-fusion')}")
+        parser.exit()
+
+
 def _integer(text: str) -> int:
     """What torch takes as a seed, and no more than anyone means elsewhere."""
     value = int(text)
@@ -92,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="pyro-fusion", description="Fuse posteriors into one, without their data."
     )
-    parser.add_argument("--version", action="version", version=f"pyro-fusion {__version__}")
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
     commands = parser.add_subparsers(required=True, metavar="command")
 
     p = commands.add_parser("fuse", help="fuse posterior files into one")

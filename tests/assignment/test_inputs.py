@@ -15,7 +15,7 @@ from pyro_fusion import (
 )
 from pyro_fusion.assignment import NEW, AssignmentProblem, coordinate
 from tests.assignment.problems import random_costs
-from tests.assignment.test_contract import SOLVERS, every_solver, solve
+from tests.assignment.solvers import SOLVERS, every_solver, solve
 
 
 @every_solver

@@ -5,6 +5,7 @@
 
 import math
 
+import pyro
 import pytest
 import torch
 
@@ -16,6 +17,8 @@ from pyro_fusion import (
     StructureError,
 )
 from pyro_fusion.assignment.priors import assignment_priors
+from pyro_fusion.testing import check_assignment_prior
+from tests.device import DEVICE, elsewhere
 
 PRIORS = [
     IndianBuffetPrior(),
@@ -27,27 +30,9 @@ PRIORS = [
 PRIORS += [GroupNormPrior(ranked=True), FixedAtoms(4)]
 
 
-@pytest.mark.parametrize("prior", PRIORS, ids=str)
-class TestContract:
-    @pytest.mark.parametrize("num_parties", [1, 2, 7, 1000])
-    def test_penalty(self, prior, num_parties):
-        phi = prior.penalty(num_parties)
-        assert phi.shape == (num_parties + 1,)
-        assert phi.dtype == torch.float64
-        assert phi[0] == 0
-        assert torch.isfinite(phi).all()
-
-    def test_popular_atoms_attract(self, prior):
-        steps = prior.penalty(9)[1:].diff()
-        assert (steps.diff() <= 1e-12).all()
-
-    def test_update_lowers_the_objective(self, prior):
-        def value(p, atoms):
-            return p.constant(6) + sum(float(p.penalty(6)[m]) for m in atoms)
-
-        for atoms in ([1], [6, 6], [1, 2, 3, 4, 5, 6, 6, 6]):
-            updated = prior.update(len(atoms), 6)
-            assert value(updated, atoms) <= value(prior, atoms) + 1e-12
+@pytest.mark.parametrize("prior", [*PRIORS, GroupNormPrior("auto")], ids=str)
+def test_contract(prior):
+    check_assignment_prior(prior)
 
 
 class TestIndianBuffet:
@@ -125,6 +110,20 @@ class TestIndianBuffet:
     def test_bad_tensor(self, alpha):
         with pytest.raises(ParameterError, match="alpha must be positive"):
             IndianBuffetPrior(alpha)
+        with (
+            pyro.validation_enabled(False),
+            pytest.raises(ParameterError, match="must be positive"),
+        ):
+            IndianBuffetPrior(alpha)
+
+    def test_a_tensor_elsewhere_is_checked_when_it_is_read(self):
+        with elsewhere() as reads:
+            alpha = torch.tensor(-1.0).to(DEVICE)
+            reads.clear()
+            prior = IndianBuffetPrior(alpha)
+            assert reads == []
+            with pytest.raises(ParameterError, match="alpha must be positive"):
+                prior.calibrated(lambda: math.nan)
 
     def test_a_tensor_of_several_alphas(self):
         """Of as many particles."""

@@ -14,7 +14,8 @@ from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior, Parameter
 from pyro_fusion.assignment import NEW, assignment_objective, coordinate
 from pyro_fusion.assignment.problem import AssignmentProblem
 from pyro_fusion.assignment.sinkhorn import SoftAssignment, sinkhorn, soft_assignment
-from tests.assignment.problems import PRIORS, RANKED, brute_force, random_costs
+from pyro_fusion.testing.solver import lowest_objective
+from tests.assignment.problems import PRIORS, RANKED, random_costs
 
 
 def solve(cost, prior, temperature=0.3, opening=None, start=None) -> SoftAssignment:
@@ -89,7 +90,7 @@ def test_mostly_equals_enumeration():
         for seed in range(10):
             cost = random_costs(seed, 3, [3, 3, 3] if seed % 2 else [1, 3, 2])
             opening = torch.tensor([0.5, 0.0, 1.0], dtype=torch.float64) * (seed % 3)
-            best = brute_force(cost, prior, opening)
+            best = lowest_objective(cost, prior, opening)
             result = sinkhorn(cost, prior, opening=opening)
             assert result.objective >= best - 1e-9
             equal.append(result.objective <= best + 1e-9)

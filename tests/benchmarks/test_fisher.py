@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from pyro_fusion.nn import alignment
-from tests.benchmarks.test_simulation import load
+from tests.benchmarks.load import load
 
 
 @pytest.fixture

@@ -19,8 +19,8 @@ from pyro_fusion import (
     from_guide,
     fuse,
 )
-from pyro_fusion.fusion.arguments import resolve_base
-from pyro_fusion.fusion.atom_prior import base_fill
+from pyro_fusion.fusion.arguments import resolve_prior
+from pyro_fusion.fusion.atom_prior import prior_fill
 
 AXES = {"initial": "state", "transition": ("state", "state"), "emission": "state"}
 DIM, CALM, STICKY = 2, 0.5, 20.0
@@ -224,10 +224,10 @@ class TestStickyPrior:
 
             guides.append(AutoNormal(chain))
             guides[-1]()
-        base = resolve_base(None, guides[:2], ["transition"])
-        assert base_fill("transition", base, base["transition"], (0, 1)) == (CALM, CALM + STICKY)
+        base = resolve_prior(None, guides[:2], ["transition"])
+        assert prior_fill("transition", base, base["transition"], (0, 1)) == (CALM, CALM + STICKY)
         with pytest.raises(StructureError, match="'transition': the model of guide 1 has another"):
-            resolve_base(None, guides[::2], ["transition"])
+            resolve_prior(None, guides[::2], ["transition"])
 
     @pytest.mark.parametrize(
         ("alpha", "message"),

@@ -20,7 +20,7 @@ from scipy.optimize import linear_sum_assignment
 
 from pyro_fusion import GroupNormPrior, IndianBuffetPrior, NormalWishart, fuse
 from pyro_fusion.assignment.priors import AssignmentPrior
-from tests.benchmarks.test_simulation import load
+from tests.benchmarks.load import load
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyro_fusion import fuse
-from tests.benchmarks.test_simulation import load
+from tests.benchmarks.load import load
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 
 """The benchmarks run, small, and print what they promise; nothing is timed here."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -15,18 +14,7 @@ import numpy as np
 import pytest
 from scipy.spatial.distance import cdist, pdist
 
-BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
-
-
-def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A program of ``benchmarks``, which is no package."""
-    spec = importlib.util.spec_from_file_location(name, BENCHMARKS / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)  # dataclasses look themselves up there
-    spec.loader.exec_module(module)
-    return module
-
+from tests.benchmarks.load import BENCHMARKS, load
 
 # -- simulation ------------------------------------------------------------------------------------
 

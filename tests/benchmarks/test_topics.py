@@ -18,7 +18,7 @@ from scipy.spatial.distance import cdist
 from scipy.special import gammaln
 from sklearn.decomposition import LatentDirichletAllocation
 
-from tests.benchmarks.test_simulation import load
+from tests.benchmarks.load import load
 
 
 @pytest.fixture(scope="module")

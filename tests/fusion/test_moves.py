@@ -12,7 +12,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pyro_fusion import FixedAtoms, GroupNormPrior, IndianBuffetPrior
-from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.fusion.moves import regroup, rematch
@@ -20,7 +19,7 @@ from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.collapsed import Sums
 from pyro_fusion.pooling.components import Components, compact
 from tests.families.members import BARE
-from tests.pooling.test_base import prior_of
+from tests.pooling.problems import collapsed, prior_of
 
 POOLINGS = ["inclusive", "exclusive", "product"]
 PRIORS = [
@@ -30,15 +29,6 @@ PRIORS = [
     GroupNormPrior(5.0),
     FixedAtoms(7),
 ]
-
-
-def collapsed(problem: Components, prior: AssignmentPrior, groups: torch.Tensor) -> float:
-    """F of these groups with their best atoms."""
-    groups, num_atoms = compact(groups)
-    atoms = problem.barycenter(groups, num_atoms)
-    total = problem.opening(atoms).sum() + problem.cost(atoms)[groups, range(len(groups))].sum()
-    popularity = torch.bincount(groups)
-    return float(total + prior.penalty(problem.num_parties)[popularity].sum())
 
 
 def moved(how, problem, prior, groups):

@@ -18,7 +18,7 @@ from pyro_fusion import (
 from pyro_fusion.families import kl
 from pyro_fusion.fusion.parties import Parties, locating
 from pyro_fusion.pooling import pooling_named
-from tests.fusion.test_fuse import BASE, HOLDS, parties
+from tests.fusion.parties import BASE, HOLDS, parties
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 SIZES = tuple(len(h) for h in HOLDS)

@@ -64,3 +64,50 @@ def test_given_the_number_of_many_atoms_each_is_found(pooling):
     fusion = fuse(parties, pooling, FixedAtoms(len(true.unique())))
     atom = torch.cat(fusion.assignment)
     assert bool(((atom == atom.unsqueeze(1)) == (true == true.unsqueeze(1))).all())
+
+
+def far_from_obvious(seed):
+    """Ten parties that each have three to eight of twelve atoms, which lie close together: the
+    locations of the components, of sd 1/2 each, in the plane."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = 2 * torch.randn(12, 2, generator=generator, dtype=torch.float64)
+    parties = []
+    for _ in range(10):
+        size = int(torch.randint(3, 9, (1,), generator=generator))
+        own = torch.randperm(12, generator=generator)[:size]
+        noise = 0.5 * torch.randn(size, 2, generator=generator, dtype=torch.float64)
+        parties.append(centres[own] + noise)
+    return parties
+
+
+def objective(parties, fusion):
+    """F of what was found, by hand: where all components are Normals of sd 1/2, atoms are means and
+    divergences are squared distances over 2 (1/2)^2."""
+    loc, atom = torch.cat(parties), torch.cat(fusion.assignment)
+    prior, temperature = fusion.only_label().assignment_prior, fusion.only_label().dispersion
+    total = 0.0
+    for k in atom.unique():
+        own = loc[atom == k]
+        total += float((own - own.mean(0)).square().sum()) / (2 * 0.5**2 * temperature)
+        total += prior.scale * len(own) ** 0.5
+    return total
+
+
+@pytest.mark.parametrize("seed", [3, 9, 11])
+def test_other_starts_end_lower_than_the_first(seed):
+    parties = far_from_obvious(seed)
+    posteriors = [
+        Posterior(
+            {"x": dist.Normal(loc, torch.full_like(loc, 0.5)).to_event(1)}, {"x": "component"}
+        )
+        for loc in parties
+    ]
+    one, many = (fuse(posteriors, "exclusive", restarts=n) for n in (0, 9))
+    assert many.only_label().dispersion == one.only_label().dispersion
+    for fusion in (one, many):
+        assert objective(parties, fusion) == pytest.approx(fusion.objective[-1], rel=1e-9)
+    assert objective(parties, many) < 0.99 * objective(parties, one)
+    # The first start ends alike in both; starts at other thresholds end elsewhere.
+    ends = {round(end, 6) for end in many.only_label().restarts}
+    assert len(one.only_label().restarts) == 1
+    assert len(ends) >= 5

@@ -25,8 +25,8 @@ from pyro_fusion import (
 )
 from pyro_fusion.assignment import NEW, Assignment
 from pyro_fusion.fusion.ascent import expectation_maximization
-from tests.fusion.test_fuse import BASE, HOLDS, parties, same_grouping
-from tests.program.test_model import NOISELESS, base, by_hand, loss, pair, perturb, posteriors
+from tests.fusion.parties import BASE, HOLDS, parties, same_grouping
+from tests.program.pairs import NOISELESS, base, by_hand, loss, pair, perturb, posteriors
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 SIZES = [len(h) for h in HOLDS]

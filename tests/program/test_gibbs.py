@@ -27,7 +27,7 @@ from pyro_fusion import (
 from pyro_fusion.assignment.indian_buffet import harmonic_number
 from pyro_fusion.assignment.markov_kernels import match_anew, slice_sample
 from pyro_fusion.fusion.ascent import expectation_maximization
-from tests.fusion.test_moves import collapsed
+from tests.pooling.problems import collapsed
 
 SIGMAS = 4
 BASE = dist.Normal(torch.zeros(1).double(), 3.0).to_event(1)

@@ -25,8 +25,17 @@ from pyro_fusion import (
 )
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
-from tests.program import test_model
-from tests.program.test_model import POOLINGS, best_elbo, by_hand, loss, pair, perturb, stacked
+from tests.program.pairs import (
+    POOLINGS,
+    base,
+    best_elbo,
+    by_hand,
+    loss,
+    pair,
+    perturb,
+    posteriors,
+    stacked,
+)
 
 
 def normal(own, g):
@@ -403,7 +412,7 @@ class TestOwnPrograms:
                 trust = pyro.sample("trust", dist.Gamma(torch.full((3,), 7.0), 9.0).to_event(1))
                 return FusionModel.scale(self.model, label) * trust[..., self.model.party(label)]
 
-        model = Model(test_model.posteriors(), pooling, prior=test_model.base())
+        model = Model(posteriors(), pooling, prior=base())
         guide = Guide(model)
         draws = torch.tensor([loss(model, guide, Trace_ELBO()) for _ in range(200)])
         many = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=1)

@@ -1,0 +1,186 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The contract of a family: a right one passes, and one that is wrong in one place does not. That
+ours pass is in tests/families/test_contract.py."""
+
+import math
+
+import pyro.distributions as dist
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.distributions import kl_divergence
+
+from pyro_fusion.families import Family, family, register_family
+from pyro_fusion.testing import check_family
+from tests.families.members import BARE
+
+LOGITS = torch.tensor([-1.0, 0.3, 1.5], dtype=torch.float64)
+OTHERS = torch.tensor([0.0, -0.7], dtype=torch.float64)
+
+
+class Right(Family):
+    """T(x) = x, η = log(1 - p), A(η) = -log p, E[x] = (1 - p) / p."""
+
+    distribution = dist.Geometric
+    event_dim = 0
+    parameters = {"logits": 0}
+
+    def event_shape(self, params):
+        return torch.Size()
+
+    def statistics(self, value):
+        return value.unsqueeze(-1)
+
+    def natural(self, params):
+        return F.logsigmoid(-params["logits"]).unsqueeze(-1)
+
+    def mean(self, params):
+        return torch.exp(-params["logits"]).unsqueeze(-1)
+
+    def log_normalizer(self, params):
+        return -F.logsigmoid(params["logits"])
+
+    def from_natural(self, eta, event_shape):
+        return {"logits": torch.log(-torch.expm1(eta[..., 0])) - eta[..., 0]}
+
+    def from_mean(self, mu, event_shape):
+        return {"logits": -mu[..., 0].log()}
+
+
+class WrongMean(Right):
+    """The mean of a distribution that counts from one."""
+
+    def mean(self, params):
+        return 1 + torch.exp(-params["logits"]).unsqueeze(-1)
+
+    def from_mean(self, mu, event_shape):
+        return {"logits": -(mu[..., 0] - 1).log()}
+
+
+class WrongNormalizer(Right):
+    def log_normalizer(self, params):
+        return -2 * F.logsigmoid(params["logits"])
+
+
+class WrongWayBack(Right):
+    def from_mean(self, mu, event_shape):
+        return {"logits": mu[..., 0].log()}
+
+
+class WrongFromNatural(Right):
+    def from_natural(self, eta, event_shape):
+        return {"logits": eta[..., 0]}
+
+
+class WrongStatistics(Right):
+    def statistics(self, value):
+        return 1 + value.unsqueeze(-1) ** 2
+
+
+class WrongShape(Right):
+    def natural(self, params):
+        return F.logsigmoid(-params["logits"]).unsqueeze(-1).repeat_interleave(2, -1)
+
+
+class WrongDivergence(Right):
+    def kl(self, p, q):
+        return 1.5 * super().kl(p, q)
+
+
+class Unchecked(Right):
+    """Takes what is no number."""
+
+    def build(self, params, validate_args=None):
+        return super().build(params, validate_args=False)
+
+    def params(self, d):
+        return {"logits": d.logits.nan_to_num(0.0)}
+
+
+@pytest.fixture(autouse=True)
+def _registry(monkeypatch):
+    monkeypatch.setattr(family, "_BY_TYPE", dict(family._BY_TYPE))
+
+
+def members():
+    return dist.Geometric(logits=LOGITS), dist.Geometric(logits=OTHERS)
+
+
+def truth():
+    return kl_divergence(dist.Geometric(logits=LOGITS[:, None]), dist.Geometric(logits=OTHERS))
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_a_right_one(given):
+    register_family(torch.distributions.Geometric)(Right)
+    check_family(*members(), divergence=truth() if given else None)
+
+
+@pytest.mark.parametrize("name", sorted(BARE))
+def test_without_given_divergences(name):
+    make = BARE[name][0]
+    statistics = None
+    if name == "Categorical":
+        statistics = lambda value: F.one_hot(value.long(), 4).double()  # noqa: E731
+    check_family(make(torch.arange(3)), make(torch.arange(10, 12)), statistics=statistics)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (WrongMean, "mean against the gradient of the log-normaliser"),
+        (WrongNormalizer, "against log p"),
+        (WrongWayBack, r"from_mean\(mean\), logits"),
+        (WrongFromNatural, r"from_natural\(natural\), logits"),
+        (WrongStatistics, "against log p"),
+        (WrongShape, "expected as many natural as mean parameters, got 2 and 1"),
+        (WrongDivergence, "kl, one by one"),
+    ],
+)
+def test_a_wrong_one(wrong, message):
+    register_family(torch.distributions.Geometric)(wrong)
+    with pytest.raises(AssertionError, match=message):
+        check_family(*members(), divergence=truth())
+
+
+def test_wrong_divergences():
+    with pytest.raises(AssertionError, match="pairwise_kl against the given divergences"):
+        p, q = (dist.Normal(x, 1.0) for x in (LOGITS, OTHERS))
+        check_family(p, q, divergence=torch.zeros(3, 2).double())
+
+
+def test_a_name_that_another_family_has():
+    register_family(torch.distributions.Geometric)(Right)
+
+    class Geometric(dist.Geometric):
+        pass
+
+    class Twin(Right):
+        distribution = Geometric
+
+    register_family()(Twin)
+    with pytest.raises(AssertionError, match="one family called Geometric, by which files know"):
+        check_family(Geometric(logits=LOGITS), Geometric(logits=OTHERS))
+
+
+@pytest.mark.parametrize(
+    ("p", "q", "message"),
+    [
+        (dist.Normal(LOGITS[0], 1.0), dist.Normal(OTHERS, 1.0), "p: expected one batch axis of at"),
+        (dist.Normal(LOGITS, 1.0), dist.Normal(OTHERS[:1], 1.0), "q: expected one batch axis of"),
+        (dist.Normal(LOGITS.float(), 1.0), dist.Normal(OTHERS, 1.0), "float64, got torch.float32"),
+        (dist.Normal(LOGITS, 1.0), dist.LogNormal(OTHERS, 1.0), "of one structure"),
+        (dist.Normal(LOGITS * 0, 1.0), dist.Normal(OTHERS, 1.0), "expected members that differ"),
+    ],
+)
+def test_members_that_are_no_test(p, q, message):
+    with pytest.raises(AssertionError, match=message):
+        check_family(p, q)
+
+
+def test_no_generator_is_left_changed():
+    before = torch.get_rng_state()
+    check_family(dist.Normal(LOGITS, 1.0), dist.Normal(OTHERS, math.e))
+    assert torch.equal(before, torch.get_rng_state())
