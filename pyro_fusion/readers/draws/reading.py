@@ -178,16 +178,16 @@ def read_draws(
     lost, between = losses(posterior, found, {k: float(x.median()) for k, x in sizes.items()})
     named = {label: orders.get(label) for label in posterior.labels}
     reading = DrawsReading(
-        posterior,
-        chains,
-        num_draws,
-        ess,
-        rhat,
-        lost,
-        between,
-        {label: done.share if done else 0.0 for label, done in named.items()},
-        {label: done.ambiguous if done else 0.0 for label, done in named.items()},
-        source.divergences,
+        posterior=posterior,
+        num_chains=chains,
+        num_draws=num_draws,
+        ess=ess,
+        rhat=rhat,
+        lost=lost,
+        lost_between=between,
+        relabelled={label: done.share if done else 0.0 for label, done in named.items()},
+        ambiguous={label: done.ambiguous if done else 0.0 for label, done in named.items()},
+        divergences=source.divergences,
     )
     warn_of(reading)
     return reading

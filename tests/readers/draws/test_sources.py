@@ -230,7 +230,7 @@ class TestArrays:
 
 def test_nothing_is_imported_that_the_draws_are_not_of() -> None:
     program = (
-        "import sys, torch; from pyro_fusion import Posterior; "
+        "import sys, torch; from pyro_fusion import from_draws; "
         "from_draws({'x': torch.randn(100)}, min_ess=0); "
         "print(*(x for x in ('jax', 'numpyro', 'arviz', 'xarray') if x in sys.modules))"
     )
