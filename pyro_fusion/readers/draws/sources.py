@@ -70,7 +70,7 @@ def read_source(draws: Any, group_by_chain: bool) -> Source:
     if dataset is not None:
         return _from_xarray(draws, dataset)
     if _is_of(draws, "arviz") or _is_of(draws, "xarray") or not isinstance(draws, Mapping):
-        raise DrawsError(f"expected {_ACCEPTED}; got {type(draws).__name__}")
+        raise DrawsError(f"expected {_ACCEPTED}; got {type(draws).__name__}{_groups(draws)}")
     return Source(draws, group_by_chain)
 
 
@@ -135,6 +135,13 @@ def _group(draws: Any, name: str) -> Any:
         return group
     alone = name == "posterior" and getattr(draws, "data_vars", None)
     return draws if alone else None
+
+
+def _groups(draws: Any) -> str:
+    """What there is in place of the group that was expected, for messages."""
+    groups = getattr(draws, "groups", None)
+    groups = groups() if callable(groups) else groups
+    return f" with the groups {[str(g) for g in groups]}" if groups else ""
 
 
 def _from_xarray(draws: Any, dataset: Any) -> Source:

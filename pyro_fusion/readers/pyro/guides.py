@@ -60,7 +60,13 @@ from pyro_fusion.readers.sites import (
     posterior_of,
 )
 
-__all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
+__all__ = [
+    "check_is_pyro",
+    "check_not_shared",
+    "from_guide",
+    "prior_from_guide",
+    "prior_from_model",
+]
 
 _KNOWS_MODEL = (AutoGuide, EasyGuide, GuideMessenger)
 
@@ -129,7 +135,7 @@ def from_guide(
         posterior = from_guide(guide, axes={"loc": ("component", None)})
     """
     check_num_samples(num_samples)
-    _check_is_pyro(guide)
+    check_is_pyro(guide)
     program = Program(guide, args, kwargs)
     inner = peel(guide)[1]
     if isinstance(inner, PosteriorGuide):  # has the labels of the posterior that it was made from
@@ -271,7 +277,7 @@ def prior_from_model(
 
 
 def check_not_shared(
-    guides: Sequence[Callable[..., Any] | Posterior], *args: Any, **kwargs: Any
+    guides: Sequence[Callable[..., Any] | Posterior | None], *args: Any, **kwargs: Any
 ) -> None:
     """Refuse guides that have a parameter in common: fitting one has moved the other.
 
@@ -280,14 +286,14 @@ def check_not_shared(
     A function that cannot be run with ``args`` and ``kwargs`` is not checked.
 
     :param guides: one guide a party; a :class:`~pyro_fusion.Posterior` among them holds copies,
-        and is passed over.
+        and is passed over, as None is, for a party that handed over something else.
     :raises GuideError: naming the two parties, the parameter and what to do.
     """
     owners: dict[tuple[Any, ...], tuple[int, str]] = {}
     for party, guide in enumerate(guides):
-        if isinstance(guide, Posterior):
+        if guide is None or isinstance(guide, Posterior):
             continue
-        _check_is_pyro(guide, f"party {party}: ")
+        check_is_pyro(guide, f"party {party}: ")
         for earlier in range(party):
             if guides[earlier] is guide:
                 raise GuideError(
@@ -307,8 +313,10 @@ def check_not_shared(
                 )
 
 
-def _check_is_pyro(guide: Any, who: str = "") -> None:
-    if "numpyro" in type(guide).__module__.split("."):  # its own, or what to_numpyro made
+def check_is_pyro(guide: Any, who: str = "") -> None:
+    """:raises GuideError: for a guide of NumPyro."""
+    # Its own, or what to_numpyro made.
+    if any("numpyro" in base.__module__.split(".") for base in type(guide).__mro__):
         raise GuideError(
             f"{who}this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
             "from_numpyro(guide, params, *args)"
