@@ -15,11 +15,13 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.errors import FusionError, warn_user
+from pyro_fusion.readers import program
+from pyro_fusion.readers.program import Frame
 from pyro_fusion.readers.pyro.program import Program, isolated, without
 from pyro_fusion.readers.sites import Read
 
-__all__ = ["latent_sites", "plates_of", "warn_of_data_plates"]
+__all__ = ["frames_of", "latent_sites", "plates_of", "warn_of_data_plates"]
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
@@ -45,19 +47,16 @@ def plates_of(
     :param full: refuse a plate of which only a subsample is there.
     :raises GuideError: for a subsampled plate.
     """
-    plates: list[str | None] = [None] * batch_dim
-    for frame in site["cond_indep_stack"]:
-        if not frame.vectorized or -frame.dim > batch_dim:
-            continue
-        if full and frame.full_size is not None and frame.full_size != frame.size:
-            raise GuideError(
-                f"site '{name}': plate '{frame.name}' is subsampled ({frame.size} of "
-                f"{frame.full_size}), so the other components are not there to be read. Read the "
-                "guide without subsampling: pass the full data, or a subsample_size of "
-                f"{frame.full_size}"
-            )
-        plates[batch_dim + frame.dim] = frame.name
-    return tuple(plates)
+    return program.plates_of(name, frames_of(site, batch_dim), batch_dim, full)
+
+
+def frames_of(site: Mapping[str, Any], batch_dim: int) -> tuple[Frame, ...]:
+    """The plates that are batch axes of a site."""
+    return tuple(
+        Frame(f.name, batch_dim + f.dim, f.size, f.size if f.full_size is None else f.full_size)
+        for f in site["cond_indep_stack"]
+        if f.vectorized and -f.dim <= batch_dim
+    )
 
 
 def warn_of_data_plates(guide: Any, sites: Mapping[str, Read]) -> None:
