@@ -28,6 +28,7 @@ from pyro_fusion.readers.sites import Sites, Spread
 __all__ = [
     "Program",
     "bijection",
+    "data_plates",
     "fit",
     "latent_sites",
     "plates_of",
@@ -136,6 +137,18 @@ def latent_sites(trace: Mapping[str, Any]) -> dict[str, Any]:
         and not site["is_observed"]
         and not site["infer"].get("is_auxiliary")
         and site["infer"].get("enumerate") is None
+    }
+
+
+def data_plates(trace: Mapping[str, Any]) -> dict[str, str]:
+    """Plate -> an observed site in it."""
+    return {
+        frame.name: name
+        for name, site in trace.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not isinstance(site["fn"], ndist.Unit)  # a factor
+        for frame in site["cond_indep_stack"]
     }
 
 

@@ -48,9 +48,10 @@ from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
-from pyro_fusion.readers.pyro.sites import latent_sites, plates_of, warn_of_data_plates
+from pyro_fusion.readers.pyro.sites import data_plates_of, latent_sites, plates_of
 from pyro_fusion.readers.pyro.trace import read_trace
 from pyro_fusion.readers.sites import (
+    Context,
     Labels,
     Read,
     Sites,
@@ -149,8 +150,8 @@ def from_guide(
         axes, outgoing = found.axes, {**found.outgoing, **(outgoing or {})}
     labels = labels_of(axes)
     sites = _sites(program, spread, labels, num_samples, seed)
-    warn_of_data_plates(inner, {k: s for k, s in sites.items() if k not in labels})
-    return posterior_of(sites, labels, outgoing)
+    hide = "hide the site, poutine.block(guide, hide=['{site}'])"
+    return posterior_of(sites, labels, outgoing, Context(lambda: data_plates_of(inner), hide))
 
 
 def _sites(

@@ -15,13 +15,12 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_fusion.errors import FusionError, warn_user
+from pyro_fusion.errors import FusionError
 from pyro_fusion.readers import program
 from pyro_fusion.readers.program import Frame
 from pyro_fusion.readers.pyro.program import Program, isolated, without
-from pyro_fusion.readers.sites import Read
 
-__all__ = ["frames_of", "latent_sites", "plates_of", "warn_of_data_plates"]
+__all__ = ["data_plates", "data_plates_of", "frames_of", "latent_sites", "plates_of"]
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
@@ -59,24 +58,21 @@ def frames_of(site: Mapping[str, Any], batch_dim: int) -> tuple[Frame, ...]:
     )
 
 
-def warn_of_data_plates(guide: Any, sites: Mapping[str, Read]) -> None:
-    """Warn of sites whose label is that of a plate of data: they are of the party alone."""
-    named = {plate for s in sites.values() for plate in s.plates if plate is not None}
-    data = _data_plates(guide) if named else {}
-    for name, s in sites.items():
-        for plate in s.plates:
-            if plate in data:
-                warn_user(
-                    f"site '{name}' is in the plate '{plate}' of the data '{data[plate]}', and has "
-                    "its label, so its entries will be matched with those of other parties, as if "
-                    "they were components. If they are of this party alone, hide the site, "
-                    f"poutine.block(guide, hide=['{name}']); if they are components, say so, "
-                    f"axes={{'{name}': {s.plates}}}"
-                )
-                break
+def data_plates(trace: Trace) -> dict[str, str]:
+    """Plate -> an observed site in it."""
+    nodes: Mapping[str, Any] = trace.nodes
+    return {
+        frame.name: name
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], Unit)  # a factor
+        for frame in site["cond_indep_stack"]
+    }
 
 
-def _data_plates(guide: Any) -> dict[str, str]:
+def data_plates_of(guide: Any) -> dict[str, str]:
     """Plate -> an observed site in it, by the model of an autoguide, which is run with what it was
     first called with; nothing where that cannot be done."""
     prototype = getattr(guide, "prototype_trace", None)
@@ -91,12 +87,4 @@ def _data_plates(guide: Any) -> dict[str, str]:
             trace = program.trace()
         except FusionError:
             return {}
-    return {
-        frame.name: name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not site_is_subsample(site)
-        and not isinstance(site["fn"], Unit)  # a factor
-        for frame in site["cond_indep_stack"]
-    }
+    return data_plates(trace)
