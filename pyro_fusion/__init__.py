@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from pyro_fusion.readers.module import from_module, to_module
     from pyro_fusion.readers.numpyro import from_numpyro, to_numpyro
     from pyro_fusion.readers.pyro import from_guide
+    from pyro_fusion.readers.registry import read, register_reader
     from pyro_fusion.readers.sklearn import from_sklearn
 
 __version__ = "0.1.0"
@@ -68,7 +69,9 @@ __all__ = [
     "merge_modules",
     "module_axes",
     "pairwise_kl",
+    "read",
     "register_family",
+    "register_reader",
     "search_weights",
     "to_module",
     "to_numpyro",
@@ -81,6 +84,8 @@ _LAZY = {
     "from_module": "module",
     "from_numpyro": "numpyro",
     "from_sklearn": "sklearn",
+    "read": "registry",
+    "register_reader": "registry",
     "to_module": "module",
     "to_numpyro": "numpyro",
 }

@@ -1,12 +1,11 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What users give for parties, in a list or by name: posteriors, or guides, which are read."""
+"""The parties as users give them, in a list or by name: posteriors, and what readers take."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,12 +15,8 @@ from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import FusionError, ParameterError, Site, StructureError, at
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.posterior import Axes, Posterior
-from pyro_fusion.readers.pyro import (
-    check_not_shared,
-    from_guide,
-    prior_from_guide,
-    prior_from_model,
-)
+from pyro_fusion.readers.pyro import check_not_shared, prior_from_guide, prior_from_model
+from pyro_fusion.readers.registry import GUIDES, is_single, reader_of
 
 __all__ = [
     "Inputs",
@@ -33,21 +28,15 @@ __all__ = [
     "resolve_prior",
 ]
 
-Inputs = Sequence[Posterior | Callable[..., Any]] | Mapping[str, Posterior | Callable[..., Any]]
-
-# What to do about what is no party, by the name of its type.
-_REMEDIES = {
-    "Fusion": ": take its posterior, fusion.posterior",
-    "MCMC": ": read the draws, from_draws(mcmc)",
-}
+Inputs = Sequence[Any] | Mapping[str, Any]
 
 
 def by_name(inputs: Inputs) -> dict[str, Any]:
-    """Name -> posterior or guide; of a list, numbers.
+    """Name -> posterior, or what a reader takes; of a list, numbers.
 
     :raises StructureError: for a single one, or names that are alike.
     """
-    if isinstance(inputs, Posterior) or callable(inputs):
+    if is_single(inputs) or not isinstance(inputs, Iterable):
         raise StructureError("expected a list of posteriors or guides, got a single one")
     if isinstance(inputs, Mapping):
         named = {str(name): x for name, x in inputs.items()}
@@ -60,34 +49,34 @@ def by_name(inputs: Inputs) -> dict[str, Any]:
 def read_parties(
     inputs: Sequence[Any], axes: Axes | Literal["auto"] | None
 ) -> tuple[list[Posterior], list[Any]]:
-    """All posteriors, and those of the inputs that are guides.
+    """All posteriors, and those of the inputs that are Pyro guides, whose labels ``axes`` gives.
 
-    :raises StructureError: for no parties, what is no party, or axes where there is no guide.
+    :raises StructureError: for no parties, what no reader takes, or axes where there is no guide.
     :raises GuideError: for guides that cannot be read, or share parameters.
     """
     if not inputs:
         raise StructureError("expected at least one posterior or guide, got an empty list")
-    guides = [g for g in inputs if not isinstance(g, Posterior)]
-    for s, g in enumerate(inputs):
-        if not isinstance(g, Posterior) and not callable(g):
-            kind = type(g).__name__
-            remedy = _REMEDIES.get(kind, "")
-            if isinstance(g, str | os.PathLike):
-                remedy = ": read the file, Posterior.load(path)"
-            raise StructureError(
-                f"expected a Posterior or a Pyro guide, got {kind}{remedy}", party=s
-            )
+    readers = []
+    for s, x in enumerate(inputs):
+        with at(party=s):
+            readers.append(None if isinstance(x, Posterior) else reader_of(x))
+    is_guide = [r is not None and r.entry is GUIDES for r in readers]
+    guides = [x for x, yes in zip(inputs, is_guide, strict=True) if yes]
     if axes is not None and not guides:
         raise StructureError(
-            "axes are for guides, and all parties are posteriors, which have labels of their own: "
-            "give axes where they are made, as in from_guide(guide, axes=...)"
+            "axes are for guides, and there is none: all parties are posteriors, which have labels "
+            "of their own, or read as such. Give axes where they are made, as in "
+            "from_guide(guide, axes=...)"
         )
     if guides:
-        check_not_shared(inputs)
+        check_not_shared([x if yes else None for x, yes in zip(inputs, is_guide, strict=True)])
     parties = []
-    for s, g in enumerate(inputs):
+    for s, (x, reader) in enumerate(zip(inputs, readers, strict=True)):
         with at(party=s):
-            parties.append(g if isinstance(g, Posterior) else from_guide(g, axes=axes))
+            if reader is None:
+                parties.append(x)
+            else:
+                parties.append(reader(x, axes=axes) if is_guide[s] else reader(x))
     return parties, guides
 
 

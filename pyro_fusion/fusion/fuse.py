@@ -48,9 +48,10 @@ def fuse(
     there F has the sites in units of one dispersion, and the prior of each label times its own over
     that. Effects of components (``outgoing`` of a posterior) are averaged over the parties.
 
-    :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or a Pyro guide that needs
-        no arguments (else ``from_guide(guide, *args)``). A list, or a mapping from the
-        names of the parties, which tables, plots and errors then use.
+    :param posteriors: one per party: a :class:`~pyro_fusion.Posterior`, or whatever
+        :func:`~pyro_fusion.read` takes without arguments, as a Pyro guide, an ``MCMC`` or the path
+        of a file. A list, or a mapping from the names of the parties, which tables, plots and
+        errors then use.
     :param pooling: ``"exclusive"`` (D = KL(atom ‖ local), the log-linear pool: the paper's
         barycentre), ``"inclusive"`` (D = KL(local ‖ atom), moment matching: keeps all the spread)
         or ``"product"`` (Bayes' rule for independent data; needs the prior).

@@ -2,15 +2,14 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """``Posterior``: what one party hands over, and what fusion returns. Named mean-field factors
-with labelled axes. Files are in ``serialization.py``, what is read in ``readers``, guides as
-results in ``guide.py``."""
+with labelled axes. Files are in ``files.py``, readers in the room ``readers``, guides as results
+in ``guide.py``."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
 
 import pyro.distributions as dist
 import torch
@@ -27,10 +26,6 @@ from pyro_fusion.posterior.axes import (
     labelled,
     names_of,
 )
-
-if TYPE_CHECKING:
-    pass
-
 from pyro_fusion.posterior.files import read, write
 
 __all__ = ["Axes", "Posterior"]
@@ -46,8 +41,9 @@ class Posterior:
     :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``;
         missing trailing entries are None. Axes of one label index the same components, which
         have no order; sites without a label are shared.
-    :param plates: site name -> the names of the plates of its batch axes, for the guide that
-        :meth:`to_guide` makes. By default a batch axis' plate is called like its label.
+    :param plates: site name -> the names of the plates of its batch axes, for the
+        :class:`~pyro_fusion.PosteriorGuide` of it. By default a batch axis' plate is called like
+        its label.
     :param outgoing: site name -> that of its labels whose components act on the rest of the model
         through this site, by adding up, as hidden units do through their outgoing weights: one
         whose values here are zero has no effect. Then fusion knows what it means that a party

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 
-from pyro_fusion.errors import GuideError, ParameterError, Site, at
+from pyro_fusion.errors import GuideError, ParameterError, Site, at, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.posterior import Axes, Posterior
 
 __all__ = [
+    "Context",
     "Draws",
     "Labels",
     "Read",
@@ -89,15 +90,36 @@ def check_num_samples(num_samples: int) -> None:
         raise ParameterError(f"num_samples must be at least 2, got {num_samples}")
 
 
+@dataclass(frozen=True)
+class Context:
+    """What a reader knows beside the sites, for the checks that are made of every reading.
+
+    :ivar data: finds plate -> an observed site in it, by the model, if one is known.
+    :ivar leave_out: how to leave a site out, with ``{site}`` for its name.
+    """
+
+    data: Callable[[], Mapping[str, str]]
+    leave_out: str
+
+
 def posterior_of(
-    sites: Mapping[str, Read], labels: Labels, outgoing: Mapping[str, str] | None = None
+    sites: Mapping[str, Read],
+    labels: Labels,
+    outgoing: Mapping[str, str] | None = None,
+    context: Context | None = None,
 ) -> Posterior:
-    """The posterior of sites that were read; ``labels`` take the place of plates."""
+    """The posterior of sites that were read; ``labels`` take the place of plates.
+
+    :param context: for what has a party's own data behind it: sites that have the label of a plate
+        of these data are warned of.
+    """
     # Our guides call a plate so whose axis has no label.
     plates = {
         name: tuple(None if p == f"_{name}_axis{i}" else p for i, p in enumerate(s.plates))
         for name, s in sites.items()
     }
+    if context is not None:
+        _warn_of_data_plates({k: p for k, p in plates.items() if k not in labels}, context)
     return Posterior(
         {name: s.factor for name, s in sites.items()},
         # Names that are no sites stay in, so that they are reported.
@@ -105,6 +127,23 @@ def posterior_of(
         plates=plates,
         outgoing=outgoing,
     )
+
+
+def _warn_of_data_plates(plates: Mapping[str, tuple[str | None, ...]], context: Context) -> None:
+    """Warn of sites whose label is that of a plate of data: they are of the party alone."""
+    if not any(plate is not None for names in plates.values() for plate in names):
+        return
+    data = context.data()
+    for site, names in plates.items():
+        plate = next((p for p in names if p in data), None)
+        if plate is not None:
+            warn_user(
+                f"site '{site}' is in the plate '{plate}' of the data '{data[plate]}', and has "
+                "its label, so its entries will be matched with those of other parties, as if "
+                "they were components. If they are of this party alone, "
+                f"{context.leave_out.format(site=site)}; if they are components, say so, "
+                f"axes={{'{site}': {names}}}"
+            )
 
 
 def transform_of(name: str, support: Any) -> Transform:

@@ -92,11 +92,3 @@ def normals(
         )
         for s, a in enumerate(assignment)
     ]
-
-
-def draws(num_atoms: list[int], label: str = "component") -> AssignmentDraws:
-    n = len(num_atoms)
-    groups = torch.zeros(n, 5, dtype=torch.long)
-    return AssignmentDraws(
-        label, (2, 2, 1), groups, torch.tensor(num_atoms), torch.zeros(n), None, None
-    )

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""What a projection loses: an estimate of ``KL(draws ‖ factor)``.
+r"""The loss of a projection: an estimate of ``KL(draws ‖ factor)``.
 
 Draws are mapped to what would be independent standard Normals under the factor (Rosenblatt's
 transform), :math:`z`. KL does not change under a bijection, so

@@ -53,14 +53,16 @@ from pyro_fusion.readers.draws.site_draws import (
 from pyro_fusion.readers.draws.sources import (
     Known,
     Source,
-    known_sites,
+    known_model,
     read_source,
     to_tensor,
     transform_onto,
 )
-from pyro_fusion.readers.sites import Read, labels_of, posterior_of
+from pyro_fusion.readers.sites import Context, Read, labels_of, posterior_of
 
 __all__ = ["DrawsReading", "from_draws", "read_draws"]
+
+_LEAVE_OUT = "leave the site out, naming the others in sites=[...]"
 
 Families = type | str | Mapping[str, type | str]
 
@@ -148,7 +150,8 @@ def read_draws(
             f"arguments of a model came without a model: {[*map(_shown, args), *kwargs]}"
         )
     labels = labels_of(axes)
-    known = None if source.model is None else known_sites(source, seed)
+    told = None if source.model is None else known_model(source, seed)
+    known = None if told is None else told.sites
     names = _names(source, known, sites)
     for what, mapping in (("families", families), ("supports", supports), ("axes", labels)):
         if isinstance(mapping, Mapping):
@@ -174,20 +177,22 @@ def read_draws(
     ess = {k: -extreme(-x, 0.0) for k, x in sizes.items()}
     check_enough(ess, min_ess, chains * num_draws)
     factors = {k: Read(s.factor(), s.plates) for k, s in found.items()}
-    posterior = posterior_of(factors, {k: s.labels for k, s in found.items()}, outgoing)
+    context = Context(lambda: {} if told is None else told.data, _LEAVE_OUT)
+    given = {k: s.labels for k, s in found.items() if k in labels}
+    posterior = posterior_of(factors, given, outgoing, context)
     lost, between = losses(posterior, found, {k: float(x.median()) for k, x in sizes.items()})
     named = {label: orders.get(label) for label in posterior.labels}
     reading = DrawsReading(
-        posterior,
-        chains,
-        num_draws,
-        ess,
-        rhat,
-        lost,
-        between,
-        {label: done.share if done else 0.0 for label, done in named.items()},
-        {label: done.ambiguous if done else 0.0 for label, done in named.items()},
-        source.divergences,
+        posterior=posterior,
+        num_chains=chains,
+        num_draws=num_draws,
+        ess=ess,
+        rhat=rhat,
+        lost=lost,
+        lost_between=between,
+        relabelled={label: done.share if done else 0.0 for label, done in named.items()},
+        ambiguous={label: done.ambiguous if done else 0.0 for label, done in named.items()},
+        divergences=source.divergences,
     )
     warn_of(reading)
     return reading

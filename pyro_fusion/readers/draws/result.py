@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What was read from draws, and how far to trust it."""
+"""The result of reading draws: a posterior, and how far to trust it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _NATS_PER_NUMBER = 0.1
 _MOST_AMBIGUOUS = 0.1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class DrawsReading:
     """A posterior that was read from draws, and how far to trust it.
 
@@ -29,7 +29,8 @@ class DrawsReading:
     :ivar ess: site -> effective sample size, the least of its numbers, after relabelling.
     :ivar rhat: site -> split R-hat, the largest of its numbers, after relabelling.
     :ivar lost: site -> an estimate of ``KL(draws ‖ factor)`` in nats, NaN for a family of which
-        none is known, or with fewer than 20 effective draws; see ``lost.py``.
+        none is known, or with fewer than 20 effective draws; see
+        ``projection_loss.py``.
     :ivar lost_between: nats of correlation between the sites, which no posterior has; NaN with
         fewer than 20 effective draws of a site.
     :ivar relabelled: label -> the share of draws whose components were in another order than in

@@ -25,10 +25,18 @@ from torch.distributions import Transform
 from pyro_fusion.errors import DrawsError, FusionError, GuideError
 from pyro_fusion.families.transforms import describe, flatten
 from pyro_fusion.readers.pyro.program import Program, isolated
-from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
+from pyro_fusion.readers.pyro.sites import data_plates, latent_sites, plates_of
 from pyro_fusion.readers.sites import transform_of
 
-__all__ = ["Known", "Source", "known_sites", "read_source", "to_tensor", "transform_onto"]
+__all__ = [
+    "Known",
+    "KnownModel",
+    "Source",
+    "known_model",
+    "read_source",
+    "to_tensor",
+    "transform_onto",
+]
 
 _ACCEPTED = (
     "a mapping from site to draws, an MCMC of Pyro or NumPyro that was run, or an InferenceData "
@@ -70,7 +78,7 @@ def read_source(draws: Any, group_by_chain: bool) -> Source:
     if dataset is not None:
         return _from_xarray(draws, dataset)
     if _is_of(draws, "arviz") or _is_of(draws, "xarray") or not isinstance(draws, Mapping):
-        raise DrawsError(f"expected {_ACCEPTED}; got {type(draws).__name__}")
+        raise DrawsError(f"expected {_ACCEPTED}; got {type(draws).__name__}{_groups(draws)}")
     return Source(draws, group_by_chain)
 
 
@@ -135,6 +143,13 @@ def _group(draws: Any, name: str) -> Any:
         return group
     alone = name == "posterior" and getattr(draws, "data_vars", None)
     return draws if alone else None
+
+
+def _groups(draws: Any) -> str:
+    """What there is in place of the group that was expected, for messages."""
+    groups = getattr(draws, "groups", None)
+    groups = groups() if callable(groups) else groups
+    return f" with the groups {[str(g) for g in groups]}" if groups else ""
 
 
 def _from_xarray(draws: Any, dataset: Any) -> Source:
@@ -215,8 +230,19 @@ class Known:
     shape: torch.Size
 
 
-def known_sites(source: Source, seed: int) -> dict[str, Known]:
-    """The latent sites of the source's model, of Pyro or of NumPyro.
+@dataclass(frozen=True)
+class KnownModel:
+    """The latent sites of a model, and its plates of data.
+
+    :ivar data: plate -> an observed site in it.
+    """
+
+    sites: Mapping[str, Known]
+    data: Mapping[str, str]
+
+
+def known_model(source: Source, seed: int) -> KnownModel:
+    """What the source's model, of Pyro or of NumPyro, tells of its sites.
 
     :raises GuideError: if it cannot be run with its arguments, or has subsampled plates.
     """
@@ -230,20 +256,21 @@ def known_sites(source: Source, seed: int) -> dict[str, Known]:
         try:
             other = _known_to_numpyro(source, seed)
         except FusionError:
-            other = {}
-        if not other:
+            other = None
+        if other is None or not other.sites:
             raise
         return other
-    if found or source.library is not None or "numpyro" not in sys.modules:
+    if found.sites or source.library is not None or "numpyro" not in sys.modules:
         return found
     return _known_to_numpyro(source, seed)
 
 
-def _known_to_pyro(source: Source, seed: int) -> dict[str, Known]:
+def _known_to_pyro(source: Source, seed: int) -> KnownModel:
     assert source.model is not None
     program = Program(source.model, source.args, dict(source.kwargs), "model")
     with isolated(source.model, seed):
-        first, second = latent_sites(program.trace()), latent_sites(program.trace())
+        trace = program.trace()
+        first, second = latent_sites(trace), latent_sites(program.trace())
 
     def known(name: str, site: Any) -> Known:
         def transform() -> Transform:
@@ -255,15 +282,16 @@ def _known_to_pyro(source: Source, seed: int) -> dict[str, Known]:
         plates = plates_of(name, site, len(site["fn"].batch_shape))
         return Known(transform, plates, site["value"].shape)
 
-    return {name: known(name, site) for name, site in first.items()}
+    return KnownModel({name: known(name, site) for name, site in first.items()}, data_plates(trace))
 
 
-def _known_to_numpyro(source: Source, seed: int) -> dict[str, Known]:
+def _known_to_numpyro(source: Source, seed: int) -> KnownModel:
     from pyro_fusion.readers.numpyro import program as theirs
 
     assert source.model is not None
     program = theirs.Program(source.model, source.args, dict(source.kwargs), {}, "model", seed)
-    first, second = (theirs.latent_sites(program.trace()) for _ in range(2))
+    trace = program.trace()
+    first, second = theirs.latent_sites(trace), theirs.latent_sites(program.trace())
 
     def known(name: str, site: Any) -> Known:
         def transform() -> Transform:
@@ -273,7 +301,8 @@ def _known_to_numpyro(source: Source, seed: int) -> dict[str, Known]:
         plates = theirs.plates_of(name, site, len(site["fn"].batch_shape))
         return Known(transform, plates, torch.Size(np.shape(site["value"])))
 
-    return {name: known(name, site) for name, site in first.items()}
+    sites = {name: known(name, site) for name, site in first.items()}
+    return KnownModel(sites, theirs.data_plates(trace))
 
 
 def _constant(name: str, t: Transform, other: Transform) -> Transform:

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 from numpyro import handlers
 from numpyro.infer import autoguide as auto
+from numpyro.primitives import Messenger
 from torch import Tensor
 from torch.distributions import Transform
 
@@ -58,6 +59,7 @@ from pyro_fusion.readers.numpyro.convert import (
 from pyro_fusion.readers.numpyro.program import (
     Program,
     bijection,
+    data_plates,
     fit,
     latent_sites,
     plates_of,
@@ -67,6 +69,7 @@ from pyro_fusion.readers.numpyro.program import (
 )
 from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.sites import (
+    Context,
     Draws,
     Labels,
     Read,
@@ -148,7 +151,8 @@ def from_numpyro(
             )
         sites = resolve(found, program.run, program.what, num_samples)
     given.check_used(set(sites))
-    return posterior_of(sites, labels, outgoing)
+    hide = "hide the site, handlers.block(guide, hide=['{site}'])"
+    return posterior_of(sites, labels, outgoing, Context(lambda: _data_plates(program), hide))
 
 
 def prior_from_numpyro(
@@ -188,6 +192,20 @@ def prior_from_numpyro(
             raise GuideError("the model has no latent site to read")
         read = resolve(found, program.run, program.what, num_samples)
     return posterior_of(read, labels)
+
+
+def _data_plates(program: Program) -> dict[str, str]:
+    """Plate -> an observed site in it, by the model of an autoguide; else nothing."""
+    guide = program.fn
+    while isinstance(guide, Messenger):
+        guide = guide.fn
+    if isinstance(guide, auto.AutoGuideList):
+        parts = [_data_plates(replace(program, fn=part)) for part in guide._guides]
+        return {plate: site for part in parts for plate, site in part.items()}
+    if not isinstance(guide, auto.AutoGuide):
+        return {}
+    with handlers.block():
+        return data_plates(_set_up(guide, program).prototype_trace)
 
 
 def _check_is_numpyro(guide: Any) -> None:

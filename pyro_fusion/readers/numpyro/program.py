@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,17 +14,21 @@ import jax.numpy as jnp
 import numpyro.distributions as ndist
 from numpyro import handlers
 from numpyro.distributions import biject_to
+from torch import Tensor
 from torch.distributions import Transform
 
 from pyro_fusion.errors import FusionError, GuideError, ParameterError, Site, UnsupportedFamilyError
 from pyro_fusion.families import Factor
+from pyro_fusion.readers import program as common
 from pyro_fusion.readers.numpyro.convert import to_pyro_distribution, to_pyro_transform, to_tensor
-from pyro_fusion.readers.projection import constant_axes, factor_of, same_factors
-from pyro_fusion.readers.sites import Draws, Read, Sites, Spread
+from pyro_fusion.readers.program import COMPARED, Frame, Message, read_runs
+from pyro_fusion.readers.projection import constant_axes, factor_of
+from pyro_fusion.readers.sites import Sites, Spread
 
 __all__ = [
     "Program",
     "bijection",
+    "data_plates",
     "fit",
     "latent_sites",
     "plates_of",
@@ -32,9 +36,6 @@ __all__ = [
     "require",
     "set_up_in_jit",
 ]
-
-# Enough to see that a distribution changes from run to run.
-_COMPARED = 3
 
 
 @dataclass
@@ -139,6 +140,18 @@ def latent_sites(trace: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def data_plates(trace: Mapping[str, Any]) -> dict[str, str]:
+    """Plate -> an observed site in it."""
+    return {
+        frame.name: name
+        for name, site in trace.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not isinstance(site["fn"], ndist.Unit)  # a factor
+        for frame in site["cond_indep_stack"]
+    }
+
+
 def _pyro_or_none(fn: Any) -> Any:
     try:
         return to_pyro_distribution(fn)
@@ -162,20 +175,15 @@ def plates_of(
     :param sizes: full sizes of plates, by name; without them all are taken to be full.
     :raises GuideError: for a subsampled plate.
     """
-    plates: list[str | None] = [None] * batch_dim
-    for frame in site["cond_indep_stack"]:
-        if -frame.dim > batch_dim:
-            continue
-        size = (sizes or {}).get(frame.name, frame.size)
-        if size != frame.size:
-            raise GuideError(
-                f"plate '{frame.name}' is subsampled ({frame.size} of {size}), so "
-                "the other components are not there to be read. Read the guide without "
-                "subsampling: pass the full data",
-                site=name,
-            )
-        plates[batch_dim + frame.dim] = frame.name
-    return tuple(plates)
+    return common.plates_of(name, _frames(site, batch_dim, sizes or {}), batch_dim)
+
+
+def _frames(site: Mapping[str, Any], batch_dim: int, sizes: Mapping[str, int]) -> tuple[Frame, ...]:
+    return tuple(
+        Frame(f.name, batch_dim + f.dim, f.size, sizes.get(f.name, f.size))
+        for f in site["cond_indep_stack"]
+        if -f.dim <= batch_dim
+    )
 
 
 def _full_sizes(trace: Mapping[str, Any]) -> dict[str, int]:
@@ -225,45 +233,53 @@ def fit(name: str, value: Any, shape: tuple[int, ...]) -> Any:
 
 
 def read_program(program: Program, spread: Spread) -> Sites:
-    """Read any program from its traces.
+    """Read any program from its runs; :func:`~pyro_fusion.readers.program.read_runs` says how.
 
     :raises GuideError: for a subsampled plate, a point mass without spread, a masked site, or a
         program that fails.
     """
-    traces = [program.trace() for _ in range(_COMPARED)]
+    traces = [program.trace() for _ in range(COMPARED)]
     sizes = _full_sizes(traces[0])
-    runs = [latent_sites(t) for t in traces]
-    result: Sites = {}
-    for name, site in runs[0].items():
-        others = [r[name] for r in runs[1:] if name in r]
-        if len(others) < _COMPARED - 1:
-            raise GuideError(
-                [
-                    Site(name),
-                    f" is not there in every run of the {program.what}, so the posterior "
-                    "has no fixed set of sites",
-                ]
-            )
-        _check_mask(name, site["fn"])
-        batch_dim = len(site["fn"].batch_shape)
-        plates = plates_of(name, site, batch_dim, sizes)
-        if _is_point(site["fn"]):
-            result[name] = _read_point(name, site, others, plates, spread)
-            continue
-        factors = [_factor(name, s["fn"]) for s in (site, *others)]
-        first = factors[0]
-        if first is not None and all(same_factors(first, f) for f in factors):
-            result[name] = Read(first, plates)
-        elif first is not None and all(
-            f is not None and f.structure() == first.structure() for f in factors
-        ):
-            result[name] = Draws(plates, like=first)
-        else:
-            same = set.intersection(*(_constant_axes(s["fn"]) for s in (site, *others)))
-            shape = jnp.shape(site["value"])
-            pooled = {axis: shape[axis] for axis in same}
-            result[name] = Draws(plates, support=bijection(name, site["fn"]), pooled=pooled)
-    return result
+    runs = [
+        {name: _NumPyroMessage(name, site, sizes) for name, site in latent_sites(t).items()}
+        for t in traces
+    ]
+    return read_runs(runs, spread, program.what)
+
+
+@dataclass(frozen=True)
+class _NumPyroMessage(Message):
+    name: str
+    site: Mapping[str, Any]
+    sizes: Mapping[str, int]
+
+    @property
+    def batch_dim(self) -> int:
+        return len(self.site["fn"].batch_shape)
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        return _frames(self.site, self.batch_dim, self.sizes)
+
+    def check(self) -> None:
+        """A mask bars all of the site."""
+        _check_mask(self.name, self.site["fn"])
+
+    def is_point(self) -> bool:
+        return _is_point(self.site["fn"])
+
+    def factor(self) -> Factor | None:
+        d = _pyro_or_none(self.site["fn"])
+        return None if d is None else factor_of(self.name, {"fn": d, "mask": None})
+
+    def value(self) -> Tensor:
+        return to_tensor(self.site["value"])
+
+    def support(self) -> Transform:
+        return bijection(self.name, self.site["fn"])
+
+    def constant_axes(self) -> set[int]:
+        return _constant_axes(self.site["fn"])
 
 
 def _layers(fn: Any) -> Iterator[Any]:
@@ -288,24 +304,6 @@ def _check_mask(name: str, fn: Any) -> None:
                 "Remove the mask",
             ]
         )
-
-
-def _factor(name: str, fn: Any) -> Factor | None:
-    d = _pyro_or_none(fn)
-    return None if d is None else factor_of(name, {"fn": d, "mask": None})
-
-
-def _read_point(
-    name: str,
-    site: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]],
-    plates: tuple[str | None, ...],
-    spread: Spread,
-) -> Read | Draws:
-    t = bijection(name, site["fn"])
-    if any(not bool(jnp.array_equal(site["value"], o["value"])) for o in others):
-        return Draws(plates, support=t)
-    return Read(spread.around(name, t.inv(to_tensor(site["value"])), t, len(plates)), plates)
 
 
 def _constant_axes(fn: Any) -> set[int]:

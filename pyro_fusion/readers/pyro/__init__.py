@@ -4,10 +4,17 @@
 """The reader of Pyro guides, and of the priors of Pyro models. ``guides.py`` says what is exact."""
 
 from pyro_fusion.readers.pyro.guides import (
+    check_is_pyro,
     check_not_shared,
     from_guide,
     prior_from_guide,
     prior_from_model,
 )
 
-__all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
+__all__ = [
+    "check_is_pyro",
+    "check_not_shared",
+    "from_guide",
+    "prior_from_guide",
+    "prior_from_model",
+]

@@ -48,9 +48,10 @@ from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
-from pyro_fusion.readers.pyro.sites import latent_sites, plates_of, warn_of_data_plates
+from pyro_fusion.readers.pyro.sites import data_plates_of, latent_sites, plates_of
 from pyro_fusion.readers.pyro.trace import read_trace
 from pyro_fusion.readers.sites import (
+    Context,
     Labels,
     Read,
     Sites,
@@ -60,7 +61,13 @@ from pyro_fusion.readers.sites import (
     posterior_of,
 )
 
-__all__ = ["check_not_shared", "from_guide", "prior_from_guide", "prior_from_model"]
+__all__ = [
+    "check_is_pyro",
+    "check_not_shared",
+    "from_guide",
+    "prior_from_guide",
+    "prior_from_model",
+]
 
 _KNOWS_MODEL = (AutoGuide, EasyGuide, GuideMessenger)
 
@@ -129,7 +136,7 @@ def from_guide(
         posterior = from_guide(guide, axes={"loc": ("component", None)})
     """
     check_num_samples(num_samples)
-    _check_is_pyro(guide)
+    check_is_pyro(guide)
     program = Program(guide, args, kwargs)
     inner = peel(guide)[1]
     if isinstance(inner, PosteriorGuide):  # has the labels of the posterior that it was made from
@@ -143,8 +150,8 @@ def from_guide(
         axes, outgoing = found.axes, {**found.outgoing, **(outgoing or {})}
     labels = labels_of(axes)
     sites = _sites(program, spread, labels, num_samples, seed)
-    warn_of_data_plates(inner, {k: s for k, s in sites.items() if k not in labels})
-    return posterior_of(sites, labels, outgoing)
+    hide = "hide the site, poutine.block(guide, hide=['{site}'])"
+    return posterior_of(sites, labels, outgoing, Context(lambda: data_plates_of(inner), hide))
 
 
 def _sites(
@@ -271,7 +278,7 @@ def prior_from_model(
 
 
 def check_not_shared(
-    guides: Sequence[Callable[..., Any] | Posterior], *args: Any, **kwargs: Any
+    guides: Sequence[Callable[..., Any] | Posterior | None], *args: Any, **kwargs: Any
 ) -> None:
     """Refuse guides that have a parameter in common: fitting one has moved the other.
 
@@ -280,15 +287,15 @@ def check_not_shared(
     A function that cannot be run with ``args`` and ``kwargs`` is not checked.
 
     :param guides: one guide a party; a :class:`~pyro_fusion.Posterior` among them holds copies,
-        and is passed over.
+        and is passed over, as None is, for a party that handed over something else.
     :raises GuideError: naming the two parties, the parameter and what to do.
     """
     owners: dict[tuple[Any, ...], tuple[int, str]] = {}
     for party, guide in enumerate(guides):
-        if isinstance(guide, Posterior):
+        if guide is None or isinstance(guide, Posterior):
             continue
         with at(party=party):
-            _check_is_pyro(guide)
+            check_is_pyro(guide)
         for earlier in range(party):
             if guides[earlier] is guide:
                 raise GuideError(
@@ -318,8 +325,10 @@ def check_not_shared(
                 )
 
 
-def _check_is_pyro(guide: Any) -> None:
-    if "numpyro" in type(guide).__module__.split("."):  # its own, or what to_numpyro made
+def check_is_pyro(guide: Any) -> None:
+    """:raises GuideError: for a guide of NumPyro."""
+    # Its own, or what to_numpyro made.
+    if any("numpyro" in base.__module__.split(".") for base in type(guide).__mro__):
         raise GuideError(
             f"this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
             "from_numpyro(guide, params, *args)"

@@ -15,11 +15,12 @@ from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
 
-from pyro_fusion.errors import FusionError, GuideError, warn_user
+from pyro_fusion.errors import FusionError
+from pyro_fusion.readers import program
+from pyro_fusion.readers.program import Frame
 from pyro_fusion.readers.pyro.program import Program, isolated, without
-from pyro_fusion.readers.sites import Read
 
-__all__ = ["latent_sites", "plates_of", "warn_of_data_plates"]
+__all__ = ["data_plates", "data_plates_of", "frames_of", "latent_sites", "plates_of"]
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
@@ -45,40 +46,33 @@ def plates_of(
     :param full: refuse a plate of which only a subsample is there.
     :raises GuideError: for a subsampled plate.
     """
-    plates: list[str | None] = [None] * batch_dim
-    for frame in site["cond_indep_stack"]:
-        if not frame.vectorized or -frame.dim > batch_dim:
-            continue
-        if full and frame.full_size is not None and frame.full_size != frame.size:
-            raise GuideError(
-                f"plate '{frame.name}' is subsampled ({frame.size} of "
-                f"{frame.full_size}), so the other components are not there to be read. Read the "
-                "guide without subsampling: pass the full data, or a subsample_size of "
-                f"{frame.full_size}",
-                site=name,
-            )
-        plates[batch_dim + frame.dim] = frame.name
-    return tuple(plates)
+    return program.plates_of(name, frames_of(site, batch_dim), batch_dim, full)
 
 
-def warn_of_data_plates(guide: Any, sites: Mapping[str, Read]) -> None:
-    """Warn of sites whose label is that of a plate of data: they are of the party alone."""
-    named = {plate for s in sites.values() for plate in s.plates if plate is not None}
-    data = _data_plates(guide) if named else {}
-    for name, s in sites.items():
-        for plate in s.plates:
-            if plate in data:
-                warn_user(
-                    f"site '{name}' is in the plate '{plate}' of the data '{data[plate]}', and has "
-                    "its label, so its entries will be matched with those of other parties, as if "
-                    "they were components. If they are of this party alone, hide the site, "
-                    f"poutine.block(guide, hide=['{name}']); if they are components, say so, "
-                    f"axes={{'{name}': {s.plates}}}"
-                )
-                break
+def frames_of(site: Mapping[str, Any], batch_dim: int) -> tuple[Frame, ...]:
+    """The plates that are batch axes of a site."""
+    return tuple(
+        Frame(f.name, batch_dim + f.dim, f.size, f.size if f.full_size is None else f.full_size)
+        for f in site["cond_indep_stack"]
+        if f.vectorized and -f.dim <= batch_dim
+    )
 
 
-def _data_plates(guide: Any) -> dict[str, str]:
+def data_plates(trace: Trace) -> dict[str, str]:
+    """Plate -> an observed site in it."""
+    nodes: Mapping[str, Any] = trace.nodes
+    return {
+        frame.name: name
+        for name, site in nodes.items()
+        if site["type"] == "sample"
+        and site["is_observed"]
+        and not site_is_subsample(site)
+        and not isinstance(site["fn"], Unit)  # a factor
+        for frame in site["cond_indep_stack"]
+    }
+
+
+def data_plates_of(guide: Any) -> dict[str, str]:
     """Plate -> an observed site in it, by the model of an autoguide, which is run with what it was
     first called with; nothing where that cannot be done."""
     prototype = getattr(guide, "prototype_trace", None)
@@ -93,12 +87,4 @@ def _data_plates(guide: Any) -> dict[str, str]:
             trace = program.trace()
         except FusionError:
             return {}
-    return {
-        frame.name: name
-        for name, site in trace.nodes.items()
-        if site["type"] == "sample"
-        and site["is_observed"]
-        and not site_is_subsample(site)
-        and not isinstance(site["fn"], Unit)  # a factor
-        for frame in site["cond_indep_stack"]
-    }
+    return data_plates(trace)

@@ -1,17 +1,12 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading the factors of any Pyro program from its traces.
-
-A site is read in one of four ways: as it is, when its distribution depends on no other site; as
-the average of its conditional distributions (moment matching, Rao-Blackwellised), when it does;
-from draws, when its distribution is no exponential family; with a spread of the caller's, when it
-is a point mass.
-"""
+"""The messages of Pyro's traces, from which ``readers/program.py`` reads any Pyro program."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pyro
@@ -27,18 +22,15 @@ from torch import Tensor
 from torch.distributions import Distribution, Transform, biject_to, constraints
 from torch.distributions import transforms as tt
 
-from pyro_fusion.errors import GuideError, Site
 from pyro_fusion.families import Factor
 from pyro_fusion.families.transforms import flatten
+from pyro_fusion.readers.program import COMPARED, Frame, Message, read_runs
 from pyro_fusion.readers.projection import bare, constant_axes, factor_of, same_factors
 from pyro_fusion.readers.pyro.program import Program
-from pyro_fusion.readers.pyro.sites import latent_sites, plates_of
-from pyro_fusion.readers.sites import Draws, Read, Sites, Spread, normal_factor, transform_of
+from pyro_fusion.readers.pyro.sites import frames_of, latent_sites
+from pyro_fusion.readers.sites import Sites, Spread, normal_factor, transform_of
 
 __all__ = ["read_trace"]
-
-# Enough to see that a distribution changes from run to run, where provenance cannot tell.
-_COMPARED = 3
 
 
 def _dependent(program: Program) -> set[str]:
@@ -69,7 +61,7 @@ def read_trace(
     skip: frozenset[str] = frozenset(),
     full: bool = True,
 ) -> Sites:
-    """Read the sites of a program, as the head of this file says.
+    """Read the sites of a program; :func:`~pyro_fusion.readers.program.read_runs` says how.
 
     :param supports: the supports of the model's sites, for point masses, which do not know
         theirs.
@@ -78,60 +70,74 @@ def read_trace(
     :raises GuideError: for a subsampled plate, a point mass without spread, a masked site, or a
         program that fails.
     """
-    traces = [program.trace() for _ in range(_COMPARED)]
+    traces = [program.trace() for _ in range(COMPARED)]
     dependent = _dependent(program)
-    runs = [latent_sites(t) for t in traces]
-    result: Sites = {}
-    for name, site in runs[0].items():
-        if name in skip:
-            continue
-        others = [r[name] for r in runs[1:] if name in r]
-        if len(others) < _COMPARED - 1:
-            raise GuideError(
-                [
-                    Site(name),
-                    f" is not there in every run of the {program.what}, so the posterior "
-                    "has no fixed set of sites. Block it",
-                ]
-            )
-        fn = site["fn"]
-        batch_dim = len(fn.batch_shape)
-        plates = plates_of(name, site, batch_dim, full)
-        support = _support(name, site, supports or {})
-        if isinstance(bare(fn), dist.Delta):
-            result[name] = _read_delta(
-                name, site, others, traces, plates, support, name in dependent, spread
-            )
-            continue
-        factor = factor_of(name, site)
-        like = [factor_of(name, o) for o in others]
-        if factor is None or _has_learned_map(site, factor, support):
-            result[name] = _draws(name, [site, *others], plates, support)
-        elif name not in dependent and all(same_factors(factor, o) for o in like):
-            result[name] = Read(factor if full else _filled(name, site, factor), plates)
-        elif all(o is not None and o.structure() == factor.structure() for o in like):
-            plates_of(name, site, batch_dim)  # its members may differ
-            result[name] = Draws(plates, like=factor)
-        else:
-            result[name] = _draws(name, [site, *others], plates, support)
-    return result
+    runs = [
+        {
+            name: _PyroMessage(name, site, t, supports or {}, name in dependent)
+            for name, site in latent_sites(t).items()
+            if name not in skip
+        }
+        for t in traces
+    ]
+    return read_runs(runs, spread, program.what, full)
 
 
-def _draws(
-    name: str, sites: Sequence[Mapping[str, Any]], plates: tuple[str | None, ...], support: Any
-) -> Draws:
-    """To be matched by a Normal, the same for members of the same distribution in all runs."""
-    transform_of(name, support)  # raises if draws would be of no use
-    constant = set.intersection(*(_constant_axes(s["fn"]) for s in sites))
-    shape = sites[0]["value"].shape
-    pooled = {axis: shape[axis] for axis in constant}
-    for frame in sites[0]["cond_indep_stack"]:
-        axis = len(plates) + frame.dim if frame.vectorized else -1
-        if axis in pooled and frame.full_size is not None:
-            pooled[axis] = frame.full_size
-        elif axis >= 0:
-            plates_of(name, {**sites[0], "cond_indep_stack": [frame]}, len(plates))
-    return Draws(plates, support=support, pooled=pooled)
+@dataclass(frozen=True)
+class _PyroMessage(Message):
+    name: str
+    site: Mapping[str, Any]
+    trace: Trace
+    supports: Mapping[str, Any]
+    dependent: bool
+
+    @property
+    def batch_dim(self) -> int:
+        return len(self.site["fn"].batch_shape)
+
+    @property
+    def frames(self) -> tuple[Frame, ...]:
+        return frames_of(self.site, self.batch_dim)
+
+    def check(self) -> None:
+        """Masks are looked at where there is a factor."""
+
+    def is_point(self) -> bool:
+        return isinstance(bare(self.site["fn"]), dist.Delta)
+
+    def factor(self) -> Factor | None:
+        factor = factor_of(self.name, self.site)
+        if factor is None or _has_learned_map(self.site, factor, self.support):
+            return None
+        return factor
+
+    def value(self) -> Tensor:
+        value: Tensor = self.site["value"]
+        return value
+
+    def support(self) -> Any:
+        return _support(self.name, self.site, self.supports)
+
+    def constant_axes(self) -> set[int]:
+        return _constant_axes(self.site["fn"])
+
+    def behind_point(self, others: Sequence[Any], support: Any) -> Factor | None:
+        """The Normal of an AutoNormal that another guide calls: it shows an auxiliary site beside
+        the point mass."""
+        runs = [self, *others]
+        auxiliary: list[Any] = [r.trace.nodes.get(f"{self.name}_unconstrained") for r in runs]
+        factors = [factor_of(self.name, a) for a in auxiliary if a is not None]
+        if len(factors) < len(runs) or not all(same_factors(factors[0], f) for f in factors):
+            return None
+        first = factors[0]
+        if first is None or first.family.name != "Normal" or first.transforms:
+            return None
+        for candidate in (support, *_CANDIDATES):
+            pairs = zip(auxiliary, runs, strict=True)
+            if all(_is_image(candidate, a["value"], r.value()) for a, r in pairs):
+                loc, scale = first.params["loc"], first.params["scale"]
+                return normal_factor(self.name, loc, scale, candidate, self.batch_dim)
+        return None
 
 
 def _constant_axes(fn: Distribution) -> set[int]:
@@ -142,12 +148,12 @@ def _constant_axes(fn: Distribution) -> set[int]:
     return constant_axes(fn.batch_shape, lambda n: fn.sample(torch.Size([n])), fn.log_prob)
 
 
-def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Any) -> bool:
+def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Callable[[], Any]) -> bool:
     """Whether an effect-based guide put a map of its own, other than that onto the support,
     between the family and the value: no two guides have the same."""
     if site["infer"].get("prior") is None:
         return False
-    known = [t for t in flatten([transform_of(site["name"], support)]) if _is_affine(t)]
+    known = [t for t in flatten([transform_of(site["name"], support())]) if _is_affine(t)]
     return any(_is_affine(t) and not any(_agree(t, k) for k in known) for t in factor.transforms)
 
 
@@ -211,34 +217,6 @@ def _image_of(t: Transform, bound: Any) -> Any:
     return first.item() if bool((image == first).all()) else image
 
 
-def _read_delta(
-    name: str,
-    site: Mapping[str, Any],
-    others: Sequence[Mapping[str, Any]],
-    traces: Sequence[Trace],
-    plates: tuple[str | None, ...],
-    support: Any,
-    dependent: bool,
-    spread: Spread,
-) -> Read | Draws:
-    if not dependent and all(torch.equal(site["value"], o["value"]) for o in others):
-        t = transform_of(name, support)
-        return Read(spread.around(name, t.inv(site["value"]), support, len(plates)), plates)
-    # AutoNormal, called by another guide, shows an auxiliary site beside the point mass.
-    auxiliary: list[Any] = [t.nodes.get(f"{name}_unconstrained") for t in traces]
-    values: list[Any] = [t.nodes[name]["value"] for t in traces]
-    factors = [factor_of(name, a) for a in auxiliary if a is not None]
-    if len(factors) == len(traces) and all(same_factors(factors[0], f) for f in factors):
-        first = factors[0]
-        if first is not None and first.family.name == "Normal" and not first.transforms:
-            for candidate in (support, *_CANDIDATES):
-                pairs = zip(auxiliary, values, strict=True)
-                if all(_is_image(candidate, a["value"], v) for a, v in pairs):
-                    loc, scale = first.params["loc"], first.params["scale"]
-                    return Read(normal_factor(name, loc, scale, candidate, len(plates)), plates)
-    return Draws(plates, support=support)
-
-
 # The supports that a value may be told to have by what maps its auxiliary value to it.
 _CANDIDATES: tuple[Any, ...] = (
     constraints.real,
@@ -260,17 +238,3 @@ def _is_image(support: Any, unconstrained: Tensor, value: Tensor) -> bool:
     except (ValueError, RuntimeError):
         return False
     return image.shape == value.shape and torch.allclose(image, value, rtol=1e-5, atol=0)
-
-
-def _filled(name: str, site: Mapping[str, Any], factor: Factor) -> Factor:
-    """Expand along subsampled plates what is the same for every member."""
-    shape = list(factor.base_shape)
-    for frame in site["cond_indep_stack"]:
-        if not frame.vectorized or frame.full_size in (None, frame.size):
-            continue
-        axis = factor.batch_dim + frame.dim
-        if any(bool((v != v.narrow(axis, 0, 1)).any()) for v in factor.params.values()):
-            plates_of(name, site, factor.batch_dim)  # raises
-        factor = factor.map(lambda v, axis=axis: v.narrow(axis, 0, 1))  # type: ignore[misc]
-        shape[axis] = frame.full_size
-    return factor.expand(shape).map(torch.clone)

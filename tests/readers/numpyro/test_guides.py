@@ -526,7 +526,7 @@ class TestWayBack:
 
     def test_in_the_predictive_of_a_model(self) -> None:
         guide, params = fitted(autoguide.AutoNormal)
-        back = from_numpyro(guide, params).to_numpyro()
+        back = to_numpyro(from_numpyro(guide, params))
         draws = Predictive(model, guide=back, params={}, num_samples=7)(jax.random.key(0))
         assert draws["x"].shape == (7, 2)
 
@@ -557,7 +557,7 @@ class TestWayBack:
     def test_what_numpyro_has_not(self) -> None:
         d = pyro_fusion.families.NormalGamma(0.0, 1.0, 2.0, 2.0)
         with pytest.raises(UnsupportedFamilyError, match="site 'z': NumPyro has no NormalGamma"):
-            Posterior({"z": d}).to_numpyro()
+            to_numpyro(Posterior({"z": d}))
 
 
 # -- the two libraries side by side ----------------------------------------------------------------
@@ -781,7 +781,7 @@ class TestErrors:
             from_numpyro(PyroAutoNormal(pyro_model), {})
         with pytest.raises(GuideError, match="got int"):
             from_numpyro(3, {})  # type: ignore[arg-type]
-        back = Posterior({"z": pyro.distributions.Normal(torch.tensor(0.0), 1.0)}).to_numpyro()
+        back = to_numpyro(Posterior({"z": pyro.distributions.Normal(torch.tensor(0.0), 1.0)}))
         with pytest.raises(GuideError, match=r"is a NumPyro guide: .*from_numpyro"):
             from_guide(back)
 
