@@ -18,7 +18,8 @@ from pyro_fusion.errors import (
 )
 from pyro_fusion.families import NormalGamma, NormalWishart, pairwise_kl, register_family
 from pyro_fusion.fusion.fuse import fuse
-from pyro_fusion.fusion.result import FusedLabel, Fusion
+from pyro_fusion.fusion.problem import FusionProblem
+from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.nn import WeightSearch, merge_modules, search_weights
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 from pyro_fusion.program.em import FusionEM
@@ -48,6 +49,7 @@ __all__ = [
     "FusionGibbs",
     "FusionGuide",
     "FusionModel",
+    "FusionProblem",
     "GroupNormPrior",
     "GuideError",
     "IndianBuffetPrior",
@@ -56,6 +58,7 @@ __all__ = [
     "ParameterError",
     "Posterior",
     "PosteriorGuide",
+    "StopReason",
     "StructureError",
     "UnsupportedFamilyError",
     "WeightSearch",

@@ -22,7 +22,6 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormal
 from torch.distributions import Gamma, MultivariateNormal, Wishart, biject_to, kl_divergence
 
-import pyro_fusion.distributions
 from pyro_fusion.families import NormalGamma, NormalWishart
 from pyro_fusion.families.special import stirling_rest, stirling_rest_slope
 
@@ -88,11 +87,6 @@ def assert_within(estimates, truth, what=""):
 
 
 class TestContract:
-    def test_all_is_sorted(self):
-        names = pyro_fusion.distributions.__all__
-        assert names == sorted(names)
-        assert all(hasattr(pyro_fusion.distributions, name) for name in names)
-
     @makers
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("batch", [(), (3,), (2, 3)])

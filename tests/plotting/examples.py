@@ -7,7 +7,7 @@ import numpy as np
 import pyro.distributions as dist
 import torch
 
-from pyro_fusion import FusedLabel, Fusion, Posterior
+from pyro_fusion import FusedLabel, Fusion, Posterior, StopReason
 from pyro_fusion.assignment.priors import FixedAtoms
 from pyro_fusion.program.gibbs import AssignmentDraws
 
@@ -31,7 +31,7 @@ def fusion(
         objective=[5.0, 3.0, 2.5],
         dispersion=1.0,
         assignment_prior=FixedAtoms(num_atoms),
-        converged=True,
+        stopped=StopReason.AGREED,
         restarts=[2.5],
     )
     if posterior is None:
