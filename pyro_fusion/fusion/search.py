@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from operator import index
 from typing import Any, Literal
 
 import torch
@@ -89,7 +90,11 @@ def search(
         if len(problem.parties.posteriors) == 1:
             return _alone(problem)
         first = problem.start() if start is None else {k: a.cpu() for k, a in start.items()}
-        return _Search(problem, restarts, max_iterations, seed, chosen, progress).run(first)
+        limits = {"restarts": index(restarts), "max_iterations": index(max_iterations)}
+        settings = _Search(
+            problem=problem, seed=index(seed), solver=chosen, progress=progress, **limits
+        )
+        return settings.run(first)
 
 
 def check_run(restarts: int, max_iterations: int, seed: int) -> None:

@@ -25,6 +25,7 @@ from pyro_fusion import (
 )
 from pyro_fusion.assignment import NEW, Assignment
 from pyro_fusion.fusion.ascent import expectation_maximization
+from tests.fusion import networks
 from tests.fusion.parties import BASE, HOLDS, parties, same_grouping
 from tests.program.pairs import NOISELESS, base, by_hand, loss, pair, perturb, posteriors
 
@@ -149,8 +150,9 @@ class TestStep:
 
 
 class TestRun:
+    @pytest.mark.parametrize("seed", [0, 3])
     @pytest.mark.parametrize("prior", [None, GroupNormPrior(2.0), FixedAtoms(5)], ids=str)
-    def test_is_fuse(self, pooling, prior, seed=3):
+    def test_is_fuse(self, pooling, prior, seed):
         given = {"weights": [1.0, 2.0, 1.0, 0.5], "dispersion": 4.0}
         model, guide = program(pooling, prior, **given)
         ours = FusionEM(model, guide).run(3, 50, seed=seed)
@@ -160,6 +162,21 @@ class TestRun:
         assert ours.only_label().restarts == theirs.only_label().restarts
         for a, b in zip(ours.assignment, theirs.assignment, strict=True):
             assert torch.equal(a, b)
+        for site, f in theirs.posterior.decomposed.items():
+            for name, value in f.params.items():
+                assert torch.equal(ours.posterior.decomposed[site].params[name], value)
+
+    @pytest.mark.parametrize("seed", [0, 5])
+    def test_is_fuse_where_labels_share_sites(self, pooling, seed):
+        local, _ = networks.parties(seed, sizes=((3, 2), (2, 3), (3, 3)), num_units=(4, 3))
+        given = {"prior": networks.BASE, "weights": [1.0, 2.0, 0.5]}
+        model = FusionModel(local, pooling, **given)
+        ours = FusionEM(model, FusionGuide(model)).run(2, seed=seed)
+        theirs = fuse(local, pooling, **given, restarts=2, seed=seed)
+        assert ours.objective == theirs.objective
+        for label, one in theirs.labels.items():
+            assert ours.labels[label].restarts == one.restarts
+            assert torch.equal(torch.cat(ours.labels[label].assignment), torch.cat(one.assignment))
         for site, f in theirs.posterior.decomposed.items():
             for name, value in f.params.items():
                 assert torch.equal(ours.posterior.decomposed[site].params[name], value)
