@@ -68,9 +68,9 @@ def atom_prior(
 def prior_fill(
     site: str, prior: Mapping[str, Factor], like: Factor, places: Sequence[int]
 ) -> tuple[float, float] | None:
-    """What the prior of a carried site, a factor as ``like`` with its label at the axes
-    ``places``, has for every component: of two such axes off their diagonal and on it (a sticky
-    transition matrix), else the same value twice; None if there is no prior.
+    """The parameter that the prior of a carried site has for every component, the site a factor
+    as ``like`` with its label at the axes ``places``: of two such axes off their diagonal and on
+    it (a sticky transition matrix), else the same value twice; None if there is no prior.
 
     :raises StructureError: if it depends on the order of the components, or is of another family.
     """
@@ -132,7 +132,7 @@ def located(
 
 
 def _wider(f: Factor, prior: Factor) -> bool:
-    """Whether ``f / prior`` cannot be made proper by another ``f``."""
+    """True if ``f / prior`` cannot be made proper by another ``f``."""
     try:
         f.from_natural(2 * f.natural - prior.natural).check()
     except (FusionError, RuntimeError):

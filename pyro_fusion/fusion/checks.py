@@ -81,7 +81,7 @@ def check_parties(posteriors: Sequence[Posterior]) -> None:
 
 
 def _remedy(what: str, first: Posterior, other: Posterior, site: str) -> str:
-    """What to do where two parties differ in ``what``, if it is clear."""
+    """The remedy where two parties differ in ``what``, or "" if none is clear."""
     f, g = first.decomposed[site], other.decomposed[site]
     if what == "dtype":
         return ": cast one of them, posterior.to(dtype=...)"

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the parties hand over, read and checked: one matching problem per label, and closed forms
+"""The local posteriors of all parties, read and checked: a problem for each label, and closed forms
 for the sites that need no assignment of their own."""
 
 from __future__ import annotations
@@ -321,7 +321,8 @@ class Parties:
 
 @contextmanager
 def locating(problem: Components) -> Iterator[None]:
-    """Where a barycentre may be improper: the error names the site, and parties where it can."""
+    """A context in which a barycentre may be improper: the error names the site, and the parties
+    where it can."""
     try:
         yield
     except ParameterError as e:
@@ -337,7 +338,7 @@ def _unsqueeze(f: Factor) -> Factor:
 
 
 def _squeeze(f: Factor) -> Factor:
-    """Without the one batch axis, of size one."""
+    """The factor without its only batch axis, of size one."""
     return replace(f.map(lambda v: v.squeeze(0)), batch_dim=0)
 
 

@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What is to be fused: the components along each label, the sites that link labels, and the sites
-that all parties share. ``search`` solves it; the Pyro program is built on it."""
+"""The problem of a fusion: the components along each label, the sites that link labels, and the
+sites that all parties share. ``search`` solves it; the Pyro program is built on it."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ class FusionProblem:
 
     @property
     def num_parties(self) -> int:
-        """S."""
+        """S, the number of parties."""
         return len(self.parties.posteriors)
 
     @property
     def pooling(self) -> Pooling:
-        """How components become one atom."""
+        """The pooling: it says how components become one atom."""
         return self.parties.pooling
 
     @property

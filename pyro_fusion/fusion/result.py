@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What :func:`~pyro_fusion.fuse` returns."""
+"""The result of a fusion: the posterior, who shares which atom, and how the search ended."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class StopReason(Enum):
 
 @dataclass(frozen=True)
 class FusedLabel:
-    """How the components along one label became atoms.
+    """The assignment of the components along one label to atoms, and how it was found.
 
     :ivar label: the label.
     :ivar assignment: per party a LongTensor ``[L_s]``: the atom of each component.
@@ -63,12 +63,12 @@ class FusedLabel:
 
     @property
     def converged(self) -> bool:
-        """Whether coordinate ascent stopped by itself."""
+        """True if coordinate ascent stopped by itself."""
         return self.stopped not in (StopReason.ITERATION_LIMIT, StopReason.INTERRUPTED)
 
     @property
     def gap(self) -> float:
-        """How far F is above the bound, relative to F: 0.03 reads "within 3 % of optimal"."""
+        """The distance of F from the bound, relative to F: 0.03 reads "within 3 % of optimal"."""
         return relative_gap(self.objective[-1], self.bound)
 
 
@@ -134,7 +134,7 @@ class Fusion:
 
     @property
     def popularity(self) -> Tensor:
-        """How many parties have each atom, LongTensor ``[K]``."""
+        """The number of parties that have each atom, LongTensor ``[K]``."""
         return self.only_label().popularity
 
     @property
@@ -144,7 +144,7 @@ class Fusion:
 
     @property
     def converged(self) -> bool:
-        """Whether every label's assignment converged."""
+        """True if the assignment along every label converged."""
         return all(m.converged for m in self.labels.values())
 
     def summary(self) -> str:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What happens to each site: matched, carried along, linked or shared."""
+"""The role of each site in a fusion: matched, carried along, linked or shared."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["Roles", "site_roles", "turns"]
 
 @dataclass(frozen=True)
 class Roles:
-    """What happens to each site.
+    """The role of each site.
 
     :ivar matched: label -> site -> the axis whose components are assigned by their own divergence.
     :ivar carried: site -> its label: an axis of that label is no batch of independent components
@@ -97,7 +97,7 @@ def _are_linked(roles: Roles, label: str, group: tuple[str, ...]) -> bool:
 
 
 def _numbers(posterior: Posterior, roles: Roles, given: tuple[str, ...], label: str) -> int:
-    """How many numbers a component along ``label`` has, given the assignments of others."""
+    """The count of numbers of a component along ``label``, given the assignments of others."""
     sites = list(roles.matched[label])
     sites += [x for x, linked in roles.linked.items() if {label} <= set(linked) <= {label, *given}]
     size = posterior.components(label)

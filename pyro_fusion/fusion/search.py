@@ -45,7 +45,7 @@ _AGREEING = 3
 
 @dataclass(frozen=True)
 class _Found:
-    """Where the search along one label ended.
+    """The end of the search along one label.
 
     :ivar groups: the atom of each component, LongTensor ``[N]``, in the order of the parties.
     :ivar best: the best result.
@@ -150,7 +150,7 @@ def _checked(solver: Solver) -> Solver:
 
 
 def _same(a: float, b: float) -> bool:
-    """Whether two objectives are those of one assignment, up to rounding."""
+    """True if two objectives are those of one assignment, up to rounding."""
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
 
 

@@ -88,12 +88,13 @@ def _seeded(
 
 
 def _cost(problem: Components, index: Tensor) -> Tensor:
-    """What each component costs in atoms that are the components ``index``: ``[len(index), N]``."""
+    """The cost of each component in atoms that are the components ``index``:
+    ``[len(index), N]``."""
     return _cost_of(problem, {k: f.index_select(0, index) for k, f in problem.local.items()})
 
 
 def _cost_of(problem: Components, atoms: Factors) -> Tensor:
-    """What each component costs in these atoms, with what they cost to use: ``[K, N]``."""
+    """The cost of each component in these atoms, with the cost of opening them: ``[K, N]``."""
     cost = problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
     if bool(cost.isnan().any()):
         raise ParameterError("a divergence is NaN: some posterior is numerically degenerate")

@@ -72,7 +72,7 @@ class FusionEM:
         return loss
 
     def _ascent(self, part: LabelProblem) -> Ascent:
-        """Where the last step ended, unless the guide has been moved since."""
+        """The ascent of the last step, or a new one if the guide has been moved since."""
         start = self.guide.assignment[part.label][part.order]
         ascent = self._ascents.get(part.label)
         if (

@@ -90,7 +90,8 @@ class AssignmentDraws:
         return {name: x.double() for name, x in traces.items() if x is not None}
 
     def effective_sample_sizes(self) -> dict[str, float]:
-        """Of each quantity, by :func:`pyro.ops.stats.effective_sample_size`; NaN of a constant."""
+        """The effective sample size of each quantity, by
+        :func:`pyro.ops.stats.effective_sample_size`; NaN of a constant."""
         return {
             name: float(effective_sample_size(x.unsqueeze(0))) if bool(x.diff().any()) else math.nan
             for name, x in self._traces().items()
@@ -118,7 +119,7 @@ class AssignmentDraws:
 
 @dataclass(frozen=True)
 class GibbsResult:
-    """What :meth:`FusionGibbs.run` returns: the draws of each label, if there are any."""
+    """The draws of a :meth:`FusionGibbs.run`, by label."""
 
     labels: Mapping[str, AssignmentDraws]
 
@@ -329,7 +330,7 @@ class _Chain:
         self.groups = _by_appearance(groups)
 
     def _log_density_of(self, log_dispersion: float) -> float:
-        """Of ``log T`` given the assignment, but for a constant."""
+        """The log density of ``log T`` given the assignment, but for a constant."""
         assert self.prior_of_dispersion is not None
         assignment_prior = _log_density(self.prior_of_dispersion, log_dispersion)
         try:
@@ -386,7 +387,7 @@ def _prior_of_dispersion(learn: bool | Distribution, dispersion: float) -> Distr
 
 
 def _log_density(assignment_prior: Distribution, log_dispersion: float) -> float:
-    """Of ``log T``, where T has the prior."""
+    """The log density of ``log T`` where T has the prior."""
     value = torch.tensor(log_dispersion, dtype=torch.float64).exp()
     support: Any = assignment_prior.support
     if not bool(support.check(value)):

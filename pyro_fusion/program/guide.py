@@ -92,8 +92,9 @@ class FusionGuide(PyroModule):
     # -- what a program of one's own may override ------------------------------------------------
 
     def scale(self, label: str | None) -> Tensor:
-        """As :meth:`FusionModel.scale`, and by default that. Where the model's draws something,
-        this one must draw it from the guide, and call ``FusionModel.scale(self.model, label)``."""
+        """The factor of the log densities, by default that of :meth:`FusionModel.scale`. Where the
+        model's draws something, this one must draw it from the guide, and call
+        ``FusionModel.scale(self.model, label)``."""
         return self.model.scale(label)
 
     # -- the program -------------------------------------------------------------------------------
@@ -136,7 +137,7 @@ class FusionGuide(PyroModule):
         return result
 
     def _check_room(self) -> None:
-        """Where the atoms are the model's: that it has as many as the guide knows of."""
+        """Check, where the atoms are the model's, that it has as many as the guide knows of."""
         for label, part in self.model.problem.parts.items():
             sites, number = list(part.problem.local), self.num_atoms[label]
             if sites and (there := self.model.atoms.length(sites[0])) != number:
@@ -208,7 +209,8 @@ class FusionGuide(PyroModule):
                 self.atoms.set_factor(site, f)
 
     def get_extra_state(self) -> dict[str, Any]:
-        """What ``state_dict`` would leave out: the assignment, and whether it is relaxed."""
+        """The part of the state that ``state_dict`` would leave out: the assignment, and whether it
+        is relaxed."""
         return {
             "assignment": dict(self.assignment),
             "num_atoms": dict(self.num_atoms),
@@ -256,7 +258,7 @@ def _first(f: Factor, count: int) -> Factor:
 
 
 def _places(sizes: Sequence[int]) -> list[Tensor]:
-    """Where the components of the parties of each size are, ``[parties, size]``."""
+    """The places of the components of the parties of each size, ``[parties, size]`` for each."""
     every = torch.tensor(sizes)
     first = every.cumsum(0) - every
     return [first[every == n].unsqueeze(1) + torch.arange(n) for n in sorted(set(sizes))]

@@ -187,7 +187,7 @@ class FusionModel(PyroModule):
 
     @property
     def _draws_atoms(self) -> bool:
-        """Whether the model draws each atom once, and has the local posteriors as factors."""
+        """True if the model draws each atom once, and has the local posteriors as factors."""
         return self.problem.pooling.draws_from == "prior"
 
     def _assignment(self, label: str, part: LabelProblem) -> tuple[Tensor, int]:
@@ -295,7 +295,7 @@ def pairs(label: str | None, assignment: Tensor, scale: Tensor) -> Iterator[tupl
 
 
 def _without_plate(value: Tensor, event_dim: int) -> Tensor:
-    """What is drawn outside the program's own plates, an assignment or a scale, without the axes of
+    """An assignment or a scale, drawn outside the program's own plates, without the axes of
     size one that plates around the program, and ``Predictive``, leave at the place of these."""
     event, batch = value.shape[-event_dim:], value.shape[:-event_dim]
     if math.prod(batch) == 1:
