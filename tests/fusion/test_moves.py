@@ -20,7 +20,7 @@ from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.collapsed import Sums
 from pyro_fusion.pooling.components import Components, compact
 from tests.families.members import BARE
-from tests.pooling.test_base import prior_of
+from tests.pooling.priors import prior_of
 
 POOLINGS = ["inclusive", "exclusive", "product"]
 PRIORS = [

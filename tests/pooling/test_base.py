@@ -13,33 +13,11 @@ from pyro_fusion.families import Factor, kl
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.additive import FAR
 from tests.families.members import BARE, mvn, normal, normal_gamma, normal_wishart
+from tests.pooling.priors import prior_of
 
 POOLINGS = ["inclusive", "exclusive", "product"]
 GROUPS = torch.tensor([0, 1, 1, 0, 2, 1, 0])
 WEIGHTS = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.5, 1.0, 0.25], dtype=torch.float64)
-
-
-def prior_of(name: str, local: Factor) -> Factor:
-    """A prior that is wider than every local factor: natural parameters between them, shrunk."""
-    eta = local.natural
-    if name in ("Categorical", "Bernoulli", "Poisson"):
-        return local.from_natural(0.1 * eta[:1])
-    params = {k: v[:1].clone() for k, v in local.params.items()}
-    wide = {
-        "scale": 20.0,
-        "scale_tril": 20.0,
-        "rate": 1e-3,
-        "concentration": 1e-2,
-        "gamma_shape": 1e-2,
-        "concentration0": 1e-2,
-        "concentration1": 1e-2,
-    }
-    for key, factor in wide.items():
-        if key in params:
-            params[key] = params[key] * factor
-    if "df" in params:
-        params["df"] = params["df"] * 0 + local.shape[1] - 1 + 1e-3
-    return Factor(local.family, params, local.transforms, 1)
 
 
 @pytest.fixture(params=sorted(set(BARE) - {"Beta"}) + ["Beta"])
