@@ -196,7 +196,7 @@ class TestLinkedLabels:
 
         every = {"W1": 3 * normal(4, 2), "b2": 3 * normal(3, 2), "W2": 3 * normal(3, 4, 2)}
         posteriors, units = [], []
-        for sizes in ((4, 2), (3, 3), (3, 2)):
+        for sizes in ((3, 2), (3, 2), (2, 2), (2, 2)):
             h1, h2 = (
                 torch.randperm(n, generator=g)[:m] for n, m in zip((4, 3), sizes, strict=True)
             )
@@ -227,9 +227,14 @@ class TestLinkedLabels:
             for (i, a), (j, b) in itertools.product(enumerate(h2), enumerate(h1)):
                 entries.setdefault((a, b), []).append(loc[i, j])
         pooled = fusion.posterior.factors["W2"].loc
-        assert 6 < len(entries) <= pooled[..., 0].numel()
+        places = set(itertools.product(range(3), range(4)))
+        assert pooled.shape == (3, 4, 2) and set(entries) < places
         for place, members in entries.items():
             torch.testing.assert_close(pooled[place], torch.stack(members).mean(0))
+        # That which nobody has is the barycentre of all.
+        for place in places - set(entries):
+            every = torch.stack([x for members in entries.values() for x in members])
+            torch.testing.assert_close(pooled[place], every.mean(0))
 
 
 class TestMoves:
