@@ -90,64 +90,10 @@ class Factor(Member):
         """The factor as the second argument of KL divergences."""
         return Side(self.natural, self.log_normalizer, self.log_normalizer.abs())
 
-    def divergences(self, other: "Factor") -> Tensor:
-        """:meth:`divergence`; of a PartialFactor entry by entry, ``[*batch_shape, J]``."""
-        return self.divergence(other)
-
     def divergence(self, other: "Factor") -> Tensor:
         """``KL(self ‖ other)`` by the family's formula, ``[*batch_shape]``, float64. Both have one
         structure and one ``base_shape``."""
         return self._sum(self.family.kl(self._double(), other._double()))
-
-    # -- sums over groups: in a PartialFactor some of the entries are missing -------------------
-
-    def summands(self, x: Tensor) -> Tensor:
-        """What is added up of coordinates ``[N, P]``, the natural or the mean parameters."""
-        return x
-
-    def sums(
-        self, total: Tensor, weight: Tensor, default: Tensor
-    ) -> "tuple[Tensor, Tensor, Factor]":
-        """The weighted sums of coordinates and weights, ``[K, P]`` and ``[K, 1]`` or ``[K, P]``,
-        from those of :meth:`summands`, and what atoms of them are like. Where nothing was added up
-        they are those of one ``default``, ``[1, P]``."""
-        return total, weight.unsqueeze(1), self
-
-    def weighted_log_normalizer(self, weight: Tensor) -> Tensor:
-        """``w A(η)`` of atoms that were pooled from components of summed weight ``w``, ``[K]``."""
-        return weight * self.log_normalizer
-
-    def weighted_dual(self, weight: Tensor) -> Tensor:
-        """Likewise of :attr:`dual`."""
-        return weight * self.dual
-
-    def log_normalizer_over(self, base: "Factor") -> Tensor:
-        """``A(η) - A(η_base)``."""
-        return self.log_normalizer - base.log_normalizer
-
-    def within(self, other: "Factor") -> "Factor":
-        """The entries that the other has too, of factors one by one."""
-        return self
-
-    def apart(self, other: "Factor") -> Tensor | None:
-        """Which pairs of factors have no entry in common, ``[K, N]``; None if each pair has."""
-        return None
-
-    def over_entries(self, divergence: Tensor) -> Tensor:
-        """Divergences of atoms from something else, over the entries that each of these components
-        has: ``[K]``, or ``[K, J]`` entry by entry, -> ``[K, N]``, or ``[K, 1]`` where all have
-        all."""
-        return divergence.unsqueeze(1)
-
-    @property
-    def features(self) -> Tensor:
-        """Numbers that tell components apart, ``[N, C]``."""
-        return torch.cat([v.reshape(len(v), -1) for v in self._double().values()], 1)
-
-    @property
-    def dimensions(self) -> float:
-        """How many numbers there are in a component, in the mean."""
-        return float(self.shape[self.batch_dim :].numel())
 
     def from_natural(self, eta: Tensor) -> "Factor":
         """A factor of this structure with natural parameters ``eta``: ``[*batch, P]``."""

@@ -11,6 +11,7 @@ again one by one, by the family's own formula, each centred at its own first arg
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from torch.distributions import Distribution
 
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families.factor import Factor
+from pyro_fusion.families.masked import Masked
 
 __all__ = ["as_factor", "kl", "pairwise_kl"]
 
@@ -66,21 +68,23 @@ def kl(p: Distribution | Factor, q: Distribution | Factor) -> Tensor:
     )
 
 
-def _direct(p: Factor, q: Factor) -> Tensor:
+def _direct(p: Any, q: Any) -> Tensor:
     # In coordinates where p sits at the origin nothing large cancels.
     origin = p.location()
     p, q = p.shift(origin), q.shift(origin)
-    return p.divergence(q).clamp(min=0)
+    divergence: Tensor = p.divergence(q)
+    return divergence.clamp(min=0)
 
 
 def pairwise_kl(
-    a: Distribution | Factor | Mapping[str, Distribution],
-    b: Distribution | Factor | Mapping[str, Distribution],
+    a: Distribution | Factor | Masked | Mapping[str, Distribution],
+    b: Distribution | Factor | Masked | Mapping[str, Distribution],
 ) -> Tensor:
     """``KL(a_k ‖ b_n)`` for all pairs: ``[K]`` and ``[N]`` -> ``[K, N]``, by one matrix product.
 
     Computed in float64, returned in the dtype of the inputs. Mappings of distributions are
-    products of independent factors: their divergences add up.
+    products of independent factors: their divergences add up. Of components with missing entries it
+    is that of the entries that both have.
 
     :param a: batch shape ``[K]``.
     :param b: batch shape ``[N]``, the same family, transforms and event shape.
@@ -93,12 +97,25 @@ def pairwise_kl(
         if not (isinstance(a, Mapping) and isinstance(b, Mapping)) or set(a) != set(b) or not a:
             raise StructureError("products of factors need the same, non-empty set of names")
         return torch.stack([pairwise_kl(a[name], b[name]) for name in a]).sum(0)
+    if isinstance(a, Masked) or isinstance(b, Masked):
+        if not (isinstance(a, Masked) and isinstance(b, Masked)):
+            raise StructureError("entries are missing from one of the two alone")
+        _check_pair(a.factor, b.factor)
+        return _all_pairs(a, b, a.apart(b))
     a, b = as_factor(a), as_factor(b)
     _check_pair(a, b)
     if a.batch_dim != 1 or b.batch_dim != 1:
         raise StructureError(
             f"expected one batch axis each, got {tuple(a.batch_shape)} and {tuple(b.batch_shape)}"
         )
+    return _all_pairs(a, b)
+
+
+def _all_pairs(a: Any, b: Any, apart: Tensor | None = None) -> Tensor:
+    """The divergences of two factors, or of two :class:`Masked`.
+
+    :param apart: pairs that have nothing in common, ``[K, N]``.
+    """
     dtype = torch.promote_types(a.dtype, b.dtype)
     a, b = a.to(dtype=torch.float64), b.to(dtype=torch.float64)
     # The longer side often stays from call to call, and has its coordinates in its cache.
@@ -113,7 +130,6 @@ def pairwise_kl(
     result = torch.addmm(q.offset, p.values, q.values.mT, alpha=-1)
     result += p.offset.unsqueeze(1)
     index = _spoiled(result, torch.stack([size_p, p.size]), torch.stack([size_q, q.size]))
-    apart = a.apart(b)
     if apart is not None:  # rounding is all there is, and would be done again for nothing
         result.masked_fill_(apart, 0)
         index = index[~apart[index[:, 0], index[:, 1]]]

@@ -10,8 +10,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment import sinkhorn, soft_assignment
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.families import Factor
-from pyro_fusion.pooling.components import Components, compact
+from pyro_fusion.pooling.components import Atoms, Components, compact
 
 __all__ = ["annealed", "soft_barycenter"]
 
@@ -22,12 +21,12 @@ _NEGLIGIBLE = 1e-3
 _EMPTY = 0.05
 
 
-def soft_barycenter(problem: Components, soft: Tensor) -> dict[str, Factor]:
+def soft_barycenter(problem: Components, soft: Tensor) -> Atoms:
     """Soft M-step: the atoms of a soft assignment ``[K, N]``, in which each component counts by its
     probability."""
     groups, members = (soft > _NEGLIGIBLE).nonzero().unbind(1)
     part = problem.take(members)
-    return part.barycenter(groups, len(soft), part.weights * soft[groups, members])
+    return part.m_step(groups, len(soft), part.weights * soft[groups, members])
 
 
 def annealed(problem: Components, assignment_prior: AssignmentPrior, start: Tensor) -> Tensor:
@@ -38,7 +37,7 @@ def annealed(problem: Components, assignment_prior: AssignmentPrior, start: Tens
     Source: Rose, *Deterministic Annealing for Clustering, Compression, Classification, Regression,
     and Related Optimization Problems* (Proc. IEEE 1998).
     """
-    atoms = problem.barycenter(*compact(start))
+    atoms = problem.m_step(*compact(start))
     temperature = _HOTTEST
     while temperature >= _COLDEST:
         for _ in range(_STEPS):

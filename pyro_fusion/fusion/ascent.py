@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""Closed-form coordinate ascent: E-steps from ``assignment/`` and M-steps from
-``barycenter.py`` in turn, on the one objective
+``pooling/`` in turn, on the one objective
 
 .. math:: F = \sum_s \sum_l w_s D(k_{sl}; s, l) / T + \sum_k \varphi(m_k) + \text{const}
 """
@@ -32,7 +32,7 @@ class EMResult:
 
     :ivar groups: the atom of each component, LongTensor ``[N]``.
     :ivar num_atoms: K; each atom has at least one component.
-    :ivar atoms: site -> factor of batch shape ``[K]``.
+    :ivar atoms: site -> factor of batch shape ``[K]``, but for sites of which entries are missing.
     :ivar assignment_prior: the prior, its own parameters at their estimates.
     :ivar objective: F after the start and after each iteration; never rises.
     :ivar converged: whether it stopped because nothing changed any more.
@@ -158,8 +158,9 @@ class State:
 def _maximise(problem: Components, assignment_prior: AssignmentPrior, groups: Tensor) -> State:
     """M-step: atoms and the prior's own parameters given the assignment, and F there."""
     groups, num_atoms = compact(groups)
-    atoms = problem.barycenter(groups, num_atoms)
+    atoms = problem.m_step(groups, num_atoms)
     assignment_prior = assignment_prior.update(num_atoms, problem.num_parties)
     e_step = problem.e_step(atoms, assignment_prior)
     objective = assignment_prior.constant(problem.num_parties) + e_step.objective(groups)
-    return State(groups, num_atoms, atoms, e_step, assignment_prior, objective)
+    plain = {site: atoms[site] for site in problem.local}
+    return State(groups, num_atoms, plain, e_step, assignment_prior, objective)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.families import Factor
-from pyro_fusion.families.partial import PartialFactor
+from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.components import Components
 from pyro_fusion.posterior import Posterior
 
@@ -66,7 +66,7 @@ class LinkedSite:
 
     def columns(
         self, label: str, length: int, groups: Mapping[str, Tensor], counts: Mapping[str, int]
-    ) -> tuple[PartialFactor, Factor | None]:
+    ) -> tuple[Masked, Factor | None]:
         """The components along ``label``, ``length`` of them, each with an entry for each tuple of
         atoms along the other labels, and the prior of one atom, if there is one."""
         others = [x for x in self.labels if x != label]
@@ -81,7 +81,7 @@ class LinkedSite:
         }
         mass = torch.zeros(length * width, dtype=torch.float64, device=local.device)
         mass = mass.index_fill(0, place, 1.0).unflatten(0, (length, width))
-        part = PartialFactor(local.family, params, local.transforms, 1, mass=mass)
+        part = Masked(replace(local, params=params), mass)
         if prior is not None:
             prior = prior.map(lambda v: v.unsqueeze(1).expand(1, width, *v.shape[1:]))
         return part, prior

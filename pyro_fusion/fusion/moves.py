@@ -105,7 +105,7 @@ def _far_parts(problem: Components, groups: Tensor, num_atoms: int, cost: Tensor
     seed = places.new_full((num_atoms,), count).scatter_reduce(0, index, places, "amin")
     used = seed < count
     seeds = {
-        site: f.index_select(0, seed.clamp(max=count - 1)) for site, f in problem.local.items()
+        site: f.index_select(0, seed.clamp(max=count - 1)) for site, f in problem.sites.items()
     }
     distance = problem.cost(seeds).gather(0, index.unsqueeze(0)).squeeze(0)
     distance = torch.where(used[index], distance, torch.inf)

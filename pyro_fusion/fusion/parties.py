@@ -19,6 +19,7 @@ from torch import Tensor
 from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors
 from pyro_fusion.errors import ParameterError, Party, Site, StructureError, naming
 from pyro_fusion.families import Factor
+from pyro_fusion.families.masked import Masked
 from pyro_fusion.fusion.arguments import (
     Inputs,
     Prior,
@@ -32,7 +33,7 @@ from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, war
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
 from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.base import Pooling
-from pyro_fusion.pooling.components import Components, canonical_order, compact
+from pyro_fusion.pooling.components import Atoms, Components, canonical_order, compact
 from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
 from pyro_fusion.posterior import Axes, Posterior
 
@@ -169,16 +170,17 @@ class Parties:
             for site, axis in sites.items()
             if self.prior
         }
+        masked: dict[str, Masked] = {}
         known = {x: compact(groups) for x, groups in (given or {}).items()}
         for link in self.links:
             if {label} <= set(link.labels) <= {label, *known}:
                 groups = {x: known[x][0] for x in link.labels if x != label}
                 counts = {x: known[x][1] for x in groups}
-                local[link.site], one = link.columns(label, sum(sizes), groups, counts)
+                masked[link.site], one = link.columns(label, sum(sizes), groups, counts)
                 if one is not None:
                     prior[link.site] = one
-        messages = self._problem(local, sizes, prior)
-        order, ordered_sizes = canonical_order(local, sizes, self.weights)
+        messages = replace(self._problem(local, sizes, prior), masked=masked)
+        order, ordered_sizes = canonical_order(messages.sites, sizes, self.weights)
         voting = _voting(messages.in_order(order, ordered_sizes))
         scale = dispersion or 1.0
         with locating(messages):
@@ -326,7 +328,8 @@ def locating(problem: Components) -> Iterator[None]:
     try:
         yield
     except ParameterError as e:
-        error = located(e, problem.local, problem.prior, problem.sizes)
+        local = {**problem.local, **{k: m.factor for k, m in problem.masked.items()}}
+        error = located(e, local, problem.prior, problem.sizes)
         if error is e:
             raise
         raise error from e
@@ -353,11 +356,11 @@ def _rolled(f: Factor, places: Tensor) -> Factor:
     return f.map(turn)
 
 
-def _voting(problem: Components) -> tuple[dict[str, Factor], tuple[int, ...]]:
+def _voting(problem: Components) -> tuple[Atoms, tuple[int, ...]]:
     """Components and sizes of the parties whose weight is not zero, if these are two at least."""
     party = problem.party
     counts = torch.bincount(party[(problem.weights > 0).cpu()], minlength=problem.num_parties)
     kept = tuple(int(n) for n in counts if n)
     if len(kept) in (1, problem.num_parties):
-        return dict(problem.local), problem.sizes
-    return dict(problem.take((problem.weights > 0).nonzero().squeeze(-1)).local), kept
+        return problem.sites, problem.sizes
+    return problem.take((problem.weights > 0).nonzero().squeeze(-1)).sites, kept

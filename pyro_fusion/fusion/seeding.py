@@ -14,7 +14,7 @@ from pyro_fusion.assignment import NEW, coordinate, match
 from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.fusion.ascent import expectation_maximization
-from pyro_fusion.pooling.components import Components, Factors, compact
+from pyro_fusion.pooling.components import Atoms, Components, compact
 
 __all__ = ["starts"]
 
@@ -74,7 +74,7 @@ def _seeded(
     rows: list[Tensor] = []
     if groups is not None:
         groups, found = compact(groups)
-        atoms = problem.barycenter(groups, found)
+        atoms = problem.m_step(groups, found)
         popular = torch.bincount(groups).argsort(descending=True, stable=True)[:wanted]
         rows = list(_cost_of(problem, {k: f.index_select(0, popular) for k, f in atoms.items()}))
     while len(rows) < wanted:
@@ -90,10 +90,10 @@ def _seeded(
 def _cost(problem: Components, index: Tensor) -> Tensor:
     """The cost of each component in atoms that are the components ``index``:
     ``[len(index), N]``."""
-    return _cost_of(problem, {k: f.index_select(0, index) for k, f in problem.local.items()})
+    return _cost_of(problem, {k: f.index_select(0, index) for k, f in problem.sites.items()})
 
 
-def _cost_of(problem: Components, atoms: Factors) -> Tensor:
+def _cost_of(problem: Components, atoms: Atoms) -> Tensor:
     """The cost of each component in these atoms, with the cost of opening them: ``[K, N]``."""
     cost = problem.cost(atoms) + problem.opening(atoms).unsqueeze(1)
     if bool(cost.isnan().any()):
@@ -112,7 +112,7 @@ def _joined(problem: Components, order: list[int], threshold: float) -> Tensor:
     num_atoms, done = len(parties[0]), 1
     while done < len(parties):
         seen, block = torch.cat(parties[:done]), parties[done : 2 * done]
-        atoms = problem.take(seen).barycenter(groups[seen], num_atoms)
+        atoms = problem.take(seen).m_step(groups[seen], num_atoms)
         # Openings are in the threshold, so that it means the same in every pooling.
         cost = _cost_of(problem.take(torch.cat(block)), atoms)
         fresh: list[Tensor] = []

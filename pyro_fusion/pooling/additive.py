@@ -7,16 +7,18 @@ need no sum over pairs, and groups can be added up party by party."""
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
-from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.families.masked import NOTHING, Masked
+from pyro_fusion.pooling.base import Entrywise, Pooling
 from pyro_fusion.pooling.groups import group_mean, group_sum
 
-__all__ = ["FAR", "AdditivePooling"]
+__all__ = ["FAR", "AdditiveEntrywise", "AdditivePooling"]
 
 # An atom that lies less than the root of this from the origin, in units of its width, has ten
 # digits or so after sums about that origin; others are summed about their own.
@@ -49,14 +51,18 @@ class AdditivePooling(Pooling):
 
     def statistics(self, local: Factor) -> Tensor:
         """What is added up over a group: ``[N, Q]``."""
-        return local.summands(self.coordinates(local))
+        return self.coordinates(local)
 
     def from_statistics(
         self, like: Factor, total: Tensor, weight: Tensor, prior: Factor | None = None
     ) -> Factor:
         """Atoms from the weighted sums of statistics, ``[K, Q]`` and ``[K]``."""
-        sums, w, like = like.sums(total, weight, self.coordinates(like))
-        return self.from_coordinates(like.to(dtype=torch.float64), sums, w, prior)
+        return self.from_coordinates(
+            like.to(dtype=torch.float64), total, weight.unsqueeze(1), prior
+        )
+
+    def suited(self, local: Factor | Masked) -> AdditivePooling:
+        return AdditiveEntrywise(self) if isinstance(local, Masked) else self
 
     def barycenter(
         self,
@@ -142,3 +148,54 @@ class AdditivePooling(Pooling):
         except (torch.linalg.LinAlgError, ValueError):
             return torch.full((len(first),), torch.nan, dtype=torch.float64)
         return price.cpu()
+
+
+class AdditiveEntrywise(AdditivePooling, Entrywise):
+    """The additive pooling of components of which entries are missing, from that of one entry: the
+    weight of each entry is summed along with its coordinates."""
+
+    pooling: AdditivePooling
+
+    def __init__(self, pooling: AdditivePooling) -> None:
+        super().__init__(pooling)
+
+    def coordinates(self, local: Any) -> Tensor:
+        rows: Tensor = local.rows(self.pooling.coordinates(local.entries))
+        return rows
+
+    def statistics(self, local: Any) -> Tensor:
+        x, there = self.coordinates(local), local.present
+        return torch.cat([x * local.spread(there, x), there], -1)
+
+    def from_statistics(
+        self, like: Any, total: Tensor, weight: Tensor, prior: Factor | None = None
+    ) -> Any:
+        size = like.mass.shape[-1]
+        total, mass = total[..., :-size], total[..., -size:]
+        missing = mass <= NOTHING
+        # Where nothing was added up it is as in the first component: of the family.
+        default = self.pooling.coordinates(like.head).reshape(1, -1)
+        total = torch.where(like.spread(missing, total), default, total)
+        atoms = self.from_coordinates(like, total, torch.where(missing, 1.0, mass), prior)
+        return Masked.of_entries(atoms, mass)
+
+    def from_coordinates(
+        self, like: Any, total: Tensor, weight: Tensor, prior: Factor | None = None
+    ) -> Any:
+        """The entries ``[K * J]``, from sums ``[K, J * P]`` and weights ``[K, J]``."""
+        entries = total.unflatten(-1, (weight.shape[-1], -1)).flatten(0, 1)
+        one = self.priors(prior, len(weight))
+        return self.pooling.from_coordinates(
+            like.entries.to(dtype=torch.float64), entries, weight.reshape(-1, 1), one
+        )
+
+    def potential(self, local: Any, prior: Factor | None = None) -> Tensor:
+        one = self.priors(prior, len(local.mass))
+        summed: Tensor = local.summed(self.pooling.potential(local.entries, one))
+        return summed
+
+    def group_potential(self, atoms: Any, weight: Tensor, prior: Factor | None = None) -> Tensor:
+        one = self.priors(prior, len(atoms.mass))
+        potential = self.pooling.group_potential(atoms.entries, atoms.mass.flatten(), one)
+        summed: Tensor = atoms.summed(potential)
+        return summed

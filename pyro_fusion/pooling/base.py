@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,10 +18,11 @@ from torch import Tensor
 from pyro_fusion.assignment.priors import AssignmentPrior, GroupNormPrior
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
+from pyro_fusion.families.masked import Masked, entries_of
 from pyro_fusion.pooling.groups import group_sizes
 from pyro_fusion.pooling.merges import Merges
 
-__all__ = ["Pooling"]
+__all__ = ["Entrywise", "Pooling"]
 
 # Numbers in the pairs whose divergences are computed at a time, one by one.
 _NUMBERS = 1 << 22
@@ -35,30 +36,30 @@ class Pooling(ABC):
     ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``prior``
     ``[1]`` (the prior of one atom, None unless the pooling needs it).
 
-    :cvar name: its name, in results and messages.
-    :cvar needs_prior: whether the prior of the local models must be read and is passed on.
-    :cvar draws_from: whose draws the sites of its Pyro model are: those of the ``"local"``
+    :ivar name: its name, in results and messages.
+    :ivar needs_prior: whether the prior of the local models must be read and is passed on.
+    :ivar draws_from: whose draws the sites of its Pyro model are: those of the ``"local"``
         posteriors, with the atoms in the guide; of the ``"atoms"``, with the local posteriors in
         the guide; or of the ``"prior"``, with the local posteriors as factors. None where there is
         no such program: :func:`~pyro_fusion.fuse` works, and ``FusionModel`` says that it does not.
-    :cvar normalised: whether only the ratios of weights in a group matter.
-    :cvar convex: whether the cost of an assignment to given atoms is a sum over its pairs alone,
+    :ivar normalised: whether only the ratios of weights in a group matter.
+    :ivar convex: whether the cost of an assignment to given atoms is a sum over its pairs alone,
         without :meth:`opening`, as the relaxed solver needs it.
-    :cvar averages_outgoing: whether effects of what some parties lack (``Posterior.outgoing``) are
+    :ivar averages_outgoing: whether effects of what some parties lack (``Posterior.outgoing``) are
         averages over all parties, by :meth:`say`.
-    :cvar tempers: whether weights and dispersion are moved into the components, by :meth:`temper`,
+    :ivar tempers: whether weights and dispersion are moved into the components, by :meth:`temper`,
         before an assignment is scored.
-    :cvar failure: what is wrong where sums of members of the family are no member.
+    :ivar failure: what is wrong where sums of members of the family are no member.
     """
 
-    name: ClassVar[str]
-    needs_prior: ClassVar[bool] = False
-    draws_from: ClassVar[Literal["local", "atoms", "prior"] | None] = None
-    normalised: ClassVar[bool] = True
-    convex: ClassVar[bool] = True
-    averages_outgoing: ClassVar[bool] = True
-    tempers: ClassVar[bool] = False
-    failure: ClassVar[str] = "is singular"
+    name: str
+    needs_prior: bool = False
+    draws_from: Literal["local", "atoms", "prior"] | None = None
+    normalised: bool = True
+    convex: bool = True
+    averages_outgoing: bool = True
+    tempers: bool = False
+    failure: str = "is singular"
 
     # -- the divergence and its barycentre -------------------------------------------------------
 
@@ -105,6 +106,26 @@ class Pooling(ABC):
     def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
         """What an atom adds to the objective by itself: ``[K]``."""
         return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
+
+    def cost_over_entries(
+        self, atoms: Masked, local: Masked, prior: Factor | None = None
+    ) -> Tensor:
+        """:meth:`cost` summed over the entries that both have, ``[K, N]``; by default entry by
+        entry.
+
+        :param prior: batch shape ``[1]``, with the entries on its first event axis.
+        """
+        shape = (len(atoms.mass), len(local.mass))
+        total = torch.zeros(shape, dtype=torch.float64, device=local.device)
+        for j in range(local.mass.shape[1]):
+            one = None if prior is None else _entry(prior, j)
+            cost = self.cost(_entry(atoms.factor, j), _entry(local.factor, j), one)
+            total += cost * atoms.present[:, j].unsqueeze(1) * local.present[:, j]
+        return total
+
+    def suited(self, local: Factor | Masked) -> Pooling:
+        """The pooling of these components: where they miss entries, that by entries."""
+        return Entrywise(self) if isinstance(local, Masked) else self
 
     def group_weights(
         self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
@@ -184,7 +205,7 @@ class Pooling(ABC):
 
     def merge_costs(
         self,
-        local: Mapping[str, Factor],
+        local: Mapping[str, Any],
         first: Tensor,
         second: Tensor,
         prior: Mapping[str, Factor],
@@ -193,7 +214,8 @@ class Pooling(ABC):
         the CPU, never negative."""
         total = torch.zeros(len(first), dtype=torch.float64)
         for site, f in local.items():
-            total += self.pair_objective(f, first, second, prior.get(site)).clamp(min=0)
+            one = prior.get(site)
+            total += self.suited(f).pair_objective(f, first, second, one).clamp(min=0)
         # What is too far apart to tell how far costs as much as the dearest of the others.
         known = total.isfinite()
         if not bool(known.any()):
@@ -218,3 +240,67 @@ class Pooling(ABC):
             sides = (slice(half), slice(half, None))
             parts = [self.pair_objective(local, first[i], second[i], prior) for i in sides]
             return torch.cat(parts)
+
+
+class Entrywise(Pooling):
+    """The pooling of components of which entries are missing (:class:`Masked`), from that of one
+    entry: each is pooled by itself, from the components that have it."""
+
+    def __init__(self, pooling: Pooling) -> None:
+        self.pooling = pooling
+        self.name, self.failure = pooling.name, pooling.failure
+        self.needs_prior, self.normalised = pooling.needs_prior, pooling.normalised
+
+    def divergence(self, atoms: Any, local: Any) -> Tensor:
+        return _summed(atoms, local, self.pooling.divergence(atoms.entries, local.entries))
+
+    def cost(self, atoms: Any, local: Any, prior: Factor | None = None) -> Tensor:
+        return self.pooling.cost_over_entries(atoms, local, prior)
+
+    def pair_cost(self, atoms: Any, local: Any, prior: Factor | None = None) -> Tensor:
+        one = self.priors(prior, len(atoms.mass))
+        return _summed(atoms, local, self.pooling.pair_cost(atoms.entries, local.entries, one))
+
+    def opening(self, atoms: Any, prior: Factor | None = None) -> Tensor:
+        one = self.priors(prior, len(atoms.mass))
+        return _summed(atoms, atoms, self.pooling.opening(atoms.entries, one))
+
+    def temper(self, local: Any, prior: Factor, weights: Tensor, dispersion: float) -> Any:
+        count, size = local.mass.shape
+        one, w = entries_of(prior, count), weights.repeat_interleave(size)
+        return Masked.of_entries(self.pooling.temper(local.entries, one, w, dispersion), local.mass)
+
+    def barycenter(
+        self,
+        local: Any,
+        groups: Tensor,
+        num_atoms: int,
+        weights: Tensor | None = None,
+        prior: Factor | None = None,
+    ) -> Any:
+        w, _ = self.group_weights(groups, num_atoms, weights)
+        size = local.mass.shape[1]
+        n, j = local.present.nonzero().unbind(1)
+        there, place = (groups[n] * size + j).unique(return_inverse=True)
+        one = None if prior is None else prior.map(lambda v: v[:, 0])  # that of any entry
+        entries = local.entries.index_select(0, n * size + j)
+        found = self.pooling.barycenter(entries, place, len(there), w[n], one)
+        # What nobody has is as in the first component: of the family, and not looked at.
+        rest = local.factor.map(lambda v: v[:1].expand(num_atoms, *v.shape[1:]).flatten(0, 1))
+        mass = torch.zeros(num_atoms * size, dtype=torch.float64, device=local.device)
+        mass = mass.index_add(0, there[place], w[n])
+        return Masked.of_entries(rest.index_copy(there, found), mass.unflatten(0, (-1, size)))
+
+    def priors(self, prior: Factor | None, count: int) -> Factor | None:
+        """The prior of each entry of ``count`` atoms, ``[count * J]``."""
+        return None if prior is None else entries_of(prior, count)
+
+
+def _summed(a: Masked, b: Masked, x: Tensor) -> Tensor:
+    """Numbers ``[N * J]`` summed over the entries that both have: ``[N]``."""
+    return (a.present * b.present * x.reshape(a.mass.shape)).sum(-1)
+
+
+def _entry(f: Factor, j: int) -> Factor:
+    """The entry ``j`` of each component."""
+    return f.map(lambda v: v[:, j])

@@ -12,6 +12,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,7 +54,7 @@ class SiteSums:
     """
 
     pooling: AdditivePooling
-    local: Factor
+    local: Any
     prior: Factor | None
     statistics: Tensor
     potential: Tensor
@@ -105,7 +106,7 @@ class _Explicit(GroupCosts):
         length = int(max(self.groups.max(), sets.max())) + 1
         count = torch.bincount(self.groups[members], minlength=length)
         first = count.cumsum(0) - count
-        size = sum(f.shape[1:].numel() for f in self.problem.local.values())
+        size = sum(f.shape[1:].numel() for f in self.problem.sites.values())
         rows = max(1, _NUMBERS_EXPLICIT // max(1, size))
         # So many candidates at a time that their members fill about one block.
         place = count[sets].sum(1).cumsum(0) // rows
@@ -146,10 +147,10 @@ class Sums(GroupCosts):
     @classmethod
     def of(cls, problem: Components, groups: Tensor, num_atoms: int) -> Sums:
         """The sums over the groups ``[N]``, in ``0, ..., K-1``; the pooling is additive."""
-        pooling, w = problem.pooling, problem.weights
-        assert isinstance(pooling, AdditivePooling)
-        sites = []
-        for site, f in problem.local.items():
+        assert isinstance(problem.pooling, AdditivePooling)
+        w, sites = problem.weights, []
+        for site, f in problem.sites.items():
+            pooling = problem.pooling.suited(f)
             prior = problem.prior.get(site)
             prior = None if prior is None else prior.shift(f.origin)
             statistics = pooling.statistics(f.centred)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Container, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,11 +18,15 @@ from pyro_fusion.assignment import NEW, AssignmentProblem
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.families import Factor
+from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.base import Pooling
 
-__all__ = ["Factors", "Components", "by_popularity", "canonical_order", "compact"]
+__all__ = ["Atoms", "Factors", "Components", "by_popularity", "canonical_order", "compact"]
 
 Factors = Mapping[str, Factor]
+
+# Site -> Factor, or Masked where entries may be missing.
+Atoms = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Components:
     :ivar prior: site -> the prior of one atom, batch shape ``[1]``; empty unless the pooling needs
         it.
     :ivar dispersion: T.
+    :ivar masked: site -> components ``[N]`` of which some entries are missing.
     """
 
     local: Factors
@@ -43,6 +49,12 @@ class Components:
     pooling: Pooling
     prior: Factors
     dispersion: float = 1.0
+    masked: Mapping[str, Masked] = field(default_factory=dict)
+
+    @functools.cached_property
+    def sites(self) -> Atoms:
+        """The components of every site: those of :attr:`local`, then those of :attr:`masked`."""
+        return {**self.local, **self.masked}
 
     @property
     def num_parties(self) -> int:
@@ -75,17 +87,20 @@ class Components:
         return replace(
             self,
             local={site: f.index_select(0, index) for site, f in self.local.items()},
+            masked={site: f.index_select(0, index) for site, f in self.masked.items()},
             sizes=(len(index),),
             weights=self.weights[index],
         )
 
     def restricted(self, sites: Container[str]) -> Components:
-        """The same with these sites alone."""
+        """These sites alone."""
         local = {k: f for k, f in self.local.items() if k in sites}
-        return replace(self, local=local, prior={k: f for k, f in self.prior.items() if k in sites})
+        masked = {k: f for k, f in self.masked.items() if k in sites}
+        prior = {k: f for k, f in self.prior.items() if k in sites}
+        return replace(self, local=local, masked=masked, prior=prior)
 
     def in_order(self, order: Tensor, sizes: tuple[int, ...]) -> Components:
-        """The same with components and parties in another order."""
+        """Components and parties in another order."""
         return replace(self.take(order), sizes=sizes)
 
     def scored(self) -> Components:
@@ -93,27 +108,34 @@ class Components:
         dispersion moved into them; else as they are."""
         if not (self.pooling.tempers and self.prior):  # a lone party may come without
             return self
-        local = {
-            site: self.pooling.temper(f, self.prior[site], self.weights, self.dispersion)
-            for site, f in self.local.items()
-        }
-        return replace(self, local=local, weights=torch.ones_like(self.weights), dispersion=1.0)
 
-    def cost(self, atoms: Factors) -> Tensor:
+        def temper(site: str, f: Any) -> Any:
+            how = self.pooling.suited(f)
+            return how.temper(f, self.prior[site], self.weights, self.dispersion)
+
+        local = {site: temper(site, f) for site, f in self.local.items()}
+        masked = {site: temper(site, f) for site, f in self.masked.items()}
+        ones = torch.ones_like(self.weights)
+        return replace(self, local=local, masked=masked, weights=ones, dispersion=1.0)
+
+    def cost(self, atoms: Atoms) -> Tensor:
         """``w D / T`` summed over sites: ``[K, N]``."""
         total: Tensor | None = None
-        for site, f in self.local.items():
-            term = self.pooling.cost(atoms[site], f, self.prior.get(site))
+        for site, f in self.sites.items():
+            term = self.pooling.suited(f).cost(atoms[site], f, self.prior.get(site))
             total = term if total is None else total.add_(term)
         assert total is not None
         return total.mul_(self.weights / self.dispersion)
 
-    def opening(self, atoms: Factors) -> Tensor:
+    def opening(self, atoms: Atoms) -> Tensor:
         """The cost of an atom by itself over T, summed over sites: ``[K]``."""
-        terms = [self.pooling.opening(atoms[x], self.prior.get(x)) for x in self.local]
+        terms = [
+            self.pooling.suited(f).opening(atoms[x], self.prior.get(x))
+            for x, f in self.sites.items()
+        ]
         return torch.stack(terms).sum(0) / self.dispersion
 
-    def e_step(self, atoms: Factors, assignment_prior: AssignmentPrior) -> AssignmentProblem:
+    def e_step(self, atoms: Atoms, assignment_prior: AssignmentPrior) -> AssignmentProblem:
         """What the solvers of an E-step are given."""
         return AssignmentProblem.of(
             self.split(self.cost(atoms)), assignment_prior, self.opening(atoms)
@@ -122,37 +144,46 @@ class Components:
     def barycenter(
         self, groups: Tensor, num_atoms: int, weights: Tensor | None = None
     ) -> dict[str, Factor]:
-        """M-step: the atoms of the groups ``[N]``, with other weights if they are given."""
+        """The atoms of the groups ``[N]`` at the sites of :attr:`local`, with other weights if they
+        are given."""
+        if self.masked:
+            return replace(self, masked={}).barycenter(groups, num_atoms, weights)
+        return dict(self.m_step(groups, num_atoms, weights))
+
+    def m_step(self, groups: Tensor, num_atoms: int, weights: Tensor | None = None) -> Atoms:
+        """The atoms of the groups ``[N]`` at every site."""
         groups = groups.to(self.weights.device, non_blocking=True)
         w = self.weights if weights is None else weights
         return {
-            site: self.pooling.barycenter(f, groups, num_atoms, w, self.prior.get(site))
-            for site, f in self.local.items()
+            site: self.pooling.suited(f).barycenter(f, groups, num_atoms, w, self.prior.get(site))
+            for site, f in self.sites.items()
         }
 
     def values(self, groups: Tensor, num_atoms: int) -> Tensor:
         """What each of the groups ``[N]`` with its best atom adds to the objective: ``[K]``."""
         groups = groups.to(self.weights.device, non_blocking=True)
         total = torch.zeros(num_atoms, dtype=torch.float64, device=self.weights.device)
-        for site, atoms in self.barycenter(groups, num_atoms).items():
-            local, prior = self.local[site], self.prior.get(site)
-            pairs = self.pooling.pair_cost(atoms.index_select(0, groups), local, prior)
-            total += self.pooling.opening(atoms, prior)
+        for site, atoms in self.m_step(groups, num_atoms).items():
+            local, prior = self.sites[site], self.prior.get(site)
+            how = self.pooling.suited(local)
+            pairs = how.pair_cost(atoms.index_select(0, groups), local, prior)
+            total += how.opening(atoms, prior)
             total.index_add_(0, groups, self.weights * pairs.double())
         return total / self.dispersion
 
-    def divergence(self, groups: Tensor, num_atoms: int, atoms: Factors | None = None) -> float:
+    def divergence(self, groups: Tensor, num_atoms: int, atoms: Atoms | None = None) -> float:
         """What the groups ``[N]`` with their best atoms add to the objective, pair by pair.
 
         :param atoms: the best atoms, where they are known.
         """
         groups = groups.to(self.weights.device, non_blocking=True)
         total = torch.zeros((), dtype=torch.float64, device=self.weights.device)
-        best = self.barycenter(groups, num_atoms) if atoms is None else atoms
+        best = self.m_step(groups, num_atoms) if atoms is None else atoms
         for site, one in best.items():
-            local, prior = self.local[site], self.prior.get(site)
-            pairs = self.pooling.pair_cost(one.index_select(0, groups), local, prior)
-            total += self.pooling.opening(one, prior).sum() + self.weights @ pairs.double()
+            local, prior = self.sites[site], self.prior.get(site)
+            how = self.pooling.suited(local)
+            pairs = how.pair_cost(one.index_select(0, groups), local, prior)
+            total += how.opening(one, prior).sum() + self.weights @ pairs.double()
         return float(total) / self.dispersion
 
 
@@ -165,11 +196,11 @@ def compact(groups: Tensor) -> tuple[Tensor, int]:
 
 
 def canonical_order(
-    local: Mapping[str, Factor], sizes: tuple[int, ...], weights: Tensor
+    local: Atoms, sizes: tuple[int, ...], weights: Tensor
 ) -> tuple[Tensor, tuple[int, ...]]:
     """An order of parties and components that depends only on their contents, so that permuting
     the input changes nothing but labels."""
-    features = torch.cat([f.features for f in local.values()], 1)
+    features = torch.cat([_features(f) for f in local.values()], 1)
     generator = torch.Generator().manual_seed(0)
     direction = torch.randn(features.shape[1], dtype=torch.float64, generator=generator)
     key = (features * direction.to(features.device)).sum(1).cpu()
@@ -180,6 +211,13 @@ def canonical_order(
         parties.append((size, weight, value.tolist(), index + end - size))
     parties.sort(key=lambda p: p[:3])
     return torch.cat([p[3] for p in parties]), tuple(p[0] for p in parties)
+
+
+def _features(f: Factor | Masked) -> Tensor:
+    """Numbers that tell components apart, ``[N, C]``."""
+    if isinstance(f, Masked):
+        return f.features
+    return torch.cat([v.double().reshape(len(v), -1) for v in f.params.values()], 1)
 
 
 def by_popularity(groups: Tensor, num_atoms: int) -> tuple[Tensor, Tensor]:

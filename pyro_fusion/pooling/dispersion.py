@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +19,9 @@ from torch import Tensor
 from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, pairwise_kl
+from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.components import Atoms
 from pyro_fusion.pooling.kl import Exclusive
 from pyro_fusion.pooling.merges import WRONG, Merges
 
@@ -34,7 +37,7 @@ _BULK, _TAIL = 1.36, 5.5
 
 
 def estimate_dispersion(
-    local: Mapping[str, Factor],
+    local: Atoms,
     sizes: tuple[int, ...],
     pooling: Pooling,
     prior: Mapping[str, Factor] | None = None,
@@ -71,7 +74,7 @@ def estimate_dispersion(
     part, counts, divergence = _pairwise(local, sizes)
     own = party_of(counts)
     is_own = own.unsqueeze(1) == torch.arange(len(counts))
-    dimensions = sum(f.dimensions for f in part.values())
+    dimensions = sum(_dimensions(f) for f in part.values())
     # The nearest component in each party, [N, S]; in one's own, of the others.
     symmetric = (divergence + divergence.mT).fill_diagonal_(torch.inf)
     blocks = [block.min(1) for block in symmetric.split(counts, 1)]
@@ -102,16 +105,14 @@ def estimate_dispersion(
     return pooling.dispersion(merges)
 
 
-def pairwise_spread(local: Mapping[str, Factor], sizes: tuple[int, ...]) -> float:
+def pairwise_spread(local: Atoms, sizes: tuple[int, ...]) -> float:
     """The standard deviation of the divergences between all pairs of different components."""
     _, _, divergence = _pairwise(local, sizes)
     different = ~torch.eye(len(divergence), dtype=torch.bool)
     return float(divergence[different].std()) if len(divergence) > 1 else 0.0
 
 
-def _pairwise(
-    local: Mapping[str, Factor], sizes: tuple[int, ...]
-) -> tuple[dict[str, Factor], list[int], Tensor]:
+def _pairwise(local: Atoms, sizes: tuple[int, ...]) -> tuple[dict[str, Any], list[int], Tensor]:
     """Components of all parties, or of a random selection if there are many, their numbers, and
     all pairwise divergences. The selection depends on the order of the parties."""
     ends = torch.tensor([0, *sizes]).cumsum(0).tolist()
@@ -121,6 +122,11 @@ def _pairwise(
     part = {site: f.index_select(0, index) for site, f in local.items()}
     divergence = torch.stack([pairwise_kl(f, f) for f in part.values()]).sum(0).cpu()
     return part, [sizes[s] for s in chosen], divergence
+
+
+def _dimensions(f: Factor | Masked) -> float:
+    """How many numbers there are in a component, in the mean."""
+    return f.dimensions if isinstance(f, Masked) else float(f.event_shape.numel())
 
 
 def _selection(mask: Tensor, dimensions: float) -> tuple[Tensor, Tensor]:

@@ -5,10 +5,13 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
+
 import torch
 from torch import Tensor
 
 from pyro_fusion.families import Factor, kl, pairwise_kl
+from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.additive import AdditivePooling
 from pyro_fusion.pooling.merges import Merges
 
@@ -17,6 +20,18 @@ __all__ = ["Exclusive", "Inclusive"]
 
 class _KL(AdditivePooling):
     """What both directions have in common."""
+
+    def cost_over_entries(
+        self, atoms: Masked, local: Masked, prior: Factor | None = None
+    ) -> Tensor:
+        return self.pairs(atoms, local)
+
+    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+        return self.pairs(atoms, local)
+
+    @abstractmethod
+    def pairs(self, atoms: Factor | Masked, local: Factor | Masked) -> Tensor:
+        """All divergences, by one matrix product: ``[K, N]``."""
 
     def absent(
         self, local: Factor, weights: Tensor, averaged: bool, prior: Factor | None = None
@@ -38,7 +53,7 @@ class Inclusive(_KL):
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(local, atoms)
 
-    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+    def pairs(self, atoms: Factor | Masked, local: Factor | Masked) -> Tensor:
         return pairwise_kl(local, atoms).mT
 
     def coordinates(self, local: Factor) -> Tensor:
@@ -53,7 +68,7 @@ class Inclusive(_KL):
         return local.dual
 
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
-        return atoms.weighted_dual(weight)
+        return weight * atoms.dual
 
 
 class Exclusive(_KL):
@@ -68,7 +83,7 @@ class Exclusive(_KL):
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(atoms, local)
 
-    def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
+    def pairs(self, atoms: Factor | Masked, local: Factor | Masked) -> Tensor:
         return pairwise_kl(atoms, local)
 
     def coordinates(self, local: Factor) -> Tensor:
@@ -83,7 +98,7 @@ class Exclusive(_KL):
         return local.log_normalizer
 
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
-        return atoms.weighted_log_normalizer(weight)
+        return weight * atoms.log_normalizer
 
     def say(self, local: Factor) -> Tensor:
         """By one over the standard deviation: half-way, in logarithms, between counting alike and

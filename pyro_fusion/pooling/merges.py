@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -37,7 +38,7 @@ class Merges:
     :ivar num_parties: S.
     """
 
-    local: Mapping[str, Factor]
+    local: Mapping[str, Any]
     prior: Mapping[str, Factor]
     first: Tensor
     second: Tensor

@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_fusion.assignment.priors import AssignmentPrior, IndianBuffetPrior
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
+from pyro_fusion.families.masked import Masked, entries_of
 from pyro_fusion.pooling.additive import AdditivePooling
 from pyro_fusion.pooling.merges import WRONG, Merges
 
@@ -48,12 +49,17 @@ class Product(AdditivePooling):
 
     def cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
         one = self.given(prior).expand_batch(atoms.batch_shape)
-        origin = atoms.location()  # nothing large cancels there
-        from_prior = atoms.shift(origin).divergences(one.shift(origin))
-        return pairwise_kl(atoms, local) - local.over_entries(from_prior)
+        return pairwise_kl(atoms, local) - _from_prior(atoms, one).unsqueeze(1)
+
+    def cost_over_entries(
+        self, atoms: Masked, local: Masked, prior: Factor | None = None
+    ) -> Tensor:
+        one = entries_of(self.given(prior), len(atoms.mass))
+        from_prior = _from_prior(atoms.entries, one).reshape(atoms.mass.shape)
+        return pairwise_kl(atoms, local) - (atoms.present * from_prior) @ local.present.mT
 
     def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
-        return kl(atoms, local) - kl(atoms.within(local), self.given(prior))
+        return kl(atoms, local) - kl(atoms, self.given(prior))
 
     def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
         return kl(atoms, self.given(prior)).double()
@@ -67,10 +73,10 @@ class Product(AdditivePooling):
         return like.from_natural(total + (1 - weight) * self.given(prior).natural)
 
     def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
-        return local.log_normalizer_over(self.given(prior))
+        return local.log_normalizer - self.given(prior).log_normalizer
 
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
-        return atoms.log_normalizer_over(self.given(prior))
+        return atoms.log_normalizer - self.given(prior).log_normalizer
 
     def default_assignment_prior(self) -> AssignmentPrior:
         """The buffet: it is at home where there is evidence that components agree."""
@@ -110,10 +116,11 @@ class Product(AdditivePooling):
                 part = f.index_select(0, both)
                 index, one = groups.to(part.device), prior[site]
                 weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
-                part = self.temper(part, one, weights, dispersion)
-                atoms = self.barycenter(part, index, len(pairs), weights, one)
-                value = self.pair_cost(atoms.index_select(0, index), part, one)
-                cost += (value.reshape(2, -1).sum(0) + self.opening(atoms, one)).double().cpu()
+                how = self.suited(part)
+                part = how.temper(part, one, weights, dispersion)
+                atoms = how.barycenter(part, index, len(pairs), weights, one)
+                value = how.pair_cost(atoms.index_select(0, index), part, one)
+                cost += (value.reshape(2, -1).sum(0) + how.opening(atoms, one)).double().cpu()
             beyond, own = cost.split([len(cheapest), len(wrong)])
             # For what the merge costs beyond its price, the sign is that of the evidence for it.
             beyond = beyond - merges.price[cheapest] / dispersion
@@ -132,3 +139,9 @@ class Product(AdditivePooling):
         except ParameterError:  # improper: fusion itself will say which and why
             return 1.0
         return low
+
+
+def _from_prior(atoms: Factor, prior: Factor) -> Tensor:
+    """``KL(atom ‖ prior)``, one by one, not clamped."""
+    origin = atoms.location()  # nothing large cancels there
+    return atoms.shift(origin).divergence(prior.shift(origin))

@@ -19,8 +19,8 @@ class Wasserstein(AdditivePooling):
     name = "wasserstein"
 
     def coordinates(self, local):
-        parts = [local.params[name].double().flatten(local.batch_dim) for name in ("loc", "scale")]
-        return torch.cat(parts, -1)
+        parts = [local.params[name].double() for name in ("loc", "scale")]
+        return torch.cat([v.flatten(1) if v.dim() > 1 else v.unsqueeze(1) for v in parts], 1)
 
     def divergence(self, atoms, local):
         return (self.coordinates(atoms) - self.coordinates(local)).square().sum(-1) / 2
@@ -67,7 +67,8 @@ class BuresWasserstein(Pooling):
         half = root(c)
         cross = root(half @ d @ half)
         trace = (c + d - 2 * cross).diagonal(dim1=-2, dim2=-1).sum(-1)
-        return ((a - b).square().sum(-1) + trace).clamp(min=0) / 2
+        each = ((a - b).square().sum(-1) + trace).clamp(min=0) / 2
+        return each.flatten(1).sum(1) if each.dim() > 1 else each
 
     def barycenter(self, local, groups, num_atoms, weights=None, prior=None):
         w, weight = self.group_weights(groups, num_atoms, weights)

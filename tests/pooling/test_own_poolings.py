@@ -4,6 +4,7 @@
 """Two poolings of a user's own, one additive and one not: fused, against closed forms and all
 partitions of small cases."""
 
+import itertools
 import math
 
 import pyro.distributions as dist
@@ -180,6 +181,60 @@ class TestFuse:
         posteriors = parties(pooling, MEMBERS)
         with pytest.raises(ParameterError, match=f"{pooling.name}.*no Pyro program.*`fuse` works"):
             FusionModel(posteriors, pooling)
+
+
+class TestLinkedLabels:
+    """Sites with two labels: what a party lacks is missing, entry by entry."""
+
+    axes = {"W1": ("h1", None), "b2": ("h2", None), "W2": ("h2", "h1", None)}
+
+    def parties(self, pooling):
+        g = torch.Generator().manual_seed(3)
+
+        def normal(*shape):
+            return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+        every = {"W1": 3 * normal(4, 2), "b2": 3 * normal(3, 2), "W2": 3 * normal(3, 4, 2)}
+        posteriors, units = [], []
+        for sizes in ((3, 2), (3, 2), (2, 2), (2, 2)):
+            h1, h2 = (
+                torch.randperm(n, generator=g)[:m] for n, m in zip((4, 3), sizes, strict=True)
+            )
+            own = {"W1": every["W1"][h1], "b2": every["b2"][h2], "W2": every["W2"][h2][:, h1]}
+            factors = {}
+            for site, loc in own.items():
+                loc = loc + 0.1 * normal(*loc.shape)
+                if isinstance(pooling, Wasserstein):
+                    factors[site] = dist.Normal(loc, 0.3 + normal(*loc.shape).abs())
+                else:
+                    covariance = covariances(loc[..., 0].numel(), g).reshape(*loc.shape, 2)
+                    factors[site] = dist.MultivariateNormal(loc, covariance)
+            posteriors.append(Posterior(factors, self.axes))
+            units.append({"h1": h1, "h2": h2})
+        return posteriors, units
+
+    def test_are_found(self, pooling):
+        posteriors, units = self.parties(pooling)
+        fusion = fuse(posteriors, pooling, dispersion=3.0, restarts=2)
+        entries = {}
+        for label, m in fusion.labels.items():
+            found, truth = torch.cat(m.assignment), torch.cat([u[label] for u in units])
+            assert torch.equal(found == found[:, None], truth == truth[:, None])
+        # The barycentre of each entry is that of the parties that have it.
+        for s, p in enumerate(posteriors):
+            h1, h2 = (fusion.labels[x].assignment[s].tolist() for x in ("h1", "h2"))
+            loc = p.factors["W2"].loc
+            for (i, a), (j, b) in itertools.product(enumerate(h2), enumerate(h1)):
+                entries.setdefault((a, b), []).append(loc[i, j])
+        pooled = fusion.posterior.factors["W2"].loc
+        places = set(itertools.product(range(3), range(4)))
+        assert pooled.shape == (3, 4, 2) and set(entries) < places
+        for place, members in entries.items():
+            torch.testing.assert_close(pooled[place], torch.stack(members).mean(0))
+        # That which nobody has is the barycentre of all.
+        for place in places - set(entries):
+            every = torch.stack([x for members in entries.values() for x in members])
+            torch.testing.assert_close(pooled[place], every.mean(0))
 
 
 class TestMoves:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Factors with missing entries against loops over the entries that are there."""
+"""Components with missing entries against loops over the entries that are there."""
 
 from dataclasses import replace
 
@@ -12,8 +12,9 @@ from torch.distributions import kl_divergence
 
 from pyro_fusion import GroupNormPrior
 from pyro_fusion.families import Factor, kl, pairwise_kl
-from pyro_fusion.families.partial import PartialFactor
-from pyro_fusion.pooling import pooling_named
+from pyro_fusion.families.masked import Masked
+from pyro_fusion.pooling import Pooling, pooling_named
+from pyro_fusion.pooling.base import Entrywise
 from pyro_fusion.pooling.collapsed import Sums
 from pyro_fusion.pooling.components import Components
 
@@ -43,8 +44,7 @@ def partial(family, count, seed):
     d = draw(family, (count, J), seed)
     mass = (torch.rand(count, J, generator=g) < 0.6).double()
     mass[:, 0] = 1
-    f = Factor.of(d)
-    return PartialFactor(f.family, f.params, f.transforms, 1, mass=mass), d
+    return Masked(replace(Factor.of(d), batch_dim=1), mass), d
 
 
 @pytest.fixture(params=["Normal", "MultivariateNormal", "Gamma"])
@@ -70,16 +70,17 @@ def test_barycentres_of_components_of_which_some_are_very_sure(pooling):
     (f, _) = partial("Normal", 6, 0)
     scale = f.params["scale"].clone()
     scale[:2] *= 1e-7
-    f = replace(f, params={**f.params, "scale": scale})
+    f = replace(f, factor=replace(f.factor, params={**f.params, "scale": scale}))
+    how = pooling_named(pooling).suited(f)
     groups = torch.tensor([0, 0, 1, 1, 2, 2])
     base = Factor.of(dist.Normal(torch.zeros(1, J, dtype=torch.float64), 10.0))
     base = replace(base, batch_dim=1)
-    atoms = pooling_named(pooling).barycenter(f, groups, 3, None, base)
+    atoms = how.barycenter(f, groups, 3, None, base)
     assert atoms.mass.shape == (3, J)
     for k in range(3):
         one = f.index_select(0, torch.tensor([2 * k, 2 * k + 1]))
         zero = torch.zeros(2, dtype=torch.long)
-        alone = pooling_named(pooling).barycenter(one, zero, 1, None, base)
+        alone = how.barycenter(one, zero, 1, None, base)
         there = alone.mass[0] > 0
         assert torch.equal(atoms.mass[k], alone.mass[0])
         for name, value in alone.params.items():
@@ -116,7 +117,8 @@ class TestDivergence:
         )
         torch.testing.assert_close(pairwise_kl(a, b), expected, rtol=1e-9, atol=1e-9)
         torch.testing.assert_close(pairwise_kl(b, a).shape, torch.Size([4, 3]))
-        pairs = kl(a.index_select(0, torch.tensor([2, 0])), b.index_select(0, torch.tensor([1, 3])))
+        some, others = torch.tensor([2, 0]), torch.tensor([1, 3])
+        pairs = a.index_select(0, some).divergence(b.index_select(0, others))
         torch.testing.assert_close(pairs, expected[[2, 0], [1, 3]], rtol=1e-9, atol=1e-9)
 
     def test_what_is_missing_does_not_matter(self, family):
@@ -127,10 +129,12 @@ class TestDivergence:
             missing = (a.mass == 0).reshape(a.mass.shape + (1,) * (v.dim() - 2))
             return torch.where(missing, other.params[name], v)
 
-        c = replace(a, params={k: swapped(k, v) for k, v in a.params.items()})
+        swapped_params = {k: swapped(k, v) for k, v in a.params.items()}
+        c = replace(a, factor=replace(a.factor, params=swapped_params))
         torch.testing.assert_close(pairwise_kl(a, b), pairwise_kl(c, b))
-        torch.testing.assert_close(a.log_normalizer, c.log_normalizer)
-        torch.testing.assert_close(a.dual, c.dual)
+        for pooling in POOLINGS[:2]:
+            how = pooling_named(pooling).suited(a)
+            torch.testing.assert_close(how.potential(a), how.potential(c))
         torch.testing.assert_close(a.features, c.features)
 
 
@@ -152,13 +156,13 @@ class TestGroups:
             f = Factor.of(wide)
             base = {"x": replace(f, batch_dim=1)}
         weights = torch.tensor([1.0, 0.5, 2.0, 1.0, 1.0, 0.5], dtype=torch.float64)
-        return Components({"x": local}, (2, 2, 2), weights, how, base, 1.5), d
+        return Components({}, (2, 2, 2), weights, how, base, 1.5, {"x": local}), d
 
     def test_barycentres_are_those_of_each_entry(self, family, pooling):
         problem, d = self.problem(family, pooling)
         groups = torch.tensor([0, 1, 1, 0, 1, 0])
-        atoms = problem.barycenter(groups, 2)["x"]
-        local = problem.local["x"]
+        atoms = problem.m_step(groups, 2)["x"]
+        local = problem.masked["x"]
         total = 0.0
         for k in range(2):
             for j in range(J):
@@ -188,6 +192,21 @@ class TestGroups:
         prior = 2 * 3**0.5
         assert e_step.objective(groups) == pytest.approx(total / 1.5 + prior)
 
+    def test_one_entry_at_a_time(self, family, pooling):
+        """By the way of a pooling that neither adds up nor takes all pairs at once."""
+        problem, _ = self.problem(family, pooling)
+        how, local, prior = problem.pooling, problem.masked["x"], problem.prior.get("x")
+        groups = torch.tensor([0, 1, 1, 0, 1, 0])
+        own = Entrywise(how).barycenter(local, groups, 2, problem.weights, prior)
+        atoms = how.suited(local).barycenter(local, groups, 2, problem.weights, prior)
+        assert torch.equal(own.mass, atoms.mass)
+        for name, value in own.params.items():
+            there = atoms.mass > 0
+            torch.testing.assert_close(value[there], atoms.params[name][there])
+        together = how.suited(local).cost(atoms, local, prior)
+        apart = Pooling.cost_over_entries(how, atoms, local, prior)
+        torch.testing.assert_close(apart, together, rtol=1e-9, atol=1e-9)
+
     def test_increments_are_differences(self, family, pooling):
         problem, _ = self.problem(family, pooling)
         groups = torch.tensor([0, 1, 1, 0, 1, 0])
@@ -199,6 +218,7 @@ class TestGroups:
             before = float(sums.values(torch.tensor([k])))
             sums.add(torch.tensor([n]), torch.tensor([k]), 1.0)
             assert float(sums.values(torch.tensor([k]))) - before == pytest.approx(by)
+        assert len(sums.increments(members[:0], to[:0])) == 0
         # Taken out again, nothing is left where nothing was.
         sums.add(torch.tensor([0]), torch.tensor([1]), 1.0)
         sums.add(torch.tensor([0]), torch.tensor([1]), -1.0)
