@@ -90,16 +90,23 @@ def check_num_samples(num_samples: int) -> None:
         raise ParameterError(f"num_samples must be at least 2, got {num_samples}")
 
 
+def _untold(values: Mapping[str, Tensor]) -> float | None:
+    return None
+
+
 @dataclass(frozen=True)
 class Context:
     """What a reader knows beside the sites, for the checks that are made of every reading.
 
-    :ivar data: finds plate -> an observed site in it, by the model, if one is known.
     :ivar leave_out: how to leave a site out, with ``{site}`` for its name.
+    :ivar data: finds plate -> an observed site in it, by the model, if one is known.
+    :ivar likelihood: the log-density of the model's observed sites at values of the sites; None
+        where no model is known, or it has other latent sites.
     """
 
-    data: Callable[[], Mapping[str, str]]
     leave_out: str
+    data: Callable[[], Mapping[str, str]] = dict
+    likelihood: Callable[[Mapping[str, Tensor]], float | None] = _untold
 
 
 def posterior_of(
@@ -110,30 +117,35 @@ def posterior_of(
 ) -> Posterior:
     """The posterior of sites that were read; ``labels`` take the place of plates.
 
-    :param context: for what has a party's own data behind it: sites that have the label of a plate
-        of these data are warned of.
+    :param context: for what has a party's own data behind it. Sites that have the label of a plate
+        are warned of where it is a plate of these data, and where its entries cannot change places.
     """
     # Our guides call a plate so whose axis has no label.
     plates = {
         name: tuple(None if p == f"_{name}_axis{i}" else p for i, p in enumerate(s.plates))
         for name, s in sites.items()
     }
-    if context is not None:
-        _warn_of_data_plates({k: p for k, p in plates.items() if k not in labels}, context)
-    return Posterior(
+    posterior = Posterior(
         {name: s.factor for name, s in sites.items()},
         # Names that are no sites stay in, so that they are reported.
         {**plates, **labels},
         plates=plates,
         outgoing=outgoing,
     )
+    if context is not None:
+        named = {k: p for k, p in plates.items() if k not in labels and any(p)}
+        data = context.data() if named else {}
+        _warn_of_data_plates(named, data, context)
+        rest = dict.fromkeys(p for names in named.values() for p in names if p and p not in data)
+        for label in rest:
+            _warn_of_order(posterior, label, context)
+    return posterior
 
 
-def _warn_of_data_plates(plates: Mapping[str, tuple[str | None, ...]], context: Context) -> None:
+def _warn_of_data_plates(
+    plates: Mapping[str, tuple[str | None, ...]], data: Mapping[str, str], context: Context
+) -> None:
     """Warn of sites whose label is that of a plate of data: they are of the party alone."""
-    if not any(plate is not None for names in plates.values() for plate in names):
-        return
-    data = context.data()
     for site, names in plates.items():
         plate = next((p for p in names if p in data), None)
         if plate is not None:
@@ -144,6 +156,47 @@ def _warn_of_data_plates(plates: Mapping[str, tuple[str | None, ...]], context: 
                 f"{context.leave_out.format(site=site)}; if they are components, say so, "
                 f"axes={{'{site}': {names}}}"
             )
+
+
+# A log-density that changes by less than this, relatively, may do so by rounding.
+_SAME = 1e-3
+
+
+def _warn_of_order(posterior: Posterior, label: str, context: Context) -> None:
+    """Warn of a plate whose entries are in an order that the data know, as regression coefficients
+    or the effects of groups: the density of the data is another one when they change places."""
+    size, axes = posterior.components(label), posterior.axes
+    sites = [site for site in axes if label in axes[site]]
+    shapes = {site: f.shape for site, f in posterior.decomposed.items()}
+    if size < 2 or any(
+        n == size and axis is None
+        for site in axes
+        for n, axis in zip(shapes[site], axes[site], strict=True)
+    ):
+        return  # what belongs to the components may lack its label, as the weights of a mixture
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        values = posterior.sample()
+    moved = dict(values)
+    for site in sites:
+        for axis, name in enumerate(axes[site]):
+            if name == label:
+                moved[site] = moved[site].roll(1, axis)
+    before = context.likelihood(values)
+    after = None if before is None else context.likelihood(moved)
+    if before is None or after is None or not abs(after - before) > _SAME * (1 + abs(before)):
+        return
+    told = ", ".join(
+        f"'{site}': {tuple(None if x == label else x for x in axes[site])}" for site in sites
+    )
+    warn_user(
+        f"the plate '{label}' labels {', '.join(map(repr, sites))}, but its entries are no "
+        "components without an order: the density of the data changes when they change places. "
+        "They will be matched with other parties' in any order. If they mean the same at all "
+        f"parties in the order that they have, as coefficients do, take the label away, "
+        f"axes={{{told}}}; if they are of this party alone, "
+        f"{context.leave_out.format(site=sites[0])}"
+    )
 
 
 def transform_of(name: str, support: Any) -> Transform:

@@ -55,7 +55,9 @@ DRAWS = CENTRES + 0.1 * torch.randn(500, 3, generator=torch.Generator().manual_s
 def model(x: Tensor = CENTRES) -> None:
     with pyro.plate("component", 3):
         loc = pyro.sample("loc", dist.Normal(0.0, 10.0))
-    pyro.sample("x", dist.Normal(loc, 0.1).to_event(1), obs=x)
+    with pyro.plate("data", 3):
+        parts = dist.Categorical(torch.ones(3)), dist.Normal(loc, 0.1)
+        pyro.sample("x", dist.MixtureSameFamily(*parts), obs=x)
 
 
 def fitted() -> AutoNormal:
@@ -95,8 +97,9 @@ class TestOurs:
         last = from_table(TABLE)
         fusion = fuse([*parties, last])
         found = fusion.posterior.factors["loc"].mean[torch.stack(fusion.assignment)]
-        expected = torch.stack([CENTRES.flip(0), CENTRES[[1, 2, 0]], *[CENTRES] * 3])
-        assert (found - expected).abs().max() < 0.1
+        own = torch.stack([p.factors["loc"].mean for p in (*by_hand, last)])
+        assert (found - own).abs().max() < 0.2
+        assert (own.sort(-1).values - CENTRES).abs().max() < 0.2
         assert fusion.objective == fuse([*by_hand, last]).objective
 
     def test_mappings_of_draws(self) -> None:

@@ -133,3 +133,91 @@ class TestEveryReader:
 @pytest.mark.parametrize("reader", ["pyro", "numpyro", "draws", "draws of numpyro"])
 def test_no_warning_of_what_is_left_out(reader: str) -> None:
     assert set(READERS[reader][0](None, "own").axes) == {"loc"}
+
+
+# -- plates whose entries have an order ------------------------------------------------------------
+
+X = torch.randn(30, 3, generator=torch.Generator().manual_seed(2))
+Y = X @ torch.tensor([1.0, -2.0, 0.5])
+GROUP = torch.arange(30) % 3
+
+
+def regression(x: Tensor, y: Tensor, kind: str) -> None:
+    """Coefficients, effects of groups, or the means of a mixture, each in a plate of three."""
+    with pyro.plate("three", 3):
+        b = pyro.sample("b", dist.Normal(torch.tensor([-1.0, 0.0, 1.0]), 1.0))
+    with pyro.plate("data", len(x)):
+        if kind == "mixture":
+            parts = dist.Categorical(torch.ones(3)), dist.Normal(b, 1.0)
+            pyro.sample("y", dist.MixtureSameFamily(*parts), obs=y)
+        else:
+            mean = x @ b if kind == "coefficients" else b[GROUP]
+            pyro.sample("y", dist.Normal(mean, 1.0), obs=y)
+
+
+def numpyro_regression() -> Callable[[Any, Any, str], None]:
+    numpyro = pytest.importorskip("numpyro")
+    d = numpyro.distributions
+
+    def regression(x: Any, y: Any, kind: str) -> None:
+        with numpyro.plate("three", 3):
+            b = numpyro.sample("b", d.Normal(np.array([-1.0, 0.0, 1.0], "float32"), 1.0))
+        with numpyro.plate("data", len(x)):
+            if kind == "mixture":
+                parts = d.Categorical(np.full(3, 1 / 3, "float32")), d.Normal(b, 1.0)
+                numpyro.sample("y", d.MixtureSameFamily(*parts), obs=y)
+            else:
+                mean = x @ b if kind == "coefficients" else b[GROUP.numpy()]
+                numpyro.sample("y", d.Normal(mean, 1.0), obs=y)
+
+    return regression
+
+
+def read_regression(tool: str, kind: str, axes: Any = None) -> Posterior:
+    draws = {"b": torch.randn(400, 3, generator=torch.Generator().manual_seed(3))}
+    if tool == "pyro":
+        guide = AutoNormal(regression)
+        guide(X, Y, kind)
+        return from_guide(guide, axes=axes)
+    if tool == "draws":
+        return from_draws(draws, regression, X, Y, kind, axes=axes)
+    theirs, x, y = numpyro_regression(), X.numpy(), Y.numpy()
+    if tool == "draws of numpyro":
+        return from_draws(draws, theirs, x, y, kind, axes=axes)
+    from numpyro.infer import autoguide
+
+    params = {"b_auto_loc": np.zeros(3, "float32"), "b_auto_scale": np.ones(3, "float32")}
+    return from_numpyro(autoguide.AutoNormal(theirs), params, x, y, kind, axes=axes)
+
+
+@pytest.mark.parametrize("tool", ["pyro", "numpyro", "draws", "draws of numpyro"])
+class TestPlatesInOrder:
+    @pytest.mark.parametrize("kind", ["coefficients", "groups"])
+    def test_are_warned_of(self, tool: str, kind: str) -> None:
+        said = "plate 'three' labels 'b', but its entries are no comp.*axes={'b': \\(None,\\)}"
+        with pytest.warns(UserWarning, match=said) as warned:
+            assert read_regression(tool, kind).labels == ("three",)
+        assert len(warned) == 1
+        for labels in ((None,), ("three",)):  # was said, so no warning, which would be an error
+            assert read_regression(tool, kind, {"b": labels}).axes["b"] == labels
+
+    def test_components_are_not(self, tool: str) -> None:
+        """The prior may tell them apart: that is no order of the data."""
+        assert read_regression(tool, "mixture").labels == ("three",)
+
+
+def test_no_order_is_seen_where_the_model_has_other_sites() -> None:
+    """Weights that were not labelled, and local variables that the posterior is not about."""
+
+    def mixture(x: Tensor) -> None:
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(3)))
+        with pyro.plate("component", 3):
+            loc = pyro.sample("loc", dist.Normal(0.0, 5.0))
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(loc[z], 1.0), obs=x)
+
+    for hide in (["z"], ["z", "weights"]):
+        guide = AutoNormal(poutine.block(mixture, hide=hide))
+        guide(DATA)
+        assert from_guide(guide).labels == ("component",)

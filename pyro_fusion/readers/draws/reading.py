@@ -177,7 +177,9 @@ def read_draws(
     ess = {k: -extreme(-x, 0.0) for k, x in sizes.items()}
     check_enough(ess, min_ess, chains * num_draws)
     factors = {k: Read(s.factor(), s.plates) for k, s in found.items()}
-    context = Context(lambda: {} if told is None else told.data, _LEAVE_OUT)
+    context = None
+    if told is not None:
+        context = Context(_LEAVE_OUT, lambda: told.data, told.likelihood)
     given = {k: s.labels for k, s in found.items() if k in labels}
     posterior = posterior_of(factors, given, outgoing, context)
     lost, between = losses(posterior, found, {k: float(x.median()) for k, x in sizes.items()})

@@ -25,7 +25,7 @@ from torch.distributions import Transform
 from pyro_fusion.errors import DrawsError, FusionError, GuideError
 from pyro_fusion.families.transforms import describe, flatten
 from pyro_fusion.readers.pyro.program import Program, isolated
-from pyro_fusion.readers.pyro.sites import data_plates, latent_sites, plates_of
+from pyro_fusion.readers.pyro.sites import data_plates, latent_sites, log_likelihood, plates_of
 from pyro_fusion.readers.sites import transform_of
 
 __all__ = [
@@ -232,13 +232,16 @@ class Known:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """The latent sites of a model, and its plates of data.
+    """The latent sites of a model, and what it tells of the data.
 
     :ivar data: plate -> an observed site in it.
+    :ivar likelihood: the log-density of the observed sites at values of the sites, if there are no
+        others.
     """
 
     sites: Mapping[str, Known]
     data: Mapping[str, str]
+    likelihood: Callable[[Mapping[str, Tensor]], float | None]
 
 
 def known_model(source: Source, seed: int) -> KnownModel:
@@ -282,7 +285,8 @@ def _known_to_pyro(source: Source, seed: int) -> KnownModel:
         plates = plates_of(name, site, len(site["fn"].batch_shape))
         return Known(transform, plates, site["value"].shape)
 
-    return KnownModel({name: known(name, site) for name, site in first.items()}, data_plates(trace))
+    sites = {name: known(name, site) for name, site in first.items()}
+    return KnownModel(sites, data_plates(trace), lambda values: log_likelihood(program, values))
 
 
 def _known_to_numpyro(source: Source, seed: int) -> KnownModel:
@@ -302,7 +306,9 @@ def _known_to_numpyro(source: Source, seed: int) -> KnownModel:
         return Known(transform, plates, torch.Size(np.shape(site["value"])))
 
     sites = {name: known(name, site) for name, site in first.items()}
-    return KnownModel(sites, theirs.data_plates(trace))
+    return KnownModel(
+        sites, theirs.data_plates(trace), lambda values: theirs.log_likelihood(program, values)
+    )
 
 
 def _constant(name: str, t: Transform, other: Transform) -> Transform:

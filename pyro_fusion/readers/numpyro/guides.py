@@ -62,6 +62,7 @@ from pyro_fusion.readers.numpyro.program import (
     data_plates,
     fit,
     latent_sites,
+    log_likelihood,
     plates_of,
     read_program,
     require,
@@ -151,8 +152,7 @@ def from_numpyro(
             )
         sites = resolve(found, program.run, program.what, num_samples)
     given.check_used(set(sites))
-    hide = "hide the site, handlers.block(guide, hide=['{site}'])"
-    return posterior_of(sites, labels, outgoing, Context(lambda: _data_plates(program), hide))
+    return posterior_of(sites, labels, outgoing, _context(program))
 
 
 def prior_from_numpyro(
@@ -192,6 +192,23 @@ def prior_from_numpyro(
             raise GuideError("the model has no latent site to read")
         read = resolve(found, program.run, program.what, num_samples)
     return posterior_of(read, labels)
+
+
+def _context(program: Program) -> Context:
+    """What the model of an autoguide tells, run with the arguments of the guide."""
+    guide = program.fn
+    while isinstance(guide, Messenger):
+        guide = guide.fn
+    model = getattr(guide, "model", None)
+
+    def likelihood(values: Mapping[str, Tensor]) -> float | None:
+        if not isinstance(guide, auto.AutoGuide) or model is None:
+            return None
+        with handlers.block():
+            return log_likelihood(replace(program, fn=model, what="model"), values)
+
+    hide = "hide the site, handlers.block(guide, hide=['{site}'])"
+    return Context(hide, lambda: _data_plates(program), likelihood)
 
 
 def _data_plates(program: Program) -> dict[str, str]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -31,6 +31,7 @@ __all__ = [
     "data_plates",
     "fit",
     "latent_sites",
+    "log_likelihood",
     "plates_of",
     "read_program",
     "require",
@@ -150,6 +151,22 @@ def data_plates(trace: Mapping[str, Any]) -> dict[str, str]:
         and not isinstance(site["fn"], ndist.Unit)  # a factor
         for frame in site["cond_indep_stack"]
     }
+
+
+def log_likelihood(program: Program, values: Mapping[str, Tensor]) -> float | None:
+    """The log-density of the observed sites of a model at these values of its latent sites; None if
+    it has others, or cannot be run."""
+    given = {k: jnp.asarray(v.numpy(force=True)) for k, v in values.items()}
+    key = jax.random.key(0)
+    try:
+        trace = replace(program, fn=handlers.condition(program.fn, data=given)).trace(key)
+        sites = {k: s for k, s in trace.items() if s["type"] == "sample"}
+        if not set(values) <= set(sites) or not all(s["is_observed"] for s in sites.values()):
+            return None
+        rest = [s for k, s in sites.items() if k not in values]
+        return sum(float(jnp.sum(s["fn"].log_prob(s["value"]))) for s in rest)
+    except Exception:  # no density at these values, say
+        return None
 
 
 def _pyro_or_none(fn: Any) -> Any:

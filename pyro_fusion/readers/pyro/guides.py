@@ -48,10 +48,9 @@ from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
 from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
 from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
-from pyro_fusion.readers.pyro.sites import data_plates_of, latent_sites, plates_of
+from pyro_fusion.readers.pyro.sites import context_of, latent_sites, plates_of
 from pyro_fusion.readers.pyro.trace import read_trace
 from pyro_fusion.readers.sites import (
-    Context,
     Labels,
     Read,
     Sites,
@@ -150,8 +149,7 @@ def from_guide(
         axes, outgoing = found.axes, {**found.outgoing, **(outgoing or {})}
     labels = labels_of(axes)
     sites = _sites(program, spread, labels, num_samples, seed)
-    hide = "hide the site, poutine.block(guide, hide=['{site}'])"
-    return posterior_of(sites, labels, outgoing, Context(lambda: data_plates_of(inner), hide))
+    return posterior_of(sites, labels, outgoing, context_of(inner))
 
 
 def _sites(

@@ -7,20 +7,31 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from pyro import poutine
 from pyro.distributions import Unit
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
 from pyro.poutine.trace_struct import Trace
 from pyro.poutine.util import site_is_subsample
+from torch import Tensor
 
 from pyro_fusion.errors import FusionError
 from pyro_fusion.readers import program
 from pyro_fusion.readers.program import Frame
 from pyro_fusion.readers.pyro.program import Program, isolated, without
+from pyro_fusion.readers.sites import Context
 
-__all__ = ["data_plates", "data_plates_of", "frames_of", "latent_sites", "plates_of"]
+__all__ = [
+    "context_of",
+    "data_plates",
+    "frames_of",
+    "latent_sites",
+    "log_likelihood",
+    "plates_of",
+]
 
 
 def latent_sites(trace: Trace) -> dict[str, Any]:
@@ -72,19 +83,41 @@ def data_plates(trace: Trace) -> dict[str, str]:
     }
 
 
-def data_plates_of(guide: Any) -> dict[str, str]:
-    """Plate -> an observed site in it, by the model of an autoguide, which is run with what it was
-    first called with; nothing where that cannot be done."""
-    prototype = getattr(guide, "prototype_trace", None)
-    called = {} if prototype is None else prototype.nodes.get("_INPUT", {})
-    if "args" not in called or getattr(guide, "_model", None) is None:
-        return {}
-    model = without(guide.model, InitMessenger, BlockMessenger)
-    program = Program(model, called["args"], called["kwargs"], "model")
-    with isolated(model, 0), warnings.catch_warnings():
+def log_likelihood(program: Program, values: Mapping[str, Tensor]) -> float | None:
+    """The log-density of the observed sites of a model at these values of its latent sites; None if
+    it has others, or cannot be run."""
+    program = replace(program, fn=poutine.condition(program.fn, dict(values)))
+    with isolated(program.fn, 0), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             trace = program.trace()
-        except FusionError:
-            return {}
-    return data_plates(trace)
+            trace.compute_log_prob()
+        except Exception:  # no density at these values, say
+            return None
+    nodes: Mapping[str, Any] = trace.nodes
+    sites = {k: s for k, s in nodes.items() if s["type"] == "sample" and not site_is_subsample(s)}
+    if not set(values) <= set(sites) or not all(s["is_observed"] for s in sites.values()):
+        return None
+    return sum(float(s["log_prob"].sum()) for k, s in sites.items() if k not in values)
+
+
+def context_of(guide: Any) -> Context:
+    """What the model of an autoguide tells, run with what it was first called with; nothing where
+    that cannot be done."""
+    hide = "hide the site, poutine.block(guide, hide=['{site}'])"
+    prototype = getattr(guide, "prototype_trace", None)
+    called = {} if prototype is None else prototype.nodes.get("_INPUT", {})
+    if "args" not in called or getattr(guide, "_model", None) is None:
+        return Context(hide)
+    model = without(guide.model, InitMessenger, BlockMessenger)
+    program = Program(model, called["args"], called["kwargs"], "model")
+
+    def data() -> dict[str, str]:
+        with isolated(model, 0), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return data_plates(program.trace())
+            except FusionError:
+                return {}
+
+    return Context(hide, data, lambda values: log_likelihood(program, values))

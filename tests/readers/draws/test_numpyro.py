@@ -54,7 +54,9 @@ def mcmc() -> Any:
 
 
 def test_recovers_the_posterior(mcmc):
-    reading = read_draws(mcmc, axes={"weights": "component"})
+    # Each component has a column of the data of its own.
+    with pytest.warns(UserWarning, match="plate 'component' labels .* when they change places"):
+        reading = read_draws(mcmc, axes={"weights": "component"})
     assert (reading.num_chains, reading.num_draws, reading.divergences) == (2, 400, 0)
     posterior = reading.posterior
     assert list(posterior.factors) == ["weights", "loc", "scale"]

@@ -159,7 +159,8 @@ class TestAutoguides:
         precision = 1 / 2.0**2 + 1 / 0.5**2
         mode = x / 0.5**2 / precision
         guide = autoguide.AutoLaplaceApproximation(conjugate)
-        f = from_numpyro(guide, {"auto_loc": mode}).decomposed["z"]
+        axes = {"z": ("component",)}
+        f = from_numpyro(guide, {"auto_loc": mode}, axes=axes).decomposed["z"]
         torch.testing.assert_close(f.params["loc"], to_tensor(mode))
         torch.testing.assert_close(f.params["scale"], torch.full((2,), precision**-0.5))
 
@@ -176,7 +177,7 @@ class TestAutoguides:
         guide = kind(batched, batch_ndim=1)
         svi = SVI(batched, guide, numpyro.optim.Adam(0.05), Trace_ELBO())
         params = svi.get_params(svi.init(jax.random.key(0)))
-        f = from_numpyro(guide, params).decomposed["z"]
+        f = from_numpyro(guide, params, axes={"z": ("component",)}).decomposed["z"]
         with handlers.block():
             d = handlers.substitute(guide._get_batched_posterior, data=params)()
         covariance = f.params["scale_tril"] @ f.params["scale_tril"].mT
