@@ -156,7 +156,7 @@ class TestObjective:
         losses = [em.step() for _ in range(6)]
         assert all(b <= a + 1e-9 * abs(a) for a, b in itertools.pairwise(losses))
 
-    @settings(max_examples=15, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(st.integers(0, 10_000), st.floats(0.05, 1.5), st.sampled_from(POOLINGS))
     def test_never_rises_anywhere(self, seed, noise, pooling):
         posteriors, _ = parties(seed, ((3, 2), (2, 2), (3, 3)), noise, 0.3, num_units=(4, 3))

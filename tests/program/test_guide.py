@@ -65,7 +65,7 @@ def parties(make):
     return result
 
 
-def svi(local, pooling, assignment, steps=400):
+def svi(local, pooling, assignment, steps):
     """The loss of SVI from an assignment, relaxed and then hard."""
     pyro.clear_param_store()
     model = FusionModel(local, pooling, GroupNormPrior(), assignment={"component": assignment})
@@ -84,12 +84,12 @@ def svi(local, pooling, assignment, steps=400):
 
 
 @pytest.mark.parametrize(
-    "make, pooling",
-    [(normal, "exclusive"), (gamma, "exclusive"), (dirichlet, "inclusive")],
+    "make, pooling, steps",
+    [(normal, "exclusive", 200), (gamma, "exclusive", 400), (dirichlet, "inclusive", 200)],
     ids=["Normal", "Gamma", "Dirichlet"],
 )
-def test_svi_comes_to_where_coordinate_ascent_does(make, pooling):
-    """From assignments at random, to too many atoms: the best of three, as of any mixture."""
+def test_svi_comes_to_where_coordinate_ascent_does(make, pooling, steps):
+    """From assignments at random, to too many atoms: one of three does, as of any mixture."""
     local = parties(make)
     truth = fuse(local, pooling, GroupNormPrior()).objective[-1]
     g = torch.Generator().manual_seed(0)
@@ -101,7 +101,9 @@ def test_svi_comes_to_where_coordinate_ascent_does(make, pooling):
         begin = {"component": start}
         model = FusionModel(local, pooling, GroupNormPrior(), assignment=begin)
         assert loss(model, FusionGuide(model)) > 1.5 * truth
-        losses.append(svi(local, pooling, start))
+        losses.append(svi(local, pooling, start, steps))
+        if losses[-1] < 1.01 * truth:
+            break
     assert min(losses) == pytest.approx(truth, rel=0.01)
 
 
@@ -168,7 +170,7 @@ def test_svi_mends_a_party_that_is_matched_wrongly():
     fusion = fuse(local)
     wrong = [a.clone() for a in fusion.assignment]
     wrong[0] = wrong[0].roll(1)
-    assert svi(local, "exclusive", torch.cat(wrong)) == pytest.approx(
+    assert svi(local, "exclusive", torch.cat(wrong), 200) == pytest.approx(
         fusion.objective[-1], rel=0.01
     )
 
