@@ -65,7 +65,7 @@ def merge_modules(
         :func:`~pyro_fusion.module_axes`.
     :param floor: no precision is below it: the Fisher floor of Matena & Raffel.
     :param normalize: divide each module's Fisher information by its norm over all parameters, so
-        that networks which are surer of themselves have no more say.
+        that networks which are surer of themselves have no more weight.
     :param seed: of the random starts of the search for the order of the units.
     :raises StructureError: for modules of different architectures (names, shapes, tied parameters),
         whose frozen parameters or buffers differ, or posteriors that do not fit them.
