@@ -12,7 +12,7 @@ import pytest
 import pyro_fusion
 
 PACKAGE = Path(pyro_fusion.__file__).parent
-ROOMS = ["families", "assignment", "posterior", "nn", "plotting"]
+ROOMS = ["families", "assignment", "posterior", "nn", "plotting", "cli"]
 # Files that still have such docstrings.
 NOT_YET = {"families/factor.py", "families/pairwise.py", "families/partial.py"}
 FIRST_WORDS = {"as", "likewise", "of", "what", "where", "whether"}
