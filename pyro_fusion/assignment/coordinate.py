@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """The coordinate solver: one party at a time, exactly; and moves of many parties at once where that
-is stuck. Numpy on the CPU, where linear assignment is."""
+is stuck. In NumPy on the CPU, as linear assignment is."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ def coordinate(
     seed: int = 0,
     max_sweeps: int = 100,
 ) -> Assignment:
-    """One party at a time, each an exact rectangular linear assignment given the others, until a
-    sweep changes nothing. F never rises.
+    """Coordinate descent on F: one party at a time, each an exact rectangular linear assignment
+    given the others, until a sweep changes nothing. F never rises.
 
     :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
         own opening costs.
-    :param assignment_prior: with a fixed number of atoms they are the ``K`` given.
+    :param assignment_prior: if it fixes the number of atoms, they are the ``K`` of ``cost``.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
     :param start: an assignment to start from. By default each party takes its cheapest atoms, all
-        priced alike by the convex envelope of ``φ``; and if that ends no better than where all
-        components are new atoms, these are tried too.
+        priced alike by the convex envelope of ``φ``; and if that ends no better than an assignment
+        of all components to new atoms, descent starts from this one too.
     :param moves: where no party alone can improve, let several move together from one atom to
         another (all of them: a merge; some, to an atom that nobody has: a split), and go on.
     :param restarts: further starts from random assignments, with the parties in random order.
@@ -84,11 +84,12 @@ def coordinate(
 
 
 def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:
-    """One party: each component its cheapest atom, no atom twice, or a new one at cost ``new``.
+    """The cheapest assignment of one party's components, no atom twice, or new ones at cost
+    ``new``; an exact linear assignment.
 
     :param cost: ``[K, L]``.
-    :param room: how many new atoms there may be; by default one for each component.
-    :return: LongTensor ``[L]`` of atoms or :data:`NEW`; an exact linear assignment.
+    :param room: the most new atoms that there may be; by default one for each component.
+    :return: LongTensor ``[L]`` of atoms or :data:`NEW`.
     """
     rows = cost.detach().cpu().double().numpy().T
     slots = len(rows) if room is None else min(len(rows), room)
@@ -101,7 +102,7 @@ def match(cost: Tensor, new: float, room: int | None = None) -> Tensor:
 def _descend(
     d: Descent, start: np.ndarray | None, order: np.ndarray, moves: bool, max_sweeps: int
 ) -> tuple[np.ndarray, float, int, bool]:
-    """From a start, or else from a first sweep in which parties do not see each other."""
+    """Descend from ``start``, or else from a first sweep in which parties do not see each other."""
     atoms = d.first() if start is None else start.copy()
     m = np.bincount(atoms[atoms != NEW], minlength=d.cost.shape[1])
     sweep, together = int(start is None), True

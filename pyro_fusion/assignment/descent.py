@@ -16,11 +16,11 @@ from pyro_fusion.errors import ParameterError
 
 __all__ = ["EPS", "MAX_NUMBERS", "Descent", "solve"]
 
-# What is less than rounding is no improvement, so that sweeps come to an end.
+# A change below rounding is no improvement, so that sweeps come to an end.
 EPS = 1e-12
 
 
-# Numbers at once where all costs are read: what fits a cache.
+# Costs are read in blocks of so many numbers, which fit a cache.
 MAX_NUMBERS = 1 << 16
 
 
@@ -28,8 +28,8 @@ MAX_NUMBERS = 1 << 16
 class Descent:
     """A problem as numpy arrays; an assignment is an array ``[N]``, ``m`` its popularities.
 
-    Ranks are held still while a party or a move is decided. F is no higher than with any other
-    order of the ranks, so what improves with the present order lowers F.
+    Ranks are kept fixed while a party or a move is decided. F is no higher than with any other
+    order of the ranks, so an improvement with the present order lowers F.
     """
 
     problem: AssignmentProblem
@@ -67,18 +67,19 @@ class Descent:
     # -- starts ------------------------------------------------------------------------------------
 
     def order(self) -> np.ndarray:
-        """The parties, those that fit best first: whatever order they are given in."""
+        """The parties, those that fit best first, independently of the order they are given in."""
         best = self.cost.min(1)
         return np.argsort(np.bincount(self.party, best, self.problem.num_parties), kind="stable")
 
     def first(self) -> np.ndarray:
-        """Each party by itself, where to join an atom costs what it does on average if all do."""
+        """The first assignment: each party by itself, where joining an atom costs each the average
+        of what it costs if all parties join."""
         chord = (self.penalty[-1] + self.opening) / self.problem.num_parties
         return self.alone(np.arange(self.problem.num_parties), chord, self.penalty[1])
 
     def alone(self, parties: np.ndarray, price: np.ndarray, new: float) -> np.ndarray:
-        """The best assignments of some parties, in rising order, where to join an atom costs the
-        same for all: ``[N']``, side by side."""
+        """The best assignments of some parties, given in rising order, if joining an atom has one
+        price for all: ``[N']``, side by side."""
         from scipy.optimize import linear_sum_assignment  # slow to import: only when needed
 
         sizes = np.diff(self.ends)[parties]
@@ -122,8 +123,8 @@ class Descent:
     # -- prices and parties ------------------------------------------------------------------------
 
     def factors(self, m: np.ndarray, spare: int = 0) -> np.ndarray | float:
-        """The weight of each atom's rank, ``[K]``: new atoms, and so many ``spare`` ones, come
-        before those that nobody has."""
+        """The weight of each atom's rank, ``[K]``. New atoms, and ``spare`` further ones, rank
+        before atoms that nobody has."""
         if not self.ranked:
             return 1.0
         order, used, lone = np.argsort(-m, kind="stable"), *self.counts(m)
@@ -133,11 +134,12 @@ class Descent:
         return result
 
     def counts(self, m: np.ndarray) -> tuple[int, int]:
-        """How many standing atoms are in use, and how many new ones there are."""
+        """The number of standing atoms in use, and the number of new ones."""
         return int((m > 0).sum()), len(self.cost) - int(m.sum())
 
     def prices(self, m: np.ndarray, spare: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """What it costs to join each atom, and what each party that has it pays for it: ``[K]``."""
+        """The price of joining each atom, and the price that a party pays which has it: ``[K]``
+        each."""
         join, own = self.step[m], self.step[m - 1]
         if self.ranked:
             factors = self.factors(m, spare)
@@ -148,8 +150,8 @@ class Descent:
         return join, own
 
     def unstable(self, atoms: np.ndarray, m: np.ndarray) -> np.ndarray:
-        """Parties some component of which might rather be elsewhere, in order. The others need no
-        linear assignment, since each of their components already has its cheapest atom."""
+        """The parties that might gain from another assignment, in order. The others need no linear
+        assignment, since each of their components already has its cheapest atom."""
         count, last = self.problem.num_parties, sum(self.counts(m))
         standing = np.flatnonzero(atoms != NEW)
         k, party = atoms[standing], self.party[standing]
@@ -174,7 +176,7 @@ class Descent:
         return _improves(least, now)
 
     def visit_together(self, parties: np.ndarray, atoms: np.ndarray, m: np.ndarray) -> bool:
-        """Give all these parties their best assignments at the prices of now; whether F fell.
+        """Give all these parties their best assignments at the present prices; True if F fell.
 
         φ is concave, so it is nowhere above a line at prices between those of one party more and
         less: F falls with what they pay, but parties that pay different prices may go further.
@@ -206,7 +208,7 @@ class Descent:
         return float(total + self.penalty[1] * self.weights[used : used + lone].sum())
 
     def visit(self, s: int, atoms: np.ndarray, m: np.ndarray) -> bool:
-        """Give party ``s`` its best assignment given the others; whether that changed it."""
+        """Give party ``s`` its best assignment given the others; True if that changed it."""
         part = slice(self.ends[s], self.ends[s + 1])
         old = atoms[part]
         standing = (old != NEW).nonzero()[0]
@@ -232,13 +234,16 @@ class Descent:
 
 
 def _improves(after: Any, before: Any) -> Any:
-    """Whether by more than rounding; elementwise."""
+    """True where ``after`` is below ``before`` by more than rounding; elementwise."""
     return (after < before) & (after + EPS * np.abs(after) < before)
 
 
 def solve(cost: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Costs ``[L, K]`` and a price for each new atom there may be, never falling -> the rows that
-    get a standing atom, and which; ValueError if every assignment has infinite cost."""
+    """The linear assignment of components to atoms at costs ``[L, K]``, or to new atoms at the
+    prices ``new``, which never fall: the rows that get a standing atom, and which.
+
+    :raises ValueError: if every assignment has infinite cost.
+    """
     from scipy.optimize import linear_sum_assignment  # slow to import: only when needed
 
     size, num_atoms = cost.shape
@@ -247,7 +252,7 @@ def solve(cost: np.ndarray, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         rows, columns = linear_sum_assignment(np.concatenate([cost, slots], 1))
         standing = columns < num_atoms
     else:
-        # With room for all at one price, a pair that costs more than that is a new atom.
+        # With room for all at one price, a component whose pair costs more gets a new atom.
         rows, columns = linear_sum_assignment(np.minimum(cost, new[0]))
         standing = cost[rows, columns] < new[0]
     return rows[standing], columns[standing]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The Indian buffet process and its finite form: who has which atom."""
+"""The Indian buffet process and its finite form: distributions of which party has which atom."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ _NEGLIGIBLE = 1e-12
 
 
 def harmonic_number(n: int) -> float:
-    """``H_n = 1 + 1/2 + ... + 1/n``."""
+    """The harmonic number ``H_n = 1 + 1/2 + ... + 1/n``."""
     return float(torch.arange(1, n + 1, dtype=torch.float64).reciprocal().sum())
 
 
 def popularity_log_weights(num_parties: int) -> Tensor:
-    """``log[(m-1)! (S-m)! / S!]`` for ``m = 1, ..., S``: float64, shape ``[num_parties]``."""
+    """The log weight ``log[(m-1)! (S-m)! / S!]`` of an atom of popularity ``m = 1, ..., S``:
+    float64, shape ``[num_parties]``."""
     m = torch.arange(1, num_parties + 1, dtype=torch.float64)
     return torch.lgamma(m) + torch.lgamma(num_parties - m + 1) - math.lgamma(num_parties + 1)
 
 
 class _PartiesByAtoms(TorchDistribution):
-    """What both have in common: a matrix ``[S, K]`` of zeros and ones, and ``alpha``."""
+    """The base of both distributions: a matrix ``[S, K]`` of zeros and ones, and ``alpha``."""
 
     arg_constraints = {"alpha": constraints.positive}
     support = constraints.independent(constraints.boolean, 2)
@@ -77,7 +78,7 @@ class _PartiesByAtoms(TorchDistribution):
 
 
 class IndianBuffetProcess(_PartiesByAtoms):
-    r"""Which party has which atom, when nobody knows how many atoms there are.
+    r"""The distribution of which party has which atom, when the number of atoms is not known.
 
     .. math:: P([Z]) = \frac{\alpha^{K_+}}{\prod_h K_h!} e^{-\alpha H_S}
         \prod_{k=1}^{K_+} \frac{(m_k - 1)!\,(S - m_k)!}{S!}
@@ -167,7 +168,8 @@ class IndianBuffetProcess(_PartiesByAtoms):
 
 
 class FiniteIndianBuffet(_PartiesByAtoms):
-    r"""Which party has which of K atoms: ``π_k ~ Beta(α / K, 1)``, ``z_sk ~ Bernoulli(π_k)``.
+    r"""The distribution of which party has which of K atoms: ``π_k ~ Beta(α / K, 1)``,
+    ``z_sk ~ Bernoulli(π_k)``.
 
     .. math:: P(Z) = \prod_{k=1}^{K} \frac{\alpha}{K}
         \frac{\Gamma(m_k + \alpha / K)\,\Gamma(S - m_k + 1)}{\Gamma(S + 1 + \alpha / K)}
@@ -183,7 +185,7 @@ class FiniteIndianBuffet(_PartiesByAtoms):
     :raises ParameterError: if ``num_parties`` or ``num_atoms`` is not a positive integer.
     :raises ValueError: under validation, if an alpha is not positive.
 
-    Source: Griffiths & Ghahramani (JMLR 2011), the finite model of which they take the limit.
+    Source: Griffiths & Ghahramani (JMLR 2011), the finite model whose limit they take.
     """
 
     @property
@@ -198,8 +200,8 @@ class FiniteIndianBuffet(_PartiesByAtoms):
         return _sum_over_columns(self._column_log_prob(), value)
 
     def class_log_prob(self, value: Tensor) -> Tensor:
-        r"""Log probability of ``value`` in any order of its columns: of
-        :math:`K! / \prod_h K_h!` matrices, with :math:`K_h` columns of history h, zeros too."""
+        r"""Log probability of ``value`` in any order of its columns, :math:`K! / \prod_h K_h!`
+        matrices, with :math:`K_h` the numbers of equal columns, those of zeros too."""
         log_prob = self.log_prob(value)
         zeros = (value.sum(-2) == 0).sum(-1)
         orders = math.lgamma(self.num_atoms + 1) - torch.lgamma(zeros.double() + 1)
@@ -248,8 +250,8 @@ def _room(alpha: Tensor, num_parties: int) -> int:
 
 
 def _sum_over_columns(table: Tensor, value: Tensor) -> Tensor:
-    """``Σ_k table[..., m_k]``, batch shapes broadcast: ``[..., S + 1]``, ``[..., S, K]`` ->
-    ``[...]``."""
+    """Sums over columns ``Σ_k table[..., m_k]``, batch shapes broadcast: ``[..., S + 1]``,
+    ``[..., S, K]`` -> ``[...]``."""
     popularity = value.sum(-2).long()
     batch_shape = torch.broadcast_shapes(table.shape[:-1], popularity.shape[:-1])
     table, popularity = table.expand(batch_shape + (-1,)), popularity.expand(batch_shape + (-1,))
@@ -257,12 +259,12 @@ def _sum_over_columns(table: Tensor, value: Tensor) -> Tensor:
 
 
 def _log_repeats(value: Tensor, dtype: torch.dtype) -> Tensor:
-    """``Σ_h log K_h!`` over the histories of columns but that of zeros: ``[..., S, K]`` ->
-    ``[...]``."""
+    """``Σ_h log K_h!``, with ``K_h`` the number of equal columns, but for those of zeros:
+    ``[..., S, K] -> [...]``."""
     held = value[..., value.flatten(0, -2).any(0)].float()  # without columns that nobody ever has
     popularity = held.sum(-2)
     shared = held.mT @ held  # how many parties have both; exact up to 2^24
     same = (shared == popularity.unsqueeze(-1)) & (shared == popularity.unsqueeze(-2))
-    # A column that is the n-th of its kind adds log n.
+    # The n-th of equal columns adds log n.
     nth = same.tril().sum(-1).to(dtype)
     return torch.where(popularity > 0, nth, 1).log().sum(-1)

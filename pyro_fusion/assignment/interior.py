@@ -25,8 +25,8 @@ __all__ = ["Point", "Programme", "interior_point"]
 
 @dataclass(frozen=True)
 class Programme:
-    """Entries sorted by atom, then by column. Parties have ``W`` columns each; one without entries
-    does no harm.
+    """A group-norm programme: its entries, sorted by atom, then by column. Parties have ``W``
+    columns each; a column without entries does no harm.
 
     :ivar cost: ``c``, ``[E]``.
     :ivar row: ``k S + s`` of each entry, ``[E]``.
@@ -45,17 +45,17 @@ class Programme:
 
     @property
     def width(self) -> int:
-        """W."""
+        """``W``, the number of columns of each party."""
         return len(self.alone) // self.num_parties
 
     @property
     def block(self) -> int:
-        """B: so many parties are spread out at once, but for the last ones."""
+        """``B``, the number of parties in a block of :meth:`spread`; the last may have fewer."""
         return min(self.num_parties, max(1, _MAX_NUMBERS // (len(self.norm) * self.width)))
 
     @cached_property
     def atom(self) -> Tensor:
-        """Of each entry, ``[E]``."""
+        """The atom ``k`` of each entry, ``[E]``."""
         return self.row // self.num_parties
 
     @cached_property
@@ -81,17 +81,17 @@ class Programme:
         return _sums(x, self._lengths[0])
 
     def rows(self, x: Tensor) -> Tensor:
-        """Over each row: ``[K S]``."""
+        """Sums of entries ``[E]`` over each row: ``[K S]``."""
         return _sums(x, self._lengths[1])
 
     def columns(self, x: Tensor) -> Tensor:
-        """Over each column: ``[S W]``."""
+        """Sums of entries ``[E]`` over each column: ``[S W]``."""
         return _sums(_at(x, self._by_column), self._lengths[2])
 
     @cached_property
     def _blocks(self) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """Memory for ``[B, K, W]``, and per block of parties its entries and where in it they
-        are."""
+        """A buffer ``[B, K, W]``, and for each block of parties its entries and their places in the
+        buffer."""
         entries, column = self._by_column, _at(self.column, self._by_column)
         party = column // self.width % self.block
         place = (party * len(self.norm) + _at(self.atom, entries)) * self.width
@@ -102,26 +102,26 @@ class Programme:
         return buffer, list(zip(entries.split(sizes), place.split(sizes), strict=True))
 
     def spread(self, x: Tensor) -> Iterator[Tensor]:
-        """Entries ``[E]`` as ``[B, K, W]`` for one block of parties after another, each in the same
-        memory: most are zeros, and all at once would be most of what is held."""
+        """Entries ``[E]`` as ``[B, K, W]`` for one block of parties after another, all in the same
+        memory: most numbers are zeros, and all blocks at once would take most of the memory."""
         buffer, blocks = self._blocks
         for i, (entries, place) in enumerate(blocks):
             buffer.zero_().view(-1).scatter_(0, place, _at(x, entries))
             yield buffer[: self.num_parties - i * self.block]
 
     def objective(self, p: Tensor) -> Tensor:
-        """Of a feasible ``P``, ``[E]``."""
+        """The objective of a feasible ``P``, ``[E]``."""
         norms = self.atoms(p.square()).sqrt()
         return p @ self.cost + norms @ self.norm + (1 - self.columns(p)) @ self.alone
 
 
 def _at(x: Tensor, index: Tensor) -> Tensor:
-    # x[index] is the same, but takes three times as long.
+    # x[index] gives the same, but takes three times as long.
     return x.index_select(0, index)
 
 
 def _sums(x: Tensor, lengths: Tensor) -> Tensor:
-    # Unlike index_add, in the same order each time on a GPU too.
+    # Unlike index_add, this adds in the same order each time, on a GPU too.
     return torch.segment_reduce(x, "sum", lengths=lengths, initial=0, unsafe=True)
 
 
@@ -144,14 +144,14 @@ class Point:
 
     @property
     def difference(self) -> float:
-        """Near the optimum the gap, but for what is infeasible."""
+        """``|primal - dual|``: near the optimum the duality gap, but for infeasibility."""
         return abs(self.primal - self.dual)
 
 
-# Numbers at once where entries are spread out, most of them zeros.
+# Numbers in a block where entries are spread out, most of them zeros.
 _MAX_NUMBERS = 1 << 17
 
-# Part of the way to the boundary that a step goes.
+# The fraction of the way to the boundary that a step goes.
 _STEP = 0.99
 
 # Added to the matrix of P and to its Schur complement: where atoms are free, the programme is a
@@ -160,10 +160,10 @@ _DAMP_P, _DAMP_Y = 1e-4, 1e-8
 
 
 def interior_point(a: Programme) -> Iterator[Point]:
-    r"""Iterates that converge to the optimum; ends where rounding errors let it go no further.
+    r"""Iterates that converge to the optimum; they end where rounding errors stop progress.
 
-    With :math:`g \lVert P_k \rVert = \min_{t > 0} g (\lVert P_k \rVert^2 / t + t) / 2` all is
-    smooth, and the barriers are those of ``P, u, t`` and of the rows' slacks. A Newton matrix is
+    With :math:`g \lVert P_k \rVert = \min_{t > 0} g (\lVert P_k \rVert^2 / t + t) / 2` the
+    objective is smooth; there are barriers for ``P, u, t`` and the rows' slacks. A Newton matrix is
     diagonal but for a term of rank one for each row and each atom, so its Schur complement for the
     columns is a batch of ``W x W`` matrices, one for each party, and a term of rank ``K``. Ten to
     thirty steps do what takes a primal-dual hybrid gradient method hundreds to thousands of its
@@ -178,7 +178,7 @@ def interior_point(a: Programme) -> Iterator[Point]:
         p = state.p / _at(a.rows(state.p).clamp(min=1), a.row)
         p = p / _at(a.columns(p).clamp(min=1), a.column)
         dual = state.y.sum() - state.z.sum()
-        # All that the host has to know, at once: a GPU waits while it is read. Also sums see NaN.
+        # Read at once all that the host has to know: a GPU waits meanwhile. Sums show NaN too.
         primal, dual, whole = torch.stack([a.objective(p), dual, state.p.sum()]).tolist()
         if not (math.isfinite(primal) and math.isfinite(dual) and math.isfinite(whole)):
             return
@@ -261,7 +261,8 @@ class _Newton:
         self.core = _cholesky(core)
 
     def _root(self) -> Tensor:
-        """``[S, W, W]``. What is needed on the way is as large, and freed on return."""
+        """``root``, ``[S, W, W]``: the inverse of block ``s`` is ``root[s]' root[s]``.
+        Intermediate tensors are as large, and are freed on return."""
         a, x = self.a, self.x
         diagonal = a.columns(self.inverse) + x.u / x.v + _DAMP_Y
         blocks = torch.diag_embed(diagonal.view(-1, a.width))
@@ -271,18 +272,18 @@ class _Newton:
         return torch.linalg.solve_triangular(_cholesky(blocks), one, upper=False)
 
     def _solve(self, x: Tensor) -> Tensor:
-        """By the matrix of ``P``."""
+        """Solve with the matrix of ``P``."""
         a = self.a
         rows = _at(a.rows(self.by_row * x), a.row)
         atoms = _at(a.atoms(self.by_atom * x), a.atom)
         return self.inverse * x - self.by_row * rows + self.by_atom * atoms
 
     def _solve_blocks(self, x: Tensor) -> Tensor:
-        """By the Schur complement's blocks."""
+        """Solve with the blocks of the Schur complement."""
         return (self.root.mT @ (self.root @ x.view(-1, self.a.width, 1))).flatten()
 
     def _solve_columns(self, x: Tensor) -> Tensor:
-        """By the Schur complement."""
+        """Solve with the Schur complement."""
         a = self.a
         x = self._solve_blocks(x)
         inner = a.atoms(self.by_atom * _at(x, a.column))
@@ -292,7 +293,8 @@ class _Newton:
     def direction(
         self, products: list[Tensor], curve_p: Tensor | float = 0.0, curve_t: Tensor | float = 0.0
     ) -> _State:
-        """The change that meets the linearised conditions, and primal by dual ``products``."""
+        """The change that meets the linearised conditions, with ``products`` the changes of primal
+        times dual variables."""
         a, x = self.a, self.x
         of_p, of_u, of_r, of_t = products
         force = of_t / x.t - self.res_t - curve_t
@@ -320,7 +322,7 @@ class _Newton:
         ahead = [(s + along * ds) @ (t + across * dt) for (s, t), ds, dt in changes]
         then = torch.stack(ahead).sum()
         centre = (then / now).clamp(1e-6, 1) ** 3 * now / sum(len(s) for s, _ in pairs)
-        # What the prediction leaves out, as far as it can be followed.
+        # Second-order terms, in proportion to how much of the prediction is feasible.
         part = along * across
         products = [centre - s * t - part * ds * dt for (s, t), ds, dt in changes]
         turn = d.t / x.t
@@ -337,12 +339,12 @@ class _Newton:
 
 
 def _reach(x: tuple[Tensor, ...], d: tuple[Tensor, ...]) -> Tensor:
-    """How much of the change keeps all of ``x`` non-negative, at most 1."""
+    """The part of the change ``d``, at most 1, that keeps all of ``x`` non-negative."""
     worst = torch.stack([(-dx / x).amax() for x, dx in zip(x, d, strict=True)]).amax()
     return worst.clamp(min=1).reciprocal()
 
 
 def _cholesky(x: Tensor) -> Tensor:
-    """NaN where ``x`` is not positive definite."""
+    """The Cholesky factor; NaN where ``x`` is not positive definite."""
     factor, failed = torch.linalg.cholesky_ex(x)
     return factor.masked_fill_((failed != 0)[..., None, None], torch.nan)

@@ -44,21 +44,21 @@ class JointMatching(TorchDistribution):
 
     .. math:: p(a) \propto \exp\Bigl(-\sum_k \varphi(m_k)\Bigr)
 
-    with ``m_k`` the popularity of an atom. Atoms have no names: assignments that differ in them
-    alone are one, of which ``p`` is the probability; atoms that nobody has are mere room. It is not
-    normalised: of :class:`~pyro_fusion.IndianBuffetPrior`, ``p / Π L_s!`` adds up to 1 over the
-    assignments of all sizes ``L_s`` together (see
-    :class:`~pyro_fusion.assignment.IndianBuffetProcess`), not over those of the given ones.
+    with ``m_k`` the popularity of an atom. Atoms have no names: ``p`` is the probability of all
+    assignments together that differ only in how atoms are numbered; atoms that nobody has are mere
+    room. ``p`` is not normalised: with :class:`~pyro_fusion.IndianBuffetPrior`, ``p / Π L_s!`` adds
+    up to 1 over the assignments of all sizes ``L_s`` together (see
+    :class:`~pyro_fusion.assignment.IndianBuffetProcess`), not over those of the given sizes.
 
     The value is a LongTensor ``[N]``, the atom of each component, the parties in turn; or relaxed,
     ``[K, N]`` of probabilities, for which ``φ`` is taken as linear between integers. In a program
-    that does not know beforehand which it will be, nor of how many atoms, :meth:`take_form_of`
-    takes both from the value, and the prior's own parameters at their optimum for it.
+    that does not know beforehand which it will be, nor with how many atoms, :meth:`take_form_of`
+    takes both from the value, and sets the prior's own parameters to their optimum for it.
 
-    :param assignment_prior: has ``φ``, and a constant; its batch shape is that of this.
+    :param assignment_prior: gives ``φ`` and a constant; its batch shape is the distribution's.
     :param sizes: ``L_s`` of each party.
-    :param num_atoms: K, the room there is, at least ``max L_s``.
-    :param relaxed: whether values are.
+    :param num_atoms: K, the room for atoms, at least ``max L_s``.
+    :param relaxed: whether values are relaxed.
     :param device: of the values.
     """
 
@@ -80,30 +80,33 @@ class JointMatching(TorchDistribution):
 
     @property
     def num_atoms(self) -> int:
-        """K, the room there is."""
+        """K, the room for atoms."""
         return self._form.num_atoms
 
     @property
     def relaxed(self) -> bool:
-        """Whether values are matrices of probabilities."""
+        """True if values are matrices of probabilities."""
         return self._form.relaxed
 
     @property
     def event_shape(self) -> torch.Size:
-        """``[N]``, or ``[K, N]`` of relaxed values."""
+        """The shape of a value: ``[N]``, or ``[K, N]`` if relaxed."""
         size = sum(self.sizes)
         return torch.Size((self.num_atoms, size) if self.relaxed else (size,))
 
     @property
     def prior(self) -> AssignmentPrior:
-        """The assignment prior, its own parameters as :meth:`take_form_of` found them."""
+        """The assignment prior, with its own parameters as :meth:`take_form_of` set them."""
         return self._form.prior
 
     def take_form_of(self, value: Tensor) -> int:
-        """Be a distribution over values of this form from here on, and so are those expanded from
-        this one: relaxed if ``value`` is, with as many atoms, and the prior's own parameters at
-        their optimum for as many. Returns K. A program calls it with what was replayed or observed;
-        what was drawn here has all the room that there was."""
+        """Take on the form of ``value``: relaxed if it is, with its number of atoms, and with the
+        prior's own parameters at their optimum for that number. Distributions expanded from this
+        one follow. A program calls it with a value that may be replayed or observed; a hard value
+        that was drawn here leaves the room as it is.
+
+        :return: K.
+        """
         form = self._form
         form.relaxed = value.is_floating_point()
         if form.relaxed:
@@ -122,7 +125,7 @@ class JointMatching(TorchDistribution):
         return constraints.independent(constraints.integer_interval(0, self.num_atoms - 1), 1)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> JointMatching:
-        """Independent assignments: ``batch_shape`` of them."""
+        """Expand to ``batch_shape`` independent assignments."""
         new = type(self)(
             self.assignment_prior, self.sizes, self.num_atoms, self.relaxed, self._device
         )
@@ -134,9 +137,9 @@ class JointMatching(TorchDistribution):
         return new
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """``-Σ φ(m) -`` the prior's constant: ``[*batch]`` of a value ``[*batch, N]``, or relaxed
-        ``[*batch, K, N]``; ``-inf`` if two components of a party have one atom, or for an atom that
-        there is no room for."""
+        """``-Σ φ(m) -`` the prior's constant: ``[*batch]`` for a value ``[*batch, N]``, or relaxed
+        ``[*batch, K, N]``; ``-inf`` if two components of a party share an atom, or if an atom is
+        not in ``0, ..., K - 1``."""
         num_parties, prior = len(self.sizes), self._form.prior
         if self.relaxed:
             m = value.sum(-1)
@@ -145,12 +148,12 @@ class JointMatching(TorchDistribution):
             one = torch.ones_like(value, dtype=m.dtype)
             m = m.scatter_add(-1, value.clamp(0, self.num_atoms - 1), one)
         penalty = prior.penalty(num_parties)
-        # A hard assignment is on the CPU, and goes where alpha may be learned.
+        # A hard assignment is on the CPU; a learned alpha may be elsewhere.
         m = m if self.relaxed else m.to(penalty.device, non_blocking=True)
         penalty = penalty.to(m, non_blocking=True)
         batch = torch.broadcast_shapes(m.shape[:-1], penalty.shape[:-1])
         m, penalty = m.expand(batch + m.shape[-1:]), penalty.expand(batch + penalty.shape[-1:])
-        # Nowhere more than all parties, but for rounding.
+        # m is at most the number of parties, but for rounding.
         below = m.detach().floor().clamp(max=num_parties - 1).long()
         phi = penalty.gather(-1, below)
         phi = phi + (m - below) * (penalty.gather(-1, below + 1) - phi)
@@ -162,7 +165,7 @@ class JointMatching(TorchDistribution):
         return result.expand(torch.broadcast_shapes(result.shape, self.batch_shape))
 
     def _fits(self, value: Tensor) -> Tensor:
-        """Whether there are such atoms, and no two components of a party have one."""
+        """True where all atoms exist, and no two components of a party share one."""
         party = party_of(self.sizes).to(value.device, non_blocking=True)
         place = (party * self.num_atoms + value).sort(-1).values
         inside = (value >= 0) & (value < self.num_atoms)
@@ -170,7 +173,7 @@ class JointMatching(TorchDistribution):
 
     def sample(self, sample_shape: Any = torch.Size()) -> Tensor:
         """Draws of a Gibbs chain that matches one party after the other given all others, after
-        twenty sweeps; exact in the limit of many. Without rank weights."""
+        twenty sweeps; exact in the limit of many sweeps. Rank weights are left out."""
         self._form.drawn = True
         shape = torch.Size(sample_shape) + self.batch_shape
         steps = self._penalty.detach().diff(dim=-1).cpu().expand(shape + (-1,))
@@ -191,7 +194,7 @@ class JointMatching(TorchDistribution):
         return torch.cat(parties)
 
     def _match(self, m: Tensor, old: Tensor, step: Tensor) -> Tensor:
-        """A party anew, given the popularities among the others."""
+        """Match one party anew, given the popularities ``m`` among the others."""
         used, free = (m > 0).nonzero().squeeze(1), (m == 0).nonzero().squeeze(1)
         place = torch.full_like(m, len(used))  # a new one, unless others have it
         place[used] = torch.arange(len(used))

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Markov kernels: steps that leave a distribution as it is."""
+"""Markov kernels: steps that leave a distribution invariant."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from pyro_fusion.assignment.matching import Matching
 
 __all__ = ["match_anew", "slice_sample"]
 
-# Steps by which a slice may grow.
+# The most steps by which a slice may grow.
 _GROWTH = 20
 
 
 def match_anew(logits: Tensor, new: float, present: Tensor, room: int, block: int) -> Tensor:
-    """A step from ``present`` that leaves ``p(a) ∝ exp Σ_l logits[l, a_l]`` as it is, where no two
-    components have one atom, but for ``K``, a new one for each, which at most ``room`` have.
+    """A step from ``present`` that leaves ``p(a) ∝ exp Σ_l logits[l, a_l]`` invariant, where no two
+    components share an atom; ``K`` stands for a new atom of one's own, which at most ``room`` have.
 
-    The step is a draw from ``p`` where that can be had: if there are few components, and the draw
-    without regard to the room is within it. Else the components swap atoms, take unused ones, leave
-    for new ones and come back, from where they are.
+    The step is an exact draw from ``p`` if there are at most ``block`` components, and a draw that
+    ignores the room happens to be within it. Otherwise, starting from ``present``, components swap
+    atoms, take unused ones, and change to new ones and back.
 
-    :param logits: ``[L, K]``; ``new``: that of a new atom.
-    :param present: LongTensor ``[L]``, in ``0, ..., K``, as is what comes back.
+    :param logits: ``[L, K]``.
+    :param new: the logit of a new atom.
+    :param present: LongTensor ``[L]``, in ``0, ..., K``.
     :param block: the largest L that is drawn as a block.
+    :return: LongTensor ``[L]``, in ``0, ..., K``.
     """
     size, num_atoms = logits.shape
     if size <= block:
@@ -38,7 +40,7 @@ def match_anew(logits: Tensor, new: float, present: Tensor, room: int, block: in
         choice = Matching(columns).sample().clamp(max=num_atoms)
         if int((choice == num_atoms).sum()) <= room:
             return choice
-    # The last column is a new atom, the last row stands for nobody: it holds what is unused.
+    # The last column is a new atom; the last row stands for nobody, and holds unused atoms.
     scores = torch.cat([logits, logits.new_full((size, 1), new)], 1)
     scores = torch.cat([scores, scores.new_zeros(1, num_atoms + 1)])
     scores[-1, -1] = -math.inf
@@ -52,8 +54,8 @@ def match_anew(logits: Tensor, new: float, present: Tensor, room: int, block: in
 
 
 def _swap(scores: Tensor, choice: Tensor) -> Tensor:
-    """Pair components and unused atoms at random; each pair of two components may swap what they
-    have, each component and atom may meet. Pairs are disjoint: each is a Metropolis step."""
+    """Pair components and unused atoms at random: two components may swap their atoms, and a
+    component may take the unused atom. Pairs are disjoint, so each is a Metropolis step."""
     size, num_atoms = len(choice), scores.shape[1] - 1
     unused = torch.ones(num_atoms + 1, dtype=torch.bool)
     unused[choice] = unused[-1] = False
@@ -70,9 +72,9 @@ def _swap(scores: Tensor, choice: Tensor) -> Tensor:
 
 
 def _leave_or_return(scores: Tensor, choice: Tensor, partner: Tensor, room: int) -> Tensor:
-    """Each component that has its partner, an atom of its own, or could, draws between that and a
-    new one. No two have one partner, so these draws are independent, but for the room: if they need
-    more, all stay."""
+    """Let each component draw between its partner, an atom, and a new atom, if it has one of them
+    and the partner is not another's. Partners are different, so the draws are independent but for
+    the room: if they need more, all components keep what they have."""
     size, num_atoms = len(choice), scores.shape[1] - 1
     held = torch.zeros(num_atoms + 1, dtype=torch.bool)
     held[choice] = True
@@ -86,8 +88,8 @@ def _leave_or_return(scores: Tensor, choice: Tensor, partner: Tensor, room: int)
 
 
 def slice_sample(log_density: Callable[[float], float], x: float) -> float:
-    """A step from ``x`` that leaves the distribution with this density as it is: an interval of one
-    about ``x`` steps out while its ends are likely enough, then shrinks to ``x``.
+    """A step from ``x`` that leaves the distribution with this density invariant: an interval of
+    length one about ``x`` steps out while its ends are in the slice, then shrinks towards ``x``.
 
     Source: Neal, *Slice sampling* (Annals of Statistics 2003), figures 3 and 5.
     """

@@ -78,7 +78,7 @@ class Matching(_OfPairs):
 
     :param logits: ``[*batch, L, K]``; ``-inf`` forbids a pair.
     :raises StructureError: fewer atoms than components.
-    :raises ParameterError: from whatever needs a matching, when all are forbidden.
+    :raises ParameterError: from members that need a matching, when all are forbidden.
     :raises ValueError: under validation, logits of NaN or ``+inf``.
     """
 
@@ -95,12 +95,12 @@ class Matching(_OfPairs):
 
     @property
     def is_exact(self) -> bool:
-        """Whether the normaliser and draws are exact."""
+        """True if the normaliser and draws are exact."""
         return self.event_shape[0] <= MAX_EXACT
 
     @property
     def _distinct(self) -> Tensor:
-        """The logits with size 1 along each dimension that is a mere expansion (a plate's)."""
+        """The logits with size 1 along each dimension that is merely expanded (by a plate)."""
         return self.logits[tuple(slice(None if s else 1) for s in self.logits.stride()[:-2])]
 
     @lazy_property
@@ -111,16 +111,16 @@ class Matching(_OfPairs):
     def log_normalizer(self) -> Tensor:
         """``log Σ_a exp Σ_l logits[l, a_l]``, the log permanent of ``exp(logits)``, ``[*batch]``.
 
-        Differentiable. Beyond ``MAX_EXACT`` components the Bethe approximation, never above it,
-        whose gradient, the beliefs, has none itself. Source: Vontobel, *The Bethe permanent of a
-        nonnegative matrix* (2013); here columns may also stay empty.
+        Differentiable. Beyond ``MAX_EXACT`` components it is the Bethe approximation, a lower bound
+        that can be differentiated once: its gradient, the beliefs, has none. Source: Vontobel,
+        *The Bethe permanent of a nonnegative matrix* (2013); here columns may also stay empty.
         """
         total = self._tables[-1][..., -1] if self.is_exact else _bethe(self._distinct)
         return total.expand(self.batch_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """``Σ_l logits[l, value_l] - log_normalizer``, shape ``(...)`` for value ``(..., L)``:
-        ``-inf`` for a forbidden pair and, if validation is off, for what is no matching."""
+        ``-inf`` for a forbidden pair and, if validation is off, for a value that is no matching."""
         if self._validate_args:
             self._validate_sample(value)
         shape = torch.broadcast_shapes(value.shape[:-1], self.batch_shape)
@@ -259,8 +259,9 @@ def _best(logits: Tensor) -> Tensor:
 
 
 def _predecessors(num_components: int, device: torch.device) -> Tensor:
-    """What each subset of components was before an atom came, ``[2^L, 1 + L]``: itself, if the atom
-    stays unused; the subset without component l, or ``2^L``, which is none, if l is not in it."""
+    """The subsets from which each subset of components arises when an atom is added,
+    ``[2^L, 1 + L]``: itself, if the atom stays unused; the subset without component l, or ``2^L``,
+    which is none, if l is not in it."""
     subsets = torch.arange(2**num_components, device=device).unsqueeze(-1)
     bits = 2 ** torch.arange(num_components, device=device)
     return torch.cat([subsets, torch.where(subsets & bits > 0, subsets - bits, len(subsets))], -1)
@@ -283,7 +284,7 @@ def _subset_tables(logits: Tensor) -> list[Tensor]:
 
 
 def _draw(logits: Tensor, tables: list[Tensor], shape: Size) -> Tensor:
-    """Exact draws: from the last atom to the first, which component it took, if any."""
+    """Exact draws: from the last atom to the first, the component that it takes, if any."""
     before = _predecessors(logits.shape[-2], logits.device)
     subset = torch.full(shape, len(before) - 1, device=logits.device)
     value = subset.new_zeros(shape + before.shape[-1:])  # first of atoms that stay unused
@@ -318,7 +319,8 @@ def _swap_chain(logits: Tensor, shape: Size) -> Tensor:
 
 
 def _exclusive_logsumexp(x: Tensor, dim: int) -> Tensor:
-    """Over all but the entry itself; by sums from both ends, since a difference would cancel."""
+    """Logsumexp over all entries but the one itself, by sums from both ends, since a difference
+    would cancel."""
     x = pad(x.movedim(dim, -1), (1, 1), value=-math.inf)
     before, after = x[..., :-2].logcumsumexp(-1), x[..., 2:].flip(-1).logcumsumexp(-1).flip(-1)
     return torch.logaddexp(before, after).movedim(-1, dim)
@@ -354,7 +356,8 @@ def _beliefs(logits: Tensor) -> Tensor:
 
 
 def _bethe(logits: Tensor) -> Tensor:
-    """``Σ b logits`` and the Bethe entropy of the beliefs b, which are at its maximum."""
+    """The Bethe approximation of the log normaliser: ``Σ b logits`` plus the Bethe entropy of the
+    beliefs b, which are at its maximum."""
     b, entr = _beliefs(logits), torch.special.entr
     pairs = b * logits.masked_fill(logits.isneginf(), 0) + entr(b) - entr(1 - b)
     return pairs.sum((-2, -1)) + entr((1 - b.sum(-2)).clamp(min=0)).sum(-1)
@@ -381,7 +384,7 @@ def relax(scores: Tensor) -> Tensor:
 
     with torch.no_grad():
         price = torch.zeros_like(scores[..., 0, :])
-        # Cold problems take Sinkhorn very long from afar: halve the temperature step by step.
+        # At a low temperature Sinkhorn takes very long from afar: halve it step by step.
         size = scores.masked_fill(scores.isneginf(), 0).abs().amax((-2, -1))
         size = size.clamp(1, torch.finfo(size.dtype).max / 4)
         heat = size.log2().ceil().exp2().unsqueeze(-1)
@@ -389,7 +392,7 @@ def relax(scores: Tensor) -> Tensor:
             warm = scores / heat.unsqueeze(-1)
             now = excess(warm, price)
             hot = heat > 1
-            # Where it is hot, roughly right is right enough.
+            # At higher temperatures a rough solution is enough.
             hold = ~(now.abs() > torch.where(hot, 0.1, _TOLERANCE / 10)).any(-1, keepdim=True)
             cool = hold & hot
             # Read at once: a GPU waits meanwhile.
@@ -410,6 +413,6 @@ def relax(scores: Tensor) -> Tensor:
         else:
             if bool((excess(scores, price).abs() > _TOLERANCE).any()):
                 warn_user("RelaxedMatching did not converge: columns do not sum to at most 1")
-    # Gradients of the exact solution, whatever led here: a Newton step that is 0 but for them.
+    # Gradients of the exact solution, by a Newton step whose value is 0.
     step = newton(scores, price)
     return (scores + (price + step.detach() - step).unsqueeze(-2)).softmax(-1)[..., :-1, :]

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a global model believes of the assignment: how many atoms, how many parties share each."""
+"""Priors of the assignment: beliefs of how many atoms there are and how many parties share each."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class AssignmentPrior(ABC):
         """The factor of ``φ`` for each rank by falling popularity, never falling: float64, shape
         ``[num_ranks]``.
 
-        :param free: ``max L_s``; so many atoms there must be in any case.
+        :param free: ``max L_s``, the least number of atoms that there can be.
         """
         return torch.ones(num_ranks, dtype=torch.float64)
 
@@ -51,8 +51,11 @@ class AssignmentPrior(ABC):
         return 0.0
 
     def calibrated(self, spread: Callable[[], float]) -> AssignmentPrior:
-        """The prior with what it takes from the posteriors: ``spread()`` is the standard deviation
-        of all their pairwise divergences over the dispersion. By default itself."""
+        """The prior with the settings that it takes from the posteriors; by default unchanged.
+
+        :param spread: gives the standard deviation of all their pairwise divergences over the
+            dispersion.
+        """
         return self
 
     def update(self, num_atoms: int, num_parties: int) -> AssignmentPrior:
@@ -70,9 +73,9 @@ class IndianBuffetPrior(AssignmentPrior):
     and :math:`\alpha H_S` once, ``H_S`` the harmonic number. The probability of the assignment is
     meant up to the order of the atoms (left-ordered form without its factorials).
 
-    It is at home with ``product``, where the evidence that components agree is weighed against
-    it. The KL poolings have no such evidence, and its gain from joining a popular atom (up to
-    ``log S`` at each step, times the dispersion) then merges what merely may be merged.
+    It is made for ``product``, where the evidence that components agree is weighed against it. The
+    KL poolings have no such evidence: there the gain from joining a popular atom (up to ``log S``
+    at each step, times the dispersion) merges whatever may be merged.
 
     :param alpha: the mass parameter, positive: the expected number of atoms is
         ``alpha * H_S``. By default learned, at its mode under a Gamma prior. A Tensor is kept, so
@@ -93,9 +96,9 @@ class IndianBuffetPrior(AssignmentPrior):
     def __post_init__(self) -> None:
         if isinstance(self.alpha, Tensor):
             if self.alpha.numel() == 1:
-                # Of axes of size one, as those that ``Predictive`` puts in front.
+                # Drops axes of size one, such as ``Predictive`` puts in front.
                 object.__setattr__(self, "alpha", self.alpha.reshape(()))
-            # To read it makes a GPU wait; there it is checked when it is read as a number.
+            # Reading it would make a GPU wait; there it is checked when it is read as a number.
             good = (self.alpha > 0) & self.alpha.isfinite()
             if self.alpha.device.type == "cpu" and not bool(good.all()):
                 raise ParameterError(f"alpha must be positive and finite, got {self.alpha}")
@@ -140,7 +143,8 @@ class IndianBuffetPrior(AssignmentPrior):
         return torch.nn.functional.pad(phi, (1, 0))
 
     def constant(self, num_parties: int) -> Any:
-        """As of any prior; a Tensor if ``alpha`` is one."""
+        """The part of the objective that does not depend on the assignment; a Tensor if ``alpha``
+        is one."""
         if self.alpha is not None:
             return self.alpha * harmonic_number(num_parties)
         result = self.mass * harmonic_number(num_parties)
@@ -161,7 +165,7 @@ class IndianBuffetPrior(AssignmentPrior):
 
 @dataclass(frozen=True)
 class GroupNormPrior(AssignmentPrior):
-    r"""The regulariser of the paper, a group norm over parties,
+    r"""The regulariser of Claici et al., a group norm over parties,
     :math:`\varphi(m) = \lambda \sqrt{m}`.
 
     :param scale: λ, non-negative, in units of the dispersion. By default ``1 / (2 - √2)``, with
@@ -229,11 +233,11 @@ def assignment_priors(
     labels: Sequence[str],
     default: AssignmentPrior,
 ) -> dict[str, AssignmentPrior]:
-    """The prior of each label: the one that is given for it, or for all, else the default, which is
-    the pooling's.
+    """The prior of each label: the one that is given for it, or for all, else ``default``, which
+    is the pooling's.
 
-    :raises StructureError: for a label that there is not.
-    :raises ParameterError: for what is no prior.
+    :raises StructureError: for an unknown label.
+    :raises ParameterError: for a value that is no prior.
     """
     given = prior if isinstance(prior, Mapping) else dict.fromkeys(labels, prior)
     if unknown := set(given) - set(labels):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What the solvers have in common: the problem, its objective, and the result."""
+"""The assignment problem, its objective and its result, which all solvers share."""
 
 from __future__ import annotations
 
@@ -31,17 +31,18 @@ NEW = -1
 
 
 def relative_gap(objective: float, bound: float, scale: float = 1e-300) -> float:
-    """How far an objective is above a bound, relative to itself, or to the scale if it is less."""
+    """The gap of an objective above a bound, relative to its absolute value, or to ``scale`` if
+    this is larger."""
     return max(0.0, objective - bound) / max(abs(objective), scale)
 
 
 def party_of(sizes: Sequence[int]) -> Tensor:
-    """The party of each component, of parties of these sizes: LongTensor ``[N]`` on the CPU."""
+    """The party of each component, given the parties' sizes: LongTensor ``[N]`` on the CPU."""
     return torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
 
 
 def check_least(least: float, **settings: float) -> None:
-    """Refuse settings that are less, or NaN.
+    """Check that settings are not below their least values, nor NaN.
 
     :raises ParameterError: names the setting.
     """
@@ -73,13 +74,13 @@ class Assignment:
 
     @property
     def gap(self) -> float:
-        """How far F is above the bound, relative to F: 0.03 reads "within 3 % of optimal"."""
+        """The gap of F above the bound, relative to F: 0.03 means "within 3 % of optimal"."""
         return relative_gap(self.objective, self.bound)
 
 
 @dataclass(frozen=True)
 class AssignmentProblem:
-    """A checked problem.
+    """A checked assignment problem.
 
     :ivar cost: ``[K, N]``, the parties side by side, on their device and in their dtype.
     :ivar sizes: ``L_s`` of each party; they add up to ``N``.
@@ -132,7 +133,7 @@ class AssignmentProblem:
             joint = joint.masked_fill(never.to(joint.device)[:, None], torch.inf)
             opening = opening.masked_fill(never, 0.0)
         _check_values(joint, sizes, new_atoms)
-        if num_atoms == 0:  # as good as one that nobody may have, and no case of its own
+        if num_atoms == 0:  # like one that nobody may have, so no case of its own
             joint = joint.new_full((1, joint.shape[1]), torch.inf)
             opening = torch.zeros(1, dtype=torch.float64)
         penalty, weights = _of_prior(assignment_prior, sizes, len(joint))
@@ -150,21 +151,21 @@ class AssignmentProblem:
 
     @property
     def num_parties(self) -> int:
-        """S."""
+        """``S``, the number of parties."""
         return len(self.sizes)
 
     @property
     def num_atoms(self) -> int:
-        """K."""
+        """``K``, the number of atoms."""
         return self.cost.shape[0]
 
     @cached_property
     def host_cost(self) -> Tensor:
-        """The costs on the CPU, where assignments are."""
+        """The costs on the CPU, where assignments are computed."""
         return self.cost.cpu()
 
     def split(self, x: Tensor) -> list[Tensor]:
-        """``[..., N]`` -> one ``[..., L_s]`` per party."""
+        """Split by party: ``[..., N]`` -> one ``[..., L_s]`` for each."""
         return list(x.split(self.sizes, dim=-1))
 
     def join(self, atoms: Sequence[Tensor]) -> Tensor:
@@ -172,8 +173,8 @@ class AssignmentProblem:
         side: LongTensor ``[N]`` on the CPU. Pairs may be forbidden.
 
         :raises StructureError: if the number of parties or of components is another.
-        :raises ParameterError: for what is no atom, a new atom while their number is fixed, or two
-            components of a party with one atom.
+        :raises ParameterError: for a number of no atom, a new atom while their number is fixed, or
+            two components of a party with one atom.
         """
         parties = [torch.as_tensor(a) for a in atoms]
         if len(parties) != self.num_parties:
@@ -237,7 +238,7 @@ def assignment_objective(
 def _of_prior(
     assignment_prior: AssignmentPrior, sizes: tuple[int, ...], num_atoms: int
 ) -> tuple[Tensor, Tensor]:
-    """The penalty, and the weights of all ranks there can be and one more."""
+    """The penalty of a prior, and its weights of all ranks that there can be and one more."""
     ranks = num_atoms + sum(sizes) + 1
     return assignment_prior.penalty(len(sizes)), assignment_prior.rank_weights(ranks, max(sizes))
 
@@ -267,7 +268,7 @@ def _check_shapes(cost: list[Tensor], new_atoms: bool) -> None:
 
 
 def _checked_opening(opening: Tensor | None, num_atoms: int) -> Tensor:
-    """Float64 ``[K]`` on the CPU."""
+    """The opening costs, checked: float64 ``[K]`` on the CPU."""
     if opening is None:
         return torch.zeros(num_atoms, dtype=torch.float64)
     if opening.shape != (num_atoms,):

@@ -42,7 +42,7 @@ class RelaxedAssignment(Assignment):
 
     @property
     def duality_gap(self) -> float:
-        """How far ``soft`` may be from the convex optimum, relative to its objective."""
+        """The most that ``soft`` can be above the convex optimum, relative to its objective."""
         return relative_gap(self.relaxation, self.dual)
 
 
@@ -141,7 +141,7 @@ def relaxed(
 
 
 def _round(soft: Tensor) -> Tensor:
-    """The assignment of one party, ``[L]``, that agrees most with ``[K, L]``."""
+    """The assignment of one party, ``[L]``, that agrees most with ``soft``, ``[K, L]``."""
     return match((1 - soft.sum(0)) - soft, 0.0)
 
 
@@ -169,7 +169,7 @@ class _Result:
         return result
 
 
-# So many entries, or such a part of all, are solved for at first. What is left out costs neither
+# So many entries, or such a part of all, are solved for at first. Entries left out cost neither
 # time nor memory, but may have to be brought back.
 _MAX_ENTRIES, _MAX_PART = 1 << 15, 0.04
 
@@ -177,7 +177,7 @@ _MAX_ENTRIES, _MAX_PART = 1 << 15, 0.04
 # units of what a component costs on average) they are brought back.
 _FIRST_GAP, _NEAR = 1e-2, 0.1
 
-# Numbers at once where all costs are read.
+# Costs are read in blocks of so many numbers.
 _MAX_NUMBERS = 1 << 16
 
 
@@ -204,17 +204,17 @@ class _Relaxation:
 
     @property
     def scale(self) -> float:
-        """What a gap is relative to where the objective is less."""
+        """The least number that a gap is taken relative to: the cost of a new atom."""
         return max(self.alone, 1e-300)
 
     @cached_property
     def party(self) -> Tensor:
-        """Of each component, ``[N]``."""
+        """The party of each component, ``[N]``."""
         return party_of(self.problem.sizes).to(self.norm.device, non_blocking=True)
 
     @cached_property
     def place(self) -> Tensor:
-        """Of each component where all parties are as large as the largest, ``[N]``."""
+        """The place of each component if all parties were as large as the largest, ``[N]``."""
         sizes = self.problem.sizes
         width = max(sizes)
         within = torch.arange(width) < torch.tensor(sizes)[:, None]
@@ -222,11 +222,11 @@ class _Relaxation:
 
     @cached_property
     def low(self) -> Tensor:
-        """The least that each component costs, ``[N]``."""
+        """The least cost of each component, ``[N]``."""
         return self.problem.cost.amin(0).double().clamp(max=self.alone)
 
     def solve(self, popularity: Tensor, tolerance: float, max_iterations: int) -> _Result:
-        """Solve on some entries, look at all, and go on with those that were missing."""
+        """Solve on some entries, check all, and go on with those that were missing."""
         cost = self.problem.cost
         candidates = cost < self.alone  # no other takes part in an optimum
         lone = self.alone * cost.shape[1]
@@ -297,8 +297,8 @@ class _Relaxation:
         return programme, unit, float(self.low.sum()) - unit * (len(padded) - len(alone))
 
     def _certify(self, point: Point, unit: float) -> tuple[float, Tensor]:
-        """The bound of its multipliers, ``z`` first raised until they are feasible; and the
-        entries, ``[K, N]``, that are violated or not far from it."""
+        """The lower bound from the multipliers of ``point``, with ``z`` raised until they are
+        feasible; and the entries, ``[K, N]``, that are violated or nearly so."""
         cost, party = self.problem.cost, self.party
         near = _NEAR * unit * abs(point.primal) / len(party)
         y = (unit * point.y[self.place] + self.low).clamp(max=self.alone)

@@ -20,27 +20,27 @@ __all__ = ["Scaled", "Scaling"]
 # The factor from one temperature to the next, and up to what rows must hold on the way.
 _COOLING, _ROUGHLY = 0.25, 0.1
 
-# So many steps of Sinkhorn at a temperature before Newton's, which are dearer and, further away,
-# no better; the longest of these, in units of the temperature.
+# The number of Sinkhorn steps at a temperature before Newton's, which cost more and, further away,
+# are no better; and the longest Newton step, in units of the temperature.
 _PATIENCE, _LONGEST = 5, 2.0
 
 # Added to Newton's matrix, which is singular where atoms and components are as many.
 _RIDGE = 1e-12
 
-# Numbers at once where parties are spread out.
+# Numbers in a block where parties are spread out.
 _MAX_NUMBERS = 1 << 20
 
 
 @dataclass(frozen=True)
 class Scaled:
-    """Where :meth:`Scaling.solve` ended.
+    """The result of :meth:`Scaling.solve`.
 
     :ivar p: ``[N, K]``, or ``[N, K + 1]`` with new atoms; the columns of ``P`` are its rows.
     :ivar rows: their sums over each party.
     :ivar dual: multipliers of the row constraints, ``[S, K]``, never positive.
     :ivar heat: the temperature that each party has come down to, ``[S, 1]``.
-    :ivar iterations: so many times was ``p`` computed.
-    :ivar converged: whether all are as cold as they should be, and the rows hold.
+    :ivar iterations: the number of times that ``p`` was computed.
+    :ivar converged: whether all parties are at the final temperature, and the rows hold.
     """
 
     p: Tensor
@@ -52,7 +52,7 @@ class Scaled:
 
 
 class Scaling:
-    """Which component belongs to which party, and parties of similar sizes in groups.
+    """The party of each component, and the parties in groups of similar sizes.
 
     :ivar party: of each component, ``[N]``.
     :ivar lengths: components of each party, ``[S]``.
@@ -64,8 +64,8 @@ class Scaling:
         party = party_of(sizes)
         self.lengths = lengths.to(device, non_blocking=True)
         self.party = party.to(device, non_blocking=True)
-        # Of each group the parties, and where their components are, N where there is none: on the
-        # CPU, as is decided there which of them Newton's method takes.
+        # For each group its parties and the places of their components, N where there is none: on
+        # the CPU, where it is decided which parties Newton's method takes.
         self._groups: list[tuple[Tensor, Tensor]] = []
         first, width = lengths.cumsum(0) - lengths, max(sizes)
         while width > 0:
@@ -78,7 +78,7 @@ class Scaling:
             width //= 2
 
     def sums(self, p: Tensor) -> Tensor:
-        """``[N, K]`` summed over each party: ``[S, K]``."""
+        """Sums of ``p``, ``[N, K]``, over each party: ``[S, K]``."""
         return torch.segment_reduce(p, "sum", lengths=self.lengths, initial=0, unsafe=True)
 
     def solve(
@@ -94,16 +94,16 @@ class Scaling:
         """Scale until rows add up to at most 1, and to 1 where their multiplier is negative.
 
         A column is a softmax. A step of Sinkhorn moves a row's multiplier by the temperature times
-        the logarithm of its sum, which from afar, where it is cold, takes forever: so each party
-        cools down from ``heat``. Near ties Sinkhorn is slow at any temperature: Newton's method
-        takes over, and gives way again where it makes rows worse.
+        the logarithm of its sum, which at a low temperature takes very many steps from afar: so
+        each party cools down from ``heat``. Near ties Sinkhorn is slow at any temperature: Newton's
+        method takes over, until it makes rows worse.
 
         :param cost: ``[N, K]``, or ``[N, K + 1]`` with new atoms.
         :param price: of each atom for each party, ``[S, K]``.
         :param dual: multipliers to start from, ``[S, K]``.
         :param heat: of each party, ``[S, 1]``, at least the temperature.
-        :param tolerance: of the sums of rows.
-        :param limit: on the iterations.
+        :param tolerance: allowed error of the sums of rows.
+        :param limit: the most iterations.
         """
         slack, tiny = cost.shape[1] - self.num_atoms, torch.finfo(cost.dtype).tiny
         last = torch.full_like(heat, torch.inf)  # what was off before Newton's step, or infinity
@@ -115,7 +115,7 @@ class Scaling:
             p = torch.softmax(logits.div_(heat.index_select(0, self.party)), 1)
             rows = self.sums(p)[:, : self.num_atoms]
             scaled = (dual - heat * rows.clamp(min=tiny).log_()).clamp_(max=0)
-            # By how much this changes each row: what is off.
+            # The change of each row, which is its error.
             change = rows * torch.expm1((scaled - dual) / heat)
             cold = heat <= temperature
             allowed = torch.where(cold, tolerance, _ROUGHLY)
@@ -124,7 +124,7 @@ class Scaling:
             worse = off > last
             age = torch.where(hold, 0, age + 1)
             newton = (age > _PATIENCE) & ~worse
-            # All that the host has to know, at once: a GPU waits while it is read.
+            # Read at once all that the host has to know: a GPU waits meanwhile.
             held, wanted = torch.stack([hold & cold, newton]).squeeze(2).cpu()
             converged = bool(held.all())
             if converged or iteration >= limit:
@@ -146,8 +146,8 @@ class Scaling:
         heat: Tensor,
         wanted: Tensor,
     ) -> Tensor:
-        """The multipliers after Newton's step for the parties ``wanted``, after Sinkhorn's for the
-        others, and where there is none."""
+        """The multipliers after Newton's step for the parties ``wanted``, and after Sinkhorn's for
+        the others and where Newton's fails."""
         result, free = scaled.clone(), scaled < 0  # the rest is zero after either
         inverse = torch.where(free, 1 / rows.double(), 0.0)
         change = change.double()

@@ -22,15 +22,15 @@ from pyro_fusion.errors import ParameterError
 
 __all__ = ["SoftAssignment", "sinkhorn", "soft_assignment"]
 
-# Annealing ends when so little of a component is elsewhere than in its most probable place, on
-# average, or at so small a fraction of the first temperature.
+# Annealing ends when, on average, so little of a component is outside its most probable atom, or at
+# so small a fraction of the first temperature.
 _INTEGRAL = 1e-3
 _COLDEST = 1e-5
 
-# On the way there, rows and prices need be right only so far.
+# The tolerance of rows and prices at all temperatures but the last.
 _ROUGHLY = 0.1
 
-# The temperature from which multipliers follow prices, over how far these moved.
+# The temperature from which multipliers follow prices, over the change of the prices.
 _FOLLOW = 0.25
 
 # Rows sum to at most 1 and this, whatever the tolerance.
@@ -79,12 +79,13 @@ def sinkhorn(
 
     :param cost: per party ``[K, L_s]``; ``inf`` forbids a pair. Or a checked problem, which has its
         own opening costs.
-    :param assignment_prior: with a fixed number of atoms they are the ``K`` given.
+    :param assignment_prior: if it fixes the number of atoms, they are the ``K`` of ``cost``.
     :param opening: cost of using an atom at all, ``[K]``; zero by default.
     :param start: an assignment whose popularities set the first prices; the result is no worse. By
         default all atoms are priced alike, by the convex envelope of ``φ``.
-    :param temperature: the only one, in the units of the costs. By default from the median of what
-        an atom costs more than the cheapest down to where the assignment is all but integral.
+    :param temperature: a single temperature, in the units of the costs. By default they fall from
+        the median of an atom's extra cost over the cheapest to where the assignment is all but
+        integral.
     :param annealing: the factor from one temperature to the next, between 0 and 1.
     :param tolerance: of :func:`soft_assignment` at the last temperature.
     :param max_iterations: of :func:`soft_assignment` at each temperature.
@@ -140,21 +141,21 @@ def soft_assignment(
     tolerance: float = 1e-3,
     max_iterations: int = 1000,
 ) -> SoftAssignment:
-    r"""The mean field of F at temperature ``ε``: per party the entropic programme
+    r"""The mean-field assignment at temperature ``ε``: for each party the entropic programme
 
     .. math:: \min_P \sum_{kl} P_{kl} (C_{kl} + c_k + \varepsilon \log P_{kl})
         + \sum_l u_l (\varphi(1) + \varepsilon \log u_l), \quad
         \sum_k P_{kl} + u_l = 1, \quad \sum_l P_{kl} \le 1
 
-    at prices ``c_k`` that depend on the other parties: what joining atom ``k`` is expected to cost,
-    ``φ(m + 1) - φ(m)`` at their popularity ``m``, between integers by interpolation. ``u`` are new
-    atoms, and the inequality is what lets a party lack an atom.
+    at prices ``c_k`` that depend on the other parties: the expected cost of joining atom ``k``,
+    ``φ(m + 1) - φ(m)`` at their popularity ``m``, interpolated between integers. ``u`` are new
+    atoms, and the inequality lets a party lack an atom.
 
     Given prices, rows and columns are scaled until the rows hold, all parties at once
-    (``scaling.Scaling``). Then prices move half the way to what they should be, less where
-    they overshoot, as parties do that all react at once, and more where they do not; and so on.
-    At the end what a row has beyond 1 goes to new atoms; or if there are none, and rows do not hold
-    yet, the party is mixed with its rounded assignment. So ``soft`` is always feasible.
+    (``scaling.Scaling``). Then prices move half the way to those that the new assignment implies,
+    less where they overshoot, since all parties react at once, and more where they do not; and so
+    on. At the end the part of a row beyond 1 goes to new atoms; or if there are none, and rows do
+    not hold yet, the party is mixed with its rounded assignment. So ``soft`` is always feasible.
 
     :param temperature: ``ε``, positive, in the units of the costs.
     :param start: a result to go on from, at this or another temperature and other costs.
@@ -181,7 +182,7 @@ def soft_assignment(
         start = _first(problem)
     dual, price, new = start.dual, start.price, start.new
     heat = start.heat.clamp(min=temperature)
-    # Without new atoms there is nowhere for what a row has too much.
+    # Without new atoms a row's excess has nowhere to go.
     accuracy = tolerance if slack else min(tolerance, _FEASIBLE)
     part, last = torch.full_like(price, 0.5), torch.zeros_like(price)
     converged, iteration = False, 0
@@ -208,14 +209,14 @@ def soft_assignment(
         part = torch.where(off * last < 0, part / 2, (1.5 * part).clamp_(max=1))
         last, before = off, price
         price = price.lerp(target, part)
-        # The multipliers of rows may have to follow so far.
+        # The furthest that the multipliers of rows may have to follow.
         moved = (price - before).abs_().amax(1, keepdim=True)
         heat = (_FOLLOW * moved).clamp_(min=temperature)
 
 
 def _first(problem: AssignmentProblem) -> SoftAssignment:
-    """Where nothing is known. The chord of φ is its convex envelope: the best assignment there
-    depends on no start."""
+    """The first soft assignment, when nothing is known: its prices are the chord of φ, its convex
+    envelope, where the best assignment depends on no start."""
     cost, num_parties = problem.cost, problem.num_parties
     price = ((problem.penalty[-1] + problem.opening) / num_parties).to(cost, non_blocking=True)
     price = price.expand(num_parties, -1)
@@ -245,7 +246,7 @@ def _feasible(problem: AssignmentProblem, scaling: Scaling, result: Scaled) -> T
 
 
 def _prices(problem: AssignmentProblem, p: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Of joining each atom for each party, ``[S, K]``, and of the new atoms, ``[]`` or ``[N]``.
+    """Prices of joining each atom for each party, ``[S, K]``, and of new atoms, ``[]`` or ``[N]``.
 
     :param p: the columns, ``[N, K]`` or, with new atoms, ``[N, K + 1]``.
     :param rows: their sums per party.
@@ -267,8 +268,8 @@ def _prices(problem: AssignmentProblem, p: Tensor, rows: Tensor) -> tuple[Tensor
 
 
 def _rank_weights(problem: AssignmentProblem, m: Tensor) -> Tensor:
-    """The weight of each atom, new ones among them, by what more popular ones there are; one of
-    popularity ``m < 1`` is that part of one."""
+    """The weight of each atom, also of new ones, by the number of more popular ones; an atom of
+    popularity ``m < 1`` counts as the part ``m`` of one."""
     order = m.argsort(descending=True, stable=True)
     there = m[order].clamp(max=1)
     rank = (there.cumsum(0) - there).round().long()
@@ -276,7 +277,7 @@ def _rank_weights(problem: AssignmentProblem, m: Tensor) -> Tensor:
 
 
 def _hard(problem: AssignmentProblem, atoms: Tensor) -> SoftAssignment:
-    """Nothing but the prices of an assignment ``[N]``."""
+    """The start that an assignment ``[N]`` gives: itself and its prices."""
     result, soft = _first(problem), _one_hot(problem, atoms)
     p = torch.cat([soft, 1 - soft.sum(0, keepdim=True)]) if problem.new_atoms else soft
     scaling = Scaling(problem.sizes, problem.num_atoms, soft.device)
@@ -285,14 +286,15 @@ def _hard(problem: AssignmentProblem, atoms: Tensor) -> SoftAssignment:
 
 
 def _one_hot(problem: AssignmentProblem, atoms: Tensor) -> Tensor:
-    """``[N]`` -> ``[K, N]``."""
+    """An assignment ``[N]`` as a matrix of zeros and ones, ``[K, N]``."""
     atoms = atoms.to(problem.cost.device, non_blocking=True)
     soft = one_hot(atoms + 1, problem.num_atoms + 1)[:, 1:].T
     return soft.to(problem.cost)
 
 
 def _scale(problem: AssignmentProblem) -> float:
-    """The median of what an atom costs more than the cheapest, or than a new one; 1 if nothing."""
+    """The median of an atom's extra cost over the component's cheapest, or a new, atom; 1 if no
+    atom costs more."""
     cost = problem.cost[:, :: 1 + problem.cost.numel() // _MAX_NUMBERS]
     cheapest = cost.amin(0)
     if problem.new_atoms:
@@ -308,8 +310,7 @@ def _is_integral(soft: Tensor) -> bool:
 
 
 def _round(problem: AssignmentProblem, soft: Tensor) -> Tensor:
-    """The assignment ``[N]`` of the greatest probability that is left, party by party, of a
-    relaxed one on the CPU."""
+    """The assignment ``[N]`` that agrees most with ``soft``, on the CPU, party by party."""
     value = -soft
     if problem.new_atoms:
         value += 1 - soft.sum(0)  # against that of a new atom

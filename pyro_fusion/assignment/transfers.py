@@ -15,10 +15,10 @@ __all__ = ["transfer"]
 
 def transfer(d: Descent, atoms: np.ndarray, m: np.ndarray) -> bool:
     """Transfer several parties' components from one atom to another where that lowers F, the
-    best transfers first and each atom in one of them; whether there was any.
+    best transfers first and each atom in one of them; True if there was any.
 
     For each pair of atoms, the parties that have the first and not the second are sorted by
-    what the transfer gains; the best number of them is then read off.
+    the gain of their transfer; the best number of them is then read off.
     """
     standing = np.flatnonzero(atoms != NEW)
     standing = standing[np.argsort(atoms[standing], kind="stable")]
@@ -29,7 +29,7 @@ def transfer(d: Descent, atoms: np.ndarray, m: np.ndarray) -> bool:
     has[d.party[standing], atoms[standing]] = True
     factors = np.broadcast_to(d.factors(m), m.shape)
     last = len(d.penalty) - 1
-    # The most that to leave an atom can gain, and the least that to join one costs.
+    # The most that leaving an atom can gain, and the least that joining one can cost.
     least = np.minimum.accumulate(d.penalty)[m - 1]
     leave = factors * (d.penalty[m] - least) + np.maximum(d.opening, 0.0)
     least = np.minimum.accumulate(d.penalty[::-1])[::-1][np.minimum(m + 1, last)]
@@ -66,8 +66,8 @@ def transfer(d: Descent, atoms: np.ndarray, m: np.ndarray) -> bool:
 
 
 def _gains(d: Descent, members: np.ndarray, atoms: np.ndarray, has: np.ndarray) -> np.ndarray:
-    """What each of these components would save in each other atom: ``[n, K]``; ``-inf`` where
-    its party has that already."""
+    """The saving of each of these components in each other atom, ``[n, K]``; ``-inf`` where its
+    party has that atom already."""
     there = d.cost[members]
     here = d.cost[members, atoms[members]]
     forbidden = has[d.party[members]] | np.isinf(there) | np.isinf(here)[:, None]
@@ -80,8 +80,8 @@ def _gains(d: Descent, members: np.ndarray, atoms: np.ndarray, has: np.ndarray) 
 def _best(
     d: Descent, a: int, to: np.ndarray, gains: np.ndarray, m: np.ndarray, factors: np.ndarray
 ) -> tuple[float, int, int, int]:
-    """The best from atom ``a``, where that saves its members ``gains``: change of F, from, to,
-    how many."""
+    """The best transfer from atom ``a`` to one of ``to``, where it saves its members ``gains``:
+    the change of F, the two atoms, and how many members move."""
     gains = np.sort(-gains, 0).cumsum(0)
     count = np.arange(1, len(gains) + 1)
     left = factors[a] * (d.penalty[m[a] - count] - d.penalty[m[a]])

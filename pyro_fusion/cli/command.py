@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             arguments.run(arguments)
             sys.stdout.flush()
     except BrokenPipeError:
-        # As after `| head`. Python would flush once more at exit, and complain.
+        # The reader is gone, as after `| head`. Python would flush once more at exit, and fail.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (FusionError, OSError, ImportError) as e:
@@ -63,8 +63,8 @@ def _show_warning(message: Warning | str, *args: object, **kwargs: object) -> No
 
 
 def _print(text: str, file: TextIO | None = None) -> None:
-    """Print what may hold names from a stranger's file, to a terminal that may not know them:
-    control characters, and those that its encoding lacks, are written as escapes."""
+    """Print text that may hold names from a stranger's file: control characters, and characters
+    that the terminal's encoding lacks, are written as escapes."""
     file = sys.stdout if file is None else file
     encoding = getattr(file, "encoding", None) or "utf-8"
     plain = "".join(c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in text)
@@ -85,7 +85,7 @@ class _Version(argparse.Action):
 
 
 def _integer(text: str) -> int:
-    """What torch takes as a seed, and no more than anyone means elsewhere."""
+    """An integer argument, from 0 to the largest that torch takes as a seed."""
     value = int(text)
     if not 0 <= value < 2**63:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 to 2**63 - 1, got {text}")
@@ -156,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _assignment_prior(arguments: argparse.Namespace) -> AssignmentPrior | None:
-    """The assignment prior with the options that belong to it; those of others are refused."""
+    """The assignment prior with the options that belong to it; options of others are refused."""
     belongs = {"alpha": "indian-buffet", "scale": "group-norm", "num_atoms": "fixed-atoms"}
     given = [option for option in belongs if getattr(arguments, option) is not None]
     name = arguments.assignment_prior or (belongs[given[0]] if given else None)
@@ -213,8 +213,8 @@ def _fuse(arguments: argparse.Namespace) -> None:
 
 
 def _names(files: Sequence[Path]) -> list[str]:
-    """What to call the parties: the files' names; where some are alike, their whole paths; and
-    where even these are, with their numbers."""
+    """Names for the parties: the files' names; if some are equal, the whole paths; and if even
+    these are, paths with numbers."""
     for names in ([file.stem for file in files], [str(file) for file in files]):
         if len(set(names)) == len(names):
             return names

@@ -134,7 +134,7 @@ def _rand_index(labels: np.ndarray, clusters: Tensor) -> float:
 
 
 def _side_by_side(posteriors: Sequence[Posterior]) -> Posterior:
-    """What needs no fusion: the components of all parties as they are, none matched."""
+    """The components of all parties side by side, none matched: the baseline without fusion."""
     first = posteriors[0]
     factors = {s: Factor.cat([p.decomposed[s] for p in posteriors]) for s in first.decomposed}
     return Posterior(factors, first.axes, plates=first.plates)
@@ -162,11 +162,11 @@ class DemoRow:
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What :func:`main` returns; ``str()`` of it is the table.
+    """The result of :func:`main`; its ``str()`` is the table.
 
     :ivar parties: one row for each party.
     :ivar fused: pooling -> row.
-    :ivar unmatched: the row of all parties' components side by side: what fusion starts from.
+    :ivar unmatched: the row of all parties' components side by side, before fusion.
     :ivar pooled: the row of one fit to the images of all parties.
     :ivar fusion: the fusion by ``product``.
     :ivar picture: the file with the atoms, or None.
@@ -201,7 +201,7 @@ def _line(row: DemoRow) -> str:
     )
 
 
-# -- the whole -------------------------------------------------------------------------------------
+# -- the demo --------------------------------------------------------------------------------------
 
 
 def main(
@@ -235,7 +235,8 @@ def main(
 
 @contextmanager
 def _one_thread() -> Iterator[None]:
-    """Tensors of this size are slower on several threads, six times where cores are busy."""
+    """Run torch on one thread: tensors of this size are slower on several, six times if cores are
+    busy."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -332,7 +333,7 @@ def _require(*modules: str) -> None:
 
 
 def _check_output(output: str) -> None:
-    """Before the work, not after it."""
+    """Check before the work that the picture can be written."""
     from matplotlib.backend_bases import FigureCanvasBase
 
     folder, name = os.path.split(output)

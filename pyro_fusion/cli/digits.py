@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The data of the demo: scikit-learn's handwritten digits, dealt out to parties. It comes with
+"""The data of the demo: scikit-learn's handwritten digits, dealt out to parties. They come with
 scikit-learn; nothing is downloaded."""
 
 from __future__ import annotations

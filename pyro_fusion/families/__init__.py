@@ -56,14 +56,14 @@ def natural_params(d: Distribution) -> Tensor:
     """Natural parameters of ``d`` as one vector per batch element: ``[*batch_shape, P]``,
     float64. Event axes made by ``Independent`` are flattened into ``P``.
 
-    Far from the origin they lose digits; see :func:`from_natural_params`."""
+    Parameters far from the origin lose digits; see :func:`from_natural_params`."""
     return as_factor(d).natural
 
 
 def mean_params(d: Distribution) -> Tensor:
     """Mean parameters ``E[T(x)]`` of ``d``: ``[*batch_shape, P]``, float64.
 
-    Far from the origin they lose digits; see :func:`from_mean_params`."""
+    Parameters far from the origin lose digits; see :func:`from_mean_params`."""
     return as_factor(d).mean
 
 
@@ -76,10 +76,10 @@ def from_natural_params(like: Distribution, eta: Tensor) -> Distribution:
     """The distribution with natural parameters ``eta`` (``[*batch_shape, P]``, any batch shape)
     and the family, transforms, event shape and dtype of ``like``.
 
-    Statistics taken far from the origin lose digits: they hold the square of the location beside
-    the spread. :meth:`Factor.shift` is the remedy: convert the shifted factor, and shift back.
+    Parameters far from the origin lose digits, because they hold the square of the location beside
+    the spread. To avoid this, convert a factor shifted by :meth:`Factor.shift`, and shift back.
 
-    :raises ParameterError: if no member of the family has them, in so far as can be told.
+    :raises ParameterError: if no member of the family is found to have these parameters.
     """
     return _converted(like, eta, Factor.from_natural)
 
@@ -88,10 +88,10 @@ def from_mean_params(like: Distribution, mu: Tensor) -> Distribution:
     """The distribution with mean parameters ``mu`` (``[*batch_shape, P]``, any batch shape)
     and the family, transforms, event shape and dtype of ``like``.
 
-    Statistics taken far from the origin lose digits: they hold the square of the location beside
-    the spread. :meth:`Factor.shift` is the remedy: convert the shifted factor, and shift back.
+    Parameters far from the origin lose digits, because they hold the square of the location beside
+    the spread. To avoid this, convert a factor shifted by :meth:`Factor.shift`, and shift back.
 
-    :raises ParameterError: if no member of the family has them, in so far as can be told.
+    :raises ParameterError: if no member of the family is found to have these parameters.
     """
     return _converted(like, mu, Factor.from_mean)
 

@@ -18,15 +18,15 @@ __all__ = ["FactorDistribution"]
 
 
 class FactorDistribution(dist.Independent):
-    """``factor.distribution()``, whose ``kl_divergence`` is that of this package.
+    """``factor.distribution()`` with the ``kl_divergence`` of this package.
 
-    So it is known behind every bijection, and right where torch's is not: the KL divergence of
-    batches of Wisharts, and of any two that are close and far from the origin (torch 2.13).
+    It is defined behind every bijection, and correct where torch 2.13's is not: for batches of
+    Wisharts, and for distributions that are close to each other and far from the origin.
     """
 
     def __init__(self, factor: Factor, validate_args: bool | None = None) -> None:
         self.factor = factor
-        # Of no axis more than it has: a wrapper, which Pyro prints by what it wraps.
+        # With no axis reinterpreted this is only a wrapper, which Pyro prints as its base.
         super().__init__(factor.distribution(validate_args), 0, validate_args=validate_args)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> FactorDistribution:

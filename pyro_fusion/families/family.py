@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What an exponential family is, and the registry from distribution types to families.
+"""The contract of an exponential family, and the registry from distribution types to families.
 
 A family is pure tensor mathematics on a dictionary of distribution parameters. Everything that
 depends on how a distribution is wrapped (``Independent``, transforms, masks) is in ``factor.py``.
@@ -49,9 +49,8 @@ class Family(ABC):
     """The parameter that moves with the value, ``x + c ~ p(loc + c)``, if there is one. KL is
     unchanged by a common shift, so it is centred away before statistics are computed."""
     scale: ClassVar[str | None] = None
-    """The parameter that, with the location, is multiplied with the value,
-    ``c x ~ p(c loc, c scale)``, if there is one: standard deviations, or a factor of the covariance
-    matrix."""
+    """The parameter that scales with the value, as the location does, ``c x ~ p(c loc, c scale)``,
+    if there is one: standard deviations, or a factor of the covariance matrix."""
 
     @property
     def name(self) -> str:
@@ -68,7 +67,7 @@ class Family(ABC):
         return result
 
     def build(self, params: Params, validate_args: bool | None = None) -> Distribution:
-        """The inverse of :meth:`params`."""
+        """The distribution with these parameters; the inverse of :meth:`params`."""
         make: Callable[..., Distribution] = self.distribution
         return make(**params, validate_args=validate_args)
 
@@ -96,7 +95,7 @@ class Family(ABC):
 
     @abstractmethod
     def log_normalizer(self, params: Params) -> Tensor:
-        """``A(η)``: ``-> [*batch_shape]``."""
+        """Log-normaliser ``A(η)``: ``-> [*batch_shape]``."""
 
     @abstractmethod
     def from_natural(self, eta: Tensor, event_shape: torch.Size) -> Params:
@@ -116,8 +115,8 @@ class Family(ABC):
         return self.log_normalizer(q) - self.log_normalizer(p) - inner
 
     def center(self, params: Params) -> Tensor:
-        """A central value, ``[*batch_shape, *event_shape]``: the location where that is a value,
-        of discrete families the mode, else the mean."""
+        """A central value, ``[*batch_shape, *event_shape]``: the location if it has the shape of
+        a value, else the mode of a discrete family, else the mean."""
         d = self.build(params, validate_args=False)
         location = None if self.location is None else params[self.location]
         if location is not None and location.shape == d.batch_shape + d.event_shape:
@@ -133,8 +132,8 @@ class Family(ABC):
     def pad_event(
         self, params: Params, axis: int, index: Tensor, size: int, fill: Tensor | None
     ) -> Params:
-        """Scatter along event axis ``axis`` (negative) to ``size`` places. Elsewhere goes the
-        parameter ``fill``, by default the family's idea of having seen nothing."""
+        """Scatter the parameters along event axis ``axis`` (negative) to the places ``index`` of
+        ``size``. The other places get ``fill``, by default the family's value for no data."""
         raise StructureError(
             f"a {self.name} factor with a labelled event axis cannot be carried along: parties "
             "that lack a component have no natural value there. Use a Dirichlet, or a batch axis"

@@ -1,7 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Gamma (and through a power transform InverseGamma), Exponential, Poisson, NormalGamma."""
+"""The families Gamma (through a power transform InverseGamma), Exponential, Poisson and
+NormalGamma."""
 
 import math
 
@@ -29,7 +30,7 @@ class _Scalar(Family):
 
 @register_family(torch.distributions.Gamma)
 class GammaFamily(_Scalar):
-    """``T(x) = (log x, x)``, ``η = (concentration - 1, -rate)``."""
+    """Gamma: ``T(x) = (log x, x)``, ``η = (concentration - 1, -rate)``."""
 
     distribution = dist.Gamma
     parameters = {"concentration": 0, "rate": 0}
@@ -56,7 +57,7 @@ class GammaFamily(_Scalar):
         return {"concentration": c, "rate": c / mu[..., 1]}
 
     def kl(self, p: Params, q: Params) -> Tensor:
-        # By way of the Gamma with the mean of p and the concentration of q.
+        # Split at the Gamma with the mean of p and the concentration of q.
         c, r = q["concentration"], q["rate"]
         different_mean = c * excess(p["concentration"] * r, c * p["rate"])
         return different_mean + stirling_kl(p["concentration"], c)
@@ -64,7 +65,7 @@ class GammaFamily(_Scalar):
 
 @register_family(torch.distributions.Exponential)
 class ExponentialFamily(_Scalar):
-    """``T(x) = x``, ``η = -rate``."""
+    """Exponential: ``T(x) = x``, ``η = -rate``."""
 
     distribution = dist.Exponential
     parameters = {"rate": 0}
@@ -93,7 +94,7 @@ class ExponentialFamily(_Scalar):
 
 @register_family(torch.distributions.Poisson)
 class PoissonFamily(_Scalar):
-    """``T(x) = x``, ``η = log rate``, ``h(x) = 1/x!``."""
+    """Poisson: ``T(x) = x``, ``η = log rate``, ``h(x) = 1/x!``."""
 
     distribution = dist.Poisson
     parameters = {"rate": 0}
@@ -122,7 +123,7 @@ class PoissonFamily(_Scalar):
 
 @register_family()
 class NormalGammaFamily(Family):
-    """``T(m, τ) = (τm, -τm²/2, -τ, log τ)``,
+    """NormalGamma: ``T(m, τ) = (τm, -τm²/2, -τ, log τ)``,
     ``η = (κ loc, κ, rate + κ loc²/2, gamma_shape - 1/2)`` with ``κ = concentration``."""
 
     distribution = NormalGamma
@@ -175,7 +176,7 @@ class NormalGammaFamily(Family):
         }
 
     def center(self, params: Params) -> Tensor:
-        # Of the marginals: the joint mean does not exist at every gamma_shape.
+        # From the centres of the marginals: the mean does not exist for every gamma_shape.
         return torch.stack([params["loc"], params["gamma_shape"] / params["rate"]], -1)
 
     def kl(self, p: Params, q: Params) -> Tensor:

@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Normal and MultivariateNormal (and through a transform LogNormal, and every factor of an
-autoguide)."""
+"""The families Normal and MultivariateNormal (through transforms LogNormal, and every factor of
+an autoguide)."""
 
 import math
 
@@ -18,7 +18,7 @@ _HALF_LOG_2PI = 0.5 * math.log(2 * math.pi)
 
 @register_family(torch.distributions.Normal)
 class NormalFamily(Family):
-    """``T(x) = (x, x²)``, ``η = (loc/scale², -1/(2 scale²))``."""
+    """Normal: ``T(x) = (x, x²)``, ``η = (loc/scale², -1/(2 scale²))``."""
 
     distribution = dist.Normal
     event_dim = 0
@@ -59,7 +59,7 @@ class NormalFamily(Family):
     torch.distributions.MultivariateNormal, torch.distributions.LowRankMultivariateNormal
 )
 class MultivariateNormalFamily(Family):
-    """``T(x) = (x, xxᵀ)``, ``η = (Λ loc, -Λ/2)``, symmetric matrices packed."""
+    """MultivariateNormal: ``T(x) = (x, xxᵀ)``, ``η = (Λ loc, -Λ/2)``, symmetric matrices packed."""
 
     distribution = dist.MultivariateNormal
     event_dim = 1

@@ -46,13 +46,13 @@ if TYPE_CHECKING:
 
 __all__ = ["Member"]
 
-# Bases behind these transforms have a class of their own, with a mean and a readable repr.
+# Pyro has a class for these bases behind these transforms, with a mean and a readable repr.
 _NAMED: dict[tuple[type, type], Callable[..., dist.TorchDistribution]] = {
     (dist.Normal, tt.ExpTransform): dist.LogNormal,
     (dist.Gamma, tt.PowerTransform): dist.InverseGamma,
 }
 
-# Wrappers whose batch shape may be larger than that of what they wrap.
+# Wrappers whose batch shape may be larger than that of their base.
 _WIDENING = ExpandedDistribution | MaskedDistribution
 
 
@@ -72,7 +72,7 @@ class Member:
     batch_dim: int
 
     def __post_init__(self) -> None:
-        # Whoever made them may go on using theirs, cache and all.
+        # The caller keeps its own transforms, with their caches.
         plain = tuple(with_cache(t, 0) for t in self.transforms)
         object.__setattr__(self, "transforms", plain)
 
@@ -82,7 +82,7 @@ class Member:
     def of(cls, d: Distribution) -> Self:
         """Take a distribution apart. Values are copied (detached), never shared.
 
-        :raises UnsupportedFamilyError: if no family is registered for what is inside.
+        :raises UnsupportedFamilyError: if no family is registered for the distribution inside.
         """
         member = _absorb_affine(_take_apart(d))
         for t in member.transforms:
@@ -96,7 +96,7 @@ class Member:
         return cls(member.family, params, member.transforms, member.batch_dim)
 
     def distribution(self, validate_args: bool | None = None) -> dist.TorchDistribution:
-        """Put together: a Pyro distribution with the batch and event shape that came in."""
+        """The Pyro distribution, with the batch and event shape of the one taken apart."""
         independent = len(self.base_shape) - self.batch_dim
         named = self._named()
         d: Any
@@ -120,7 +120,7 @@ class Member:
         return _NAMED.get((self.family.distribution, type(t)))
 
     def center(self) -> Tensor:
-        """A central value, of :attr:`shape`: the image of the family's."""
+        """A central value, of :attr:`shape`: that of the family, taken through the transforms."""
         # Half precision lacks functions on some devices.
         dtype = torch.promote_types(self.dtype, torch.float32)
         x = self.family.center({k: v.to(dtype) for k, v in self.params.items()})
@@ -165,7 +165,7 @@ class Member:
 
     @property
     def separable_axes(self) -> int:
-        """How many leading axes of :attr:`shape` index independent sub-factors."""
+        """The number of leading axes of :attr:`shape` that index independent sub-factors."""
         if all(is_elementwise(t) for t in self.transforms):
             return len(self.base_shape)
         joint = max(t.codomain.event_dim for t in self.transforms)
@@ -175,7 +175,8 @@ class Member:
         return {k: v.double() for k, v in self.params.items()}
 
     def structure(self) -> tuple[object, ...]:
-        """What two factors must share to be fused, but for sizes of axes: comparable by ``==``."""
+        """The family and the transforms, which factors must share to be fused: comparable by
+        ``==``. Sizes of axes are not part of it."""
         return (self.family.name, tuple(str(describe(t)) for t in self.transforms))
 
     # -- axes ----------------------------------------------------------------------------------
@@ -187,7 +188,7 @@ class Member:
     def to(
         self, device: torch.device | str | None = None, dtype: torch.dtype | None = None
     ) -> Self:
-        """Move and cast the parameters; what is already there stays itself, cache and all."""
+        """Move and cast the parameters; the member itself, with its cache, if nothing changes."""
         params = {k: v.to(device=device, dtype=dtype) for k, v in self.params.items()}
         same = all(v is self.params[k] for k, v in params.items())
         return self if same else replace(self, params=params)
@@ -207,7 +208,7 @@ class Member:
         return replace(expanded, batch_dim=len(shape))
 
     def index_select(self, axis: int, index: Tensor) -> Self:
-        """Keep ``index`` along ``axis`` of :attr:`shape` (non-negative)."""
+        """Keep the entries ``index`` along ``axis`` of :attr:`shape` (non-negative)."""
         if axis < self.separable_axes:
             return self.map(lambda v: v.index_select(axis, index.to(v.device)))
         self._require_bare(axis)
@@ -215,7 +216,7 @@ class Member:
         return replace(self, params=params)
 
     def index_copy(self, index: Tensor, other: Self) -> Self:
-        """With those along the first axis at ``index`` replaced by those of ``other``."""
+        """Replace the entries ``index`` along the first axis by those of ``other``."""
         params = {k: v.index_copy(0, index, other.params[k]) for k, v in self.params.items()}
         return replace(self, params=params)
 
@@ -240,7 +241,7 @@ class Member:
         return self._permuted(self._first(axes), len(axes))
 
     def like(self, batch_dim: int, axes: Sequence[int]) -> Self:
-        """Undo :meth:`with_batch`: ``axes`` as given there, ``batch_dim`` of the original."""
+        """Undo :meth:`with_batch`, given its ``axes`` and the original's ``batch_dim``."""
         order = self._first(axes)
         return self._permuted([order.index(i) for i in range(len(order))], batch_dim)
 
@@ -300,7 +301,7 @@ class Member:
         self._check_transforms(built)
 
     def _check_transforms(self, base: Distribution) -> None:
-        """What comes out of the family, or of one transform, must be what the next one takes."""
+        """Check that the values of the family, and of each transform, suit the next transform."""
         if not self.transforms:
             return
         try:
@@ -313,7 +314,8 @@ class Member:
             raise ParameterError(f"the transforms do not fit: {_first_line(e)}") from e
 
     def _check_center(self) -> None:
-        """Values that the bounds of supports do not tell of: overflow, constraints of one's own."""
+        """Check a central value: bounds of supports show neither overflow nor constraints that a
+        user has written."""
         x = self.family.center(self._double())
         for t in self.transforms:
             if not bool(t.domain.check(x).all()):
@@ -338,7 +340,7 @@ def _first_line(e: Exception) -> str:
 
 
 def _take_apart(d: Distribution) -> Member:
-    """``d`` from the inside out, its parameters as they are."""
+    """Take ``d`` apart from the inside out, without copying its parameters."""
     if not isinstance(d, Independent | TransformedDistribution | _WIDENING):
         family = family_of(d)
         return Member(family, family.params(d), (), len(d.batch_shape))
@@ -346,7 +348,7 @@ def _take_apart(d: Distribution) -> Member:
     if isinstance(d, MaskedDistribution):
         _require_full(d._mask)
     if isinstance(d, _WIDENING):
-        # They know only batch axes; what Independent made events inside stays as it is.
+        # These expand batch axes only; axes that Independent made events inside stay.
         inner = inner.expand(d.batch_shape + inner.base_shape[inner.batch_dim :])
     elif isinstance(d, TransformedDistribution):
         outer = tuple(plain_transform(t) for t in flatten(d.transforms))
@@ -372,8 +374,8 @@ def _is_multiple(t: Transform) -> TypeGuard[tt.AffineTransform]:
 
 
 def _absorb_affine(member: Member) -> Member:
-    """An affine map of a Normal is a Normal, a positive multiple of a Gamma a Gamma: parties may
-    differ in it, so it is no transform."""
+    """Absorb an affine map of a Normal, or a positive multiple of a Gamma, into the parameters:
+    parties may differ in it, so it must not count as a transform."""
     params, transforms = dict(member.params), member.transforms
     if member.family.distribution is dist.Normal:
         while transforms and isinstance(t := transforms[0], tt.AffineTransform):
@@ -390,7 +392,7 @@ def _absorb_affine(member: Member) -> Member:
 
 
 def show_structure(x: object) -> str:
-    """What :meth:`Factor.structure` returns, for a message; anything else as it prints."""
+    """The text of a :meth:`Factor.structure` for a message; of anything else its ``str``."""
     if isinstance(x, tuple) and len(x) == 2 and isinstance(x[1], tuple) and isinstance(x[0], str):
         name, transforms = x
         return " behind ".join([str(name), *map(str, reversed(transforms))])

@@ -83,13 +83,13 @@ class NormalGamma(TorchDistribution):
 
     @property
     def mean(self) -> Tensor:
-        """``[loc, shape / rate]``; the first NaN where ``shape <= 1/2``."""
+        """The mean ``[loc, shape / rate]``; entry 0 is NaN where ``shape <= 1/2``."""
         loc = self.loc.masked_fill(self.gamma_shape <= 0.5, math.nan)
         return torch.stack([loc, self.gamma_shape / self.rate], dim=-1)
 
     @property
     def variance(self) -> Tensor:
-        """Entrywise. The first is infinite where ``1/2 < shape <= 1``, NaN where below."""
+        """Entrywise variances. Entry 0 is infinite where ``1/2 < shape <= 1``, NaN below."""
         of_mean = self.rate / (self.concentration * (self.gamma_shape - 1).clamp(min=0))
         of_mean = of_mean.masked_fill(self.gamma_shape <= 0.5, math.nan)
         return torch.stack([of_mean, self.gamma_shape / self.rate.square()], dim=-1)
@@ -111,7 +111,7 @@ class NormalGamma(TorchDistribution):
         return normal + gamma + (self.gamma_shape - 1) * precision.log() - self.rate * precision
 
     def entropy(self) -> Tensor:
-        """``E[-log p(μ, τ)]``, shape ``(...)``."""
+        """Differential entropy ``E[-log p(μ, τ)]``, shape ``(...)``."""
         log_precision = self.gamma_shape.digamma() - self.rate.log()
         normal = (1 + _LOG_2PI - self.concentration.log() - log_precision) / 2
         gamma = self.gamma_shape - self.rate.log() + self.gamma_shape.lgamma()
@@ -120,7 +120,7 @@ class NormalGamma(TorchDistribution):
 
 @register_kl(NormalGamma, NormalGamma)
 def _kl_normal_gamma(p: NormalGamma, q: NormalGamma) -> Tensor:
-    """``E_p[KL(N ‖ N) | τ] + KL(Gamma ‖ Gamma)``, broadcast over batch shapes."""
+    """KL divergence ``E_p[KL(N ‖ N) | τ] + KL(Gamma ‖ Gamma)``, broadcast over batch shapes."""
     distance = q.concentration * p.gamma_shape / p.rate * (p.loc - q.loc).square()
     spread = excess(q.concentration, p.concentration)
     gamma = q.gamma_shape * excess(p.gamma_shape * q.rate, q.gamma_shape * p.rate)

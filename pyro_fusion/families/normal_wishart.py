@@ -25,7 +25,7 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 class _MeanAndPrecisionMatrix(constraints.Constraint):
-    """Tensors ``[..., D, D + 1]``: a finite mean, then a symmetric positive definite matrix."""
+    """Constraint: ``[..., D, D + 1]``, a finite mean, then a symmetric positive definite matrix."""
 
     event_dim = 2
 
@@ -40,7 +40,8 @@ class _MeanAndPrecisionMatrix(constraints.Constraint):
 
 
 class _ToMeanAndPrecisionMatrix(Transform):
-    """From ``D + D(D+1)/2`` reals (mean, log diagonal of C, rest of C by rows), ``Λ = C Cᵀ``."""
+    """Transform of ``D + D(D+1)/2`` reals (mean, log diagonal of C, rest of C by rows) to a mean
+    and ``Λ = C Cᵀ``."""
 
     domain = constraints.real_vector
     codomain = _MeanAndPrecisionMatrix()
@@ -182,24 +183,24 @@ class NormalWishart(TorchDistribution):
 
     @lazy_property
     def covariance_matrix(self) -> Tensor:
-        """``V = E[Λ] / df``, shape ``(..., D, D)``."""
+        """The scale matrix ``V = E[Λ] / df``, shape ``(..., D, D)``."""
         return self._tril @ self._tril.mT
 
     @lazy_property
     def precision_matrix(self) -> Tensor:
-        """``V⁻¹``, shape ``(..., D, D)``."""
+        """The inverse ``V⁻¹`` of the scale matrix, shape ``(..., D, D)``."""
         eye = torch.eye(self.loc.shape[-1], dtype=self._tril.dtype, device=self._tril.device)
         return torch.cholesky_solve(eye, self._tril)
 
     @property
     def mean(self) -> Tensor:
-        """``[loc, df · V]``; NaN in column 0 where ``df <= D``."""
+        """The mean ``[loc, df · V]``; NaN in column 0 where ``df <= D``."""
         loc = self.loc.masked_fill((self.df <= self.loc.shape[-1]).unsqueeze(-1), math.nan)
         return _join(loc, self.df[..., None, None] * self.covariance_matrix)
 
     @property
     def variance(self) -> Tensor:
-        """Entrywise. Column 0 is infinite where ``D < df <= D + 1``, NaN where ``df <= D``."""
+        """Entrywise variances. Column 0 is infinite where ``D < df <= D + 1``, NaN below."""
         excess = (self.df - self.loc.shape[-1] - 1).unsqueeze(-1)
         diagonal = self.precision_matrix.diagonal(dim1=-2, dim2=-1)
         of_mean = diagonal / (self.concentration.unsqueeze(-1) * excess.clamp(min=0))
@@ -232,7 +233,7 @@ class NormalWishart(TorchDistribution):
         return normal - self.concentration * distance / 2 + wishart
 
     def entropy(self) -> Tensor:
-        """``E[-log p(μ, Λ)]``, shape ``(...)``."""
+        """Differential entropy ``E[-log p(μ, Λ)]``, shape ``(...)``."""
         dim = self.loc.shape[-1]
         log_det = _half_df(self.df, dim).digamma().sum(-1) + dim * math.log(2) + self._log_det()
         normal = dim / 2 * (1 + _LOG_2PI - self.concentration.log()) - log_det / 2
@@ -250,7 +251,7 @@ class NormalWishart(TorchDistribution):
 
 @register_kl(NormalWishart, NormalWishart)
 def _kl_normal_wishart(p: NormalWishart, q: NormalWishart) -> Tensor:
-    """``E_p[KL(N ‖ N) | Λ] + KL(Wishart ‖ Wishart)``, broadcast over batch shapes."""
+    """KL divergence ``E_p[KL(N ‖ N) | Λ] + KL(Wishart ‖ Wishart)``, broadcast over batch shapes."""
     if p.event_shape != q.event_shape:
         raise ValueError(
             f"q: expected event shape {tuple(p.event_shape)} as p, got {tuple(q.event_shape)}"
@@ -262,7 +263,7 @@ def _kl_normal_wishart(p: NormalWishart, q: NormalWishart) -> Tensor:
 
 
 def _kl_wishart(p_df: Tensor, p_tril: Tensor, q_df: Tensor, q_tril: Tensor) -> Tensor:
-    r"""KL between Wisharts, split at the Wishart with the mean of p and the df of q.
+    r"""KL divergence of Wisharts, split at the Wishart with the mean of p and the df of q.
 
     ``df_q/2 (tr R - D - log|R|) + KL(same mean)``, ``R = (df_q V_q)⁻¹ (df_p V_p)``. Each part
     is small where p and q are near, whereas the textbook's terms grow with df and cancel.
@@ -277,23 +278,23 @@ def _kl_wishart(p_df: Tensor, p_tril: Tensor, q_df: Tensor, q_tril: Tensor) -> T
 
 
 def _kl_same_mean(p_df: Tensor, q_df: Tensor, dim: int) -> Tensor:
-    """KL between two Wisharts of equal mean; ``dim = 1`` is Gammas of shapes ``df / 2``.
+    """KL divergence of Wisharts of equal mean; with ``dim = 1``, Gammas of shapes ``df / 2``.
 
     With Stirling's ``log Γ(x) = (x - 1/2) log x - x + log(2π)/2 + r(x)`` the leading terms
-    cancel on paper, so that large df costs no digits.
+    cancel analytically, so that large df costs no digits.
     """
     p_df, q_df = torch.broadcast_tensors(p_df, q_df)
     half = torch.arange(dim, dtype=p_df.dtype, device=p_df.device) / 2
     a, b, gap = _half_df(p_df, dim), _half_df(q_df, dim), ((q_df - p_df) / 2).unsqueeze(-1)
     terms = stirling_kl(a, b)
-    # b_i log(b_i/a_i) - b_0 log(b_0/a_0), summed by hand to what is of order i, not of order df.
+    # b_i log(b_i/a_i) - b_0 log(b_0/a_0), rearranged into terms of order i, not of order df.
     p_half, q_half = p_df.unsqueeze(-1) / 2, q_df.unsqueeze(-1) / 2
     terms = terms + b * log_near_one(b * p_half / (a * q_half), half * gap / (a * q_half))
     return (terms - half * log_near_one(q_half / p_half, gap / p_half)).sum(-1)
 
 
 def _half_df(df: Tensor, dim: int) -> Tensor:
-    """``(df - i) / 2`` for i < dim, shape ``(..., D)``: shapes of the Gammas in a Wishart."""
+    """Shapes of the Gammas in a Wishart, ``(df - i) / 2`` for i < dim, shape ``(..., D)``."""
     return (df.unsqueeze(-1) - torch.arange(dim, dtype=df.dtype, device=df.device)) / 2
 
 
@@ -323,7 +324,7 @@ def _bartlett(df: Tensor, scale_tril: Tensor, shape: Size) -> Tensor:
 
 
 def _scale_tril(name: str, matrix: Tensor) -> Tensor:
-    """Cholesky factor of V from V, its inverse or itself, whichever name says matrix is."""
+    """Cholesky factor of V, from the argument ``name``: V, its inverse, or the factor itself."""
     if name == "scale_tril":
         return matrix
     if name == "covariance_matrix":

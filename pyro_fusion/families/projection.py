@@ -32,8 +32,8 @@ __all__ = [
 
 
 def project_draws(like: Factor, draws: Tensor) -> Factor:
-    """The member of ``like``'s family (behind its transforms) with the mean sufficient statistics
-    of ``draws``, which is the maximum likelihood fit: ``[n, *shape] -> `` a factor.
+    """The maximum likelihood fit to ``draws``, ``[n, *shape]``, in the family of ``like`` behind
+    its transforms: the member with the mean sufficient statistics of the draws.
 
     :raises ParameterError: if the draws are too few or do not vary, so that no member fits.
     """
@@ -46,15 +46,15 @@ def project_draws(like: Factor, draws: Tensor) -> Factor:
 
 
 def moves_with_location(family: Family) -> bool:
-    """Whether a value moves as the location does, so that statistics can be taken about any."""
+    """True if values move as the location does, so that statistics can be taken about any point."""
     name = family.location
     return name is not None and family.parameters[name] == family.event_dim
 
 
 def fit(family: Family, value: Tensor, transforms: Sequence[Transform], batch_dim: int) -> Factor:
-    """The maximum likelihood member of a family, behind ``transforms``: that with the mean
-    sufficient statistics of ``value``, ``[n, *base_shape, *event_shape]`` in front of them. In
-    float64, and not checked."""
+    """The maximum likelihood member of a family, behind ``transforms``, for ``value``,
+    ``[n, *base_shape, *event_shape]``, given in the coordinates before the transforms. In float64,
+    and not checked."""
     event_shape = value.shape[value.dim() - family.event_dim :]
     origin = None
     if moves_with_location(family):
@@ -91,7 +91,8 @@ def project_onto(
     already, exact from a Normal to a MultivariateNormal, otherwise the member of that family
     with the mean sufficient statistics of ``num_samples`` draws, with a warning.
 
-    :param prior: of the same shape as ``like``, which is only its pattern.
+    :param prior: of the same shape as ``like``.
+    :param like: the family and coordinates; its parameters do not matter.
     :param seed: of the draws; the global random state is left as it was.
     :raises StructureError: if the shapes differ.
     :raises ParameterError: if draws lie outside the support of ``like``, or match no member.
@@ -128,7 +129,8 @@ def project_onto(
 
 
 def _as_joint(factor: Factor, like: Factor) -> Factor:
-    """A Normal in the form of a MultivariateNormal ``like``, where that is possible."""
+    """``factor`` as a MultivariateNormal in the form of ``like``, if it is a Normal for which that
+    is possible; else unchanged."""
     if factor.family.name != "Normal" or like.family.name != "MultivariateNormal":
         return factor
     reshaped = bool(like.transforms) and isinstance(like.transforms[0], tt.ReshapeTransform)
@@ -142,7 +144,7 @@ def _as_joint(factor: Factor, like: Factor) -> Factor:
 
 
 def to_marginals(factor: Factor) -> tuple[Factor, float]:
-    """A MultivariateNormal factor as a product of its scalar marginals, and what that loses:
+    """A MultivariateNormal factor as a product of its scalar marginals, and the loss
     ``KL(joint ‖ product of marginals)`` in nats, the largest over the batch."""
     tril = factor.params["scale_tril"]
     scale = tril.square().sum(-1).sqrt()
@@ -155,8 +157,8 @@ def to_marginals(factor: Factor) -> tuple[Factor, float]:
 def _expected_log_sigmoid(loc: Tensor, scale: Tensor) -> Tensor:
     """``E[log σ(u)]``, ``u ~ N(loc, scale²)``, to about 1e-12, whatever the scale.
 
-    Narrow Normals by Gauss-Hermite quadrature. Of wide ones, over which the bend of log σ at the
-    origin is a kink, the kink in closed form, ``E[min(u, 0)]``, and the rest,
+    Narrow Normals are integrated by Gauss-Hermite quadrature. On the scale of a wide one log σ has
+    a kink at the origin: its part ``E[min(u, 0)]`` is taken in closed form, and the rest, that of
     ``log(1 + exp(-|u|))``, by Gauss-Legendre quadrature on either side.
     """
 
@@ -202,7 +204,7 @@ def dirichlet_from_stick_breaking(factor: Factor) -> Factor:
 
 
 def is_stick_breaking(factor: Factor) -> bool:
-    """Whether ``factor`` is a Normal (of any covariance) behind one stick-breaking transform."""
+    """True if ``factor`` is a Normal (of any covariance) behind one stick-breaking transform."""
     return (
         len(factor.transforms) == 1
         and isinstance(factor.transforms[0], tt.StickBreakingTransform)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Dirichlet and Beta, Categorical and Bernoulli."""
+"""The families Dirichlet and Beta, Categorical and Bernoulli."""
 
 import math
 
@@ -24,14 +24,14 @@ from pyro_fusion.families.special import (
 
 @in_blocks
 def _expected_log(alpha: Tensor) -> Tensor:
-    """``ψ(α_k) - ψ(Σα)``."""
+    """``E[log x_k] = ψ(α_k) - ψ(Σα)`` of a Dirichlet."""
     total = alpha.sum(-1, keepdim=True)
     return log_share(alpha, total) - log_minus_digamma(alpha) + log_minus_digamma(total)
 
 
 @in_blocks
 def _log_beta(alpha: Tensor) -> Tensor:
-    """``Σ log Γ(α_k) - log Γ(Σα)``, of which what grows with ``α log α`` cancels on paper."""
+    """``Σ log Γ(α_k) - log Γ(Σα)``, with the terms in ``α log α`` cancelled analytically."""
     total = alpha.sum(-1, keepdim=True)
     parts = alpha * log_share(alpha, total) - alpha.log() / 2 + stirling_rest(alpha)
     whole = -total.log() / 2 + stirling_rest(total)
@@ -41,8 +41,8 @@ def _log_beta(alpha: Tensor) -> Tensor:
 
 @in_blocks
 def _kl(alpha: Tensor, beta: Tensor) -> Tensor:
-    """``KL(Dirichlet(α) ‖ Dirichlet(β))``: what the means differ by, ``Σβ`` times a Categorical
-    KL, and what the concentrations do. The terms in ``log Γ``, which cancel, never appear."""
+    """``KL(Dirichlet(α) ‖ Dirichlet(β))``: a part for the means, ``Σβ`` times a Categorical KL,
+    and one for the concentrations. The terms in ``log Γ``, which cancel, never appear."""
     alpha_sum, beta_sum = alpha.sum(-1), beta.sum(-1)
     weights = beta / beta_sum.unsqueeze(-1)
     means = (weights * excess(alpha / alpha_sum.unsqueeze(-1), weights)).sum(-1)
@@ -52,7 +52,7 @@ def _kl(alpha: Tensor, beta: Tensor) -> Tensor:
 
 @register_family(torch.distributions.Dirichlet)
 class DirichletFamily(Family):
-    """``T(x) = log x``, ``η = concentration - 1``."""
+    """Dirichlet: ``T(x) = log x``, ``η = concentration - 1``."""
 
     distribution = dist.Dirichlet
     event_dim = 1
@@ -91,7 +91,7 @@ class DirichletFamily(Family):
     ) -> Params:
         alpha = params["concentration"]
         if fill is None:
-            # One count, a uniform prior's, but no more than what the party gives any part.
+            # One count, as in a uniform prior, but no more than the party's least concentration.
             fill = alpha.amin(-1, keepdim=True).clamp(max=1)
         result = fill.to(alpha).expand((*alpha.shape[:-1], size)).clone()
         result[..., index] = alpha
@@ -100,7 +100,7 @@ class DirichletFamily(Family):
 
 @register_family(torch.distributions.Beta)
 class BetaFamily(Family):
-    """``T(x) = (log x, log(1-x))``, ``η = (concentration1 - 1, concentration0 - 1)``."""
+    """Beta: ``T(x) = (log x, log(1-x))``, ``η = (concentration1 - 1, concentration0 - 1)``."""
 
     distribution = dist.Beta
     event_dim = 0
@@ -138,7 +138,8 @@ class BetaFamily(Family):
 
 @register_family(torch.distributions.Categorical)
 class CategoricalFamily(Family):
-    """``T(x) = onehot(x)``, ``η = logits`` (not minimal: a common shift changes nothing)."""
+    """Categorical: ``T(x) = onehot(x)``, ``η = logits`` (not minimal: a common shift changes
+    nothing)."""
 
     distribution = dist.Categorical
     event_dim = 0
@@ -168,7 +169,7 @@ class CategoricalFamily(Family):
 
 @register_family(torch.distributions.Bernoulli)
 class BernoulliFamily(Family):
-    """``T(x) = x``, ``η = logits``."""
+    """Bernoulli: ``T(x) = x``, ``η = logits``."""
 
     distribution = dist.Bernoulli
     event_dim = 0
@@ -196,5 +197,5 @@ class BernoulliFamily(Family):
         return {"logits": torch.logit(mu[..., 0])}
 
     def center(self, params: Params) -> Tensor:
-        # torch's mode is NaN where both values are as likely.
+        # torch's mode is NaN where both values are equally likely.
         return (params["logits"] >= 0).to(params["logits"])

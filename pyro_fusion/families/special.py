@@ -1,12 +1,11 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Special functions and the one root finder behind every mean-to-natural conversion that has no
-closed form.
+"""Special functions, their inverses, and packed symmetric matrices.
 
-All of them reduce to a scalar monotone equation per batch element, so a safeguarded Newton with
-a bracket is enough: it cannot diverge, whatever the parameters. (Of Dirichlets, whose equation is
-a nested one, it is what a faster method falls back on.)
+Conversions of mean to natural parameters without a closed form reduce to one scalar monotone
+equation per batch element, which Newton's method within a bracket solves without ever diverging.
+(Dirichlets, whose equation is a nested one, use it where a faster method does not converge.)
 """
 
 import functools
@@ -36,13 +35,13 @@ __all__ = [
 # From here on the asymptotic series of digamma is exact to double precision.
 _ASYMPTOTIC = 20.0
 
-# Numbers in a block of rows. What is computed on the way, a dozen tensors of that size, stays in
-# the processor's cache; for a large batch at once it would not, and would take four times as long.
+# Numbers in a block of rows. A dozen intermediate tensors of this size stay in the processor's
+# cache; for a large batch at once they would not, and would take four times as long.
 _BLOCK = 1 << 16
 
 
 def in_blocks(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The same function of ``[..., P]``, over blocks of rows: a GPU takes all at once."""
+    """Decorator: apply a function of ``[..., P]`` to blocks of rows on the CPU, to all on a GPU."""
 
     @functools.wraps(f)
     def blocked(*alpha: Tensor) -> Tensor:
@@ -87,7 +86,7 @@ def log_near_one(ratio: Tensor, gap: Tensor) -> Tensor:
 
 
 def stirling_rest(x: Tensor) -> Tensor:
-    """What Stirling leaves: ``log Γ(x) - (x - 1/2) log x + x - log(2π)/2``."""
+    """The remainder of Stirling's formula: ``log Γ(x) - (x - 1/2) log x + x - log(2π)/2``."""
     small, big = x.clamp(max=_ASYMPTOTIC), x.clamp(min=_ASYMPTOTIC)
     value = torch.lgamma(small) - (small - 0.5) * small.log() + small - 0.5 * math.log(2 * math.pi)
     i = 1 / big
@@ -105,11 +104,11 @@ def stirling_rest_slope(x: Tensor) -> Tensor:
 
 
 def stirling_kl(a: Tensor, b: Tensor) -> Tensor:
-    """KL between Gammas of concentrations ``a`` and ``b`` and one mean.
+    """KL divergence between Gammas of concentrations ``a`` and ``b`` and equal means.
 
-    It is the part that stays small of the Bregman divergence of ``log Γ``,
+    It is the part of the Bregman divergence of ``log Γ`` that stays small,
     ``log Γ(b) - log Γ(a) - (b - a) ψ(a) = b (a/b - 1 - log(a/b)) + stirling_kl(a, b)``:
-    by Stirling's formula what grows with the concentrations cancels on paper.
+    by Stirling's formula the terms that grow with the concentrations cancel analytically.
     """
     bregman = stirling_rest(b) - stirling_rest(a) - (b - a) * stirling_rest_slope(a)
     return excess(b, a) / 2 + bregman
@@ -211,7 +210,7 @@ def _log_ratio(t: Tensor, a: Tensor) -> Tensor:
 def log_share(alpha: Tensor, total: Tensor) -> Tensor:
     """``log(α_k / Σα)``, relatively exact even where one part is nearly all of it."""
     share = (alpha / total).log()
-    # Of the largest alone: the sum of the other parts, without a subtraction.
+    # For the largest part, use the sum of the others, without a subtraction.
     top = alpha.detach().argmax(-1, keepdim=True)
     left = alpha.scatter(-1, top, 0.0).sum(-1, keepdim=True) / total
     largest = torch.where(left < 0.5, (-left).log1p(), share.gather(-1, top))
@@ -246,7 +245,7 @@ def _inverse_digamma_guess(y: Tensor) -> Tensor:
 
 
 def _dirichlet_newton(t: Tensor, max_iterations: int = 30) -> tuple[Tensor, Tensor]:
-    """``[N, K]`` -> the solutions, and which of the ``N`` are to be trusted."""
+    """Solutions by Newton's method, ``[N, K]``, and which of the ``N`` have converged."""
     total = _dirichlet_total(t).unsqueeze(-1)
     for _ in range(4):
         x = _inverse_digamma_guess(t + torch.digamma(total))
@@ -257,7 +256,7 @@ def _dirichlet_newton(t: Tensor, max_iterations: int = 30) -> tuple[Tensor, Tens
     for _ in range(max_iterations):
         step = _dirichlet_step(result[active], t[active])
         size = step.abs().amax(-1)
-        # Where the step is long Newton's model is not to be believed.
+        # Long steps are shortened: Newton's linear model does not hold so far away.
         y = result[active] + step * (2 / size.clamp(min=2)).unsqueeze(-1)
         result[active] = y.clamp(-700.0, 60.0)
         # Short steps shrink quadratically, the next to less than a digit; those that no longer
@@ -280,7 +279,7 @@ def _dirichlet_step(y: Tensor, t: Tensor) -> Tensor:
     gap = t - log_share(alpha, total) + log_minus_digamma(alpha) - log_minus_digamma(total)
     slope, slope_total = _log_minus_digamma_slope(alpha), _log_minus_digamma_slope(total)
     inverse, inverse_total = alpha / (1 + slope), total / (1 + slope_total)  # 1/ψ'
-    # 1/ψ'(Σα) - Σ 1/ψ'(α_k), of which what is linear in α cancels on paper.
+    # 1/ψ'(Σα) - Σ 1/ψ'(α_k), with the terms linear in α cancelled analytically.
     far = (inverse * slope).sum(-1, keepdim=True) - inverse_total * slope_total
     near = inverse_total - inverse.sum(-1, keepdim=True)
     common = (gap * inverse).sum(-1, keepdim=True) / torch.where(total > 1, far, near)
@@ -288,8 +287,9 @@ def _dirichlet_step(y: Tensor, t: Tensor) -> Tensor:
 
 
 def _dirichlet_nested(t: Tensor) -> Tensor:
-    """Given the total ``a = Σα`` each ``α_k`` follows by inverting digamma, so there is one scalar
-    equation, ``Σ_k α_k(a) = a``, with exactly one root: bracketed, thus safe, but slow."""
+    """Solutions by nested root finding, safe but slow, ``[N, K]``. Given the total ``a = Σα`` each
+    ``α_k`` follows by inverting digamma, which leaves one scalar equation, ``Σ_k α_k(a) = a``, with
+    exactly one root."""
     start = _dirichlet_total(t).log()
 
     def f(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -311,9 +311,9 @@ def mvdigamma(x: Tensor, dim: int) -> Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _packing(dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """Of each packed entry, its place in the flat matrix and its factor; of each entry of the
-    matrix, its place among the packed."""
-    with torch.inference_mode(False):  # they outlive the mode of the first who asks
+    """Index tables: the place of each packed entry in the flat matrix and its factor, and the place
+    of each entry of the matrix among the packed ones."""
+    with torch.inference_mode(False):  # cached tensors outlive the first caller's mode
         i, j = torch.tril_indices(dim, dim, device=device)
         place = torch.empty(dim, dim, dtype=torch.long, device=device)
         place[i, j] = place[j, i] = torch.arange(len(i), device=device)
@@ -321,21 +321,21 @@ def _packing(dim: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
-    """``[..., D, D] -> [..., D(D+1)/2]``, off-diagonal entries times √2, so that inner products
-    of packed matrices are traces of the products."""
+    """Pack symmetric matrices, ``[..., D, D] -> [..., D(D+1)/2]``, with off-diagonal entries times
+    √2, so that inner products of packed matrices are traces of the products."""
     index, scale, _ = _packing(matrix.shape[-1], matrix.device)
     return matrix.flatten(-2).index_select(-1, index) * scale.to(matrix.dtype)
 
 
 def unpack_symmetric(packed: Tensor, dim: int) -> Tensor:
-    """Inverse of :func:`pack_symmetric`."""
+    """Unpack symmetric matrices; the inverse of :func:`pack_symmetric`."""
     _, scale, place = _packing(dim, packed.device)
     entries = packed / scale.to(packed.dtype)
     return entries.index_select(-1, place).unflatten(-1, (dim, dim))
 
 
 def inverse_tril(matrix: Tensor) -> Tensor:
-    """The Cholesky factor of the inverse, lower triangular."""
+    """The lower Cholesky factor of the inverse of ``matrix``."""
     # From J M J = C Cᵀ, J reversing the order, M⁻¹ = (J C⁻ᵀ J)(J C⁻ᵀ J)ᵀ.
     reverse = torch.linalg.cholesky(matrix.flip(-2, -1)).flip(-2, -1).mT
     eye = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)

@@ -35,7 +35,7 @@ __all__ = [
     "with_cache",
 ]
 
-# Pyro has its own class for what is the same map.
+# Pyro's own classes for maps that torch has too.
 _SAME: dict[type[Transform], type[Transform]] = {pt.SoftplusTransform: tt.SoftplusTransform}
 # name -> (type, arguments that rebuild it)
 _KNOWN: dict[str, tuple[type[Transform], tuple[str, ...]]] = {}
@@ -93,7 +93,7 @@ def _is_identity(t: Transform) -> bool:
 
 def with_cache(t: Transform, size: int) -> Transform:
     """``t`` with a cache of its own (``size`` 1), or without one (0): caches are neither shared
-    nor copied, as what they hold may be part of a graph."""
+    nor copied, as their tensors may be part of an autograd graph."""
     if size == t._cache_size == 0:
         return t
     if isinstance(t, tt._InverseTransform):
@@ -110,7 +110,7 @@ def with_cache(t: Transform, size: int) -> Transform:
 
 
 def at_dtype(t: Transform, dtype: torch.dtype) -> Transform:
-    """``t`` for values of ``dtype``: one number to the power of another is of the wider type."""
+    """``t`` for values of ``dtype``: a power has the wider dtype of base and exponent."""
     if isinstance(t, tt._InverseTransform):
         inner = at_dtype(t.inv, dtype)
         return t if inner is t.inv else inner.inv
@@ -120,11 +120,11 @@ def at_dtype(t: Transform, dtype: torch.dtype) -> Transform:
 
 
 def is_elementwise(t: Transform) -> bool:
-    """Whether ``t`` acts on each number alone, so that axes keep their meaning through it."""
+    """True if ``t`` acts on each number alone, so that axes keep their meaning through it."""
     return t.domain.event_dim == 0 and t.codomain.event_dim == 0
 
 
-# After the name of a transform: its inverse.
+# Suffix of a transform's name that stands for its inverse.
 _INVERSE = ".inv"
 
 
@@ -154,7 +154,7 @@ def describe(t: Transform) -> list[Any]:
 
 
 def rebuild(description: Sequence[Any]) -> Transform:
-    """The inverse of :func:`describe`.
+    """The transform with a given description; the inverse of :func:`describe`.
 
     :raises UnsupportedFamilyError: for a name that is not known.
     :raises TypeError, ValueError: for arguments that do not fit it.
@@ -174,7 +174,7 @@ def rebuild(description: Sequence[Any]) -> Transform:
 
 
 def _argument(cls: type[Transform], name: str, value: Any) -> Any:
-    """An argument as :func:`describe` writes it; torch's constructors check next to nothing."""
+    """A constructor's argument from a description, checked here because torch hardly does."""
     what = f"{name} of {cls.__name__}"
     if cls is tt.ReshapeTransform:
         sizes = value if isinstance(value, list) and len(value) <= 16 else [None]
@@ -194,7 +194,7 @@ def _argument(cls: type[Transform], name: str, value: Any) -> Any:
 
 _Bounds = tuple[float, float]
 _EVERYTHING: _Bounds = (-math.inf, math.inf)
-# Overflow is this far away at the least from what an affine map does to one.
+# The least factor between what an affine map or a power does to one and overflow.
 _MARGIN = 1e3
 
 
@@ -205,7 +205,7 @@ def _bare(c: Constraint) -> Constraint:
 
 
 def _bounds(c: Constraint) -> _Bounds | None:
-    """Between which numbers all entries of a value lie; None if that is not known."""
+    """The bounds of all entries of a value; None if they are not known."""
     c = _bare(c)
     if isinstance(c, type(constraints.simplex)):
         return 0.0, 1.0
@@ -218,7 +218,7 @@ def _bounds(c: Constraint) -> _Bounds | None:
         return None
     lower = -math.inf if low is None else float(torch.as_tensor(low).min())
     upper = math.inf if high is None else float(torch.as_tensor(high).max())
-    # Half a step wider: the ends themselves are values, where logarithms are not finite.
+    # Half a step wider for discrete values, which include the ends, where a log is not finite.
     step = 0.5 if c.is_discrete else 0.0
     return lower - step, upper + step
 
@@ -226,9 +226,9 @@ def _bounds(c: Constraint) -> _Bounds | None:
 def check_domains(
     support: Constraint | None, transforms: Sequence[Transform], dtype: torch.dtype
 ) -> None:
-    """Check that ``transforms`` can follow a family with this ``support``, one upon the other.
+    """Check that ``transforms`` can follow a family with this ``support``, one after the other.
 
-    :raises ParameterError: naming the transform whose domain does not hold what comes before it.
+    :raises ParameterError: naming the transform whose domain does not hold the values before it.
     """
     before = None if support is None else _bare(support)
     bounds = None if support is None else _bounds(support)
@@ -240,7 +240,7 @@ def check_domains(
         if domain.event_dim and before is not None:
             fits = isinstance(before, type(domain))
         else:
-            # What lies between unknown bounds is left to a look at values.
+            # Unknown bounds are left to a check of values.
             fits = not (needed and bounds) or (needed[0] <= bounds[0] and bounds[1] <= needed[1])
         if not fits:
             raise ParameterError(
@@ -267,8 +267,8 @@ def _check_size(t: Transform, dtype: torch.dtype) -> None:
 
 
 def _image(t: Transform, bounds: _Bounds | None) -> _Bounds | None:
-    """Bounds of what ``t`` makes of values within ``bounds``: those of its codomain, or, where it
-    acts on each number alone and is thus monotone, of the ends."""
+    """Bounds of the images under ``t`` of values within ``bounds``: those of its codomain, and if
+    it acts on each number alone, and is thus monotone, also the images of the ends."""
     known = _bounds(t.codomain)
     if bounds is None or not is_elementwise(t):
         return known
@@ -290,7 +290,7 @@ def _scalar(t: Transform, value: float | Tensor) -> float:
 
 
 def plain_transform(t: Transform) -> Transform:
-    """Transforms that hold tensors, with plain numbers instead: the same on every device."""
+    """``t`` with plain numbers in place of tensors, so that it is the same on every device."""
     if isinstance(t, tt._InverseTransform):
         inner: Transform = t.inv
         if isinstance(inner, tt.AffineTransform):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Wishart and NormalWishart."""
+"""The families Wishart and NormalWishart."""
 
 import math
 import warnings
@@ -38,15 +38,15 @@ def _log_normalizer(df: Tensor, tril: Tensor) -> Tensor:
 
 
 def _from_mean(half_negative: Tensor, half_log_det: Tensor) -> tuple[Tensor, Tensor]:
-    """``(-E[Λ]/2, E[log|Λ|]/2) -> (df, scale_tril)``."""
+    """Parameters from means, ``(-E[Λ]/2, E[log|Λ|]/2) -> (df, scale_tril)``."""
     tril = torch.linalg.cholesky(-2 * half_negative)
     df = wishart_df(_log_det(tril) - 2 * half_log_det, tril.shape[-1])
     return df, tril / df[..., None, None].sqrt()
 
 
 class Wishart(dist.Wishart):
-    """The Wishart as it is in Pyro, but for its sampler: torch's takes regular draws for singular
-    ones, warns of each and draws it again."""
+    """Pyro's Wishart with another sampler: torch's takes regular draws for singular ones, warns of
+    each and draws it again."""
 
     def rsample(
         self, sample_shape: Sequence[int] = (), max_try_correction: int | None = None
@@ -67,7 +67,7 @@ def _as_normal_wishart(params: Params) -> NormalWishart:
 
 @register_family(torch.distributions.Wishart)
 class WishartFamily(Family):
-    """``T(Λ) = (-Λ/2, log|Λ|/2)``, ``η = (V⁻¹, df - D - 1)``."""
+    """Wishart: ``T(Λ) = (-Λ/2, log|Λ|/2)``, ``η = (V⁻¹, df - D - 1)``."""
 
     distribution = Wishart
     event_dim = 2
@@ -75,7 +75,7 @@ class WishartFamily(Family):
 
     def build(self, params: Params, validate_args: bool | None = None) -> Distribution:
         with warnings.catch_warnings():
-            # Of df < D, which is a Wishart like any other.
+            # df < D gives a Wishart like any other.
             warnings.filterwarnings("ignore", message="Low df values")
             return Wishart(**params, validate_args=validate_args)
 
@@ -110,13 +110,13 @@ class WishartFamily(Family):
         return {"df": df, "scale_tril": tril}
 
     def kl(self, p: Params, q: Params) -> Tensor:
-        # What the two add to the Wishart is the same, so its divergence is zero.
+        # Both get the same Normal part, whose divergence is zero.
         return kl_divergence(_as_normal_wishart(p), _as_normal_wishart(q))
 
 
 @register_family()
 class NormalWishartFamily(Family):
-    """``T(m, Λ) = (Λm, -mᵀΛm/2, -Λ/2, log|Λ|/2)``,
+    """NormalWishart: ``T(m, Λ) = (Λm, -mᵀΛm/2, -Λ/2, log|Λ|/2)``,
     ``η = (κ loc, κ, V⁻¹ + κ loc locᵀ, df - D)`` with ``κ = concentration``."""
 
     distribution = NormalWishart
@@ -185,7 +185,7 @@ class NormalWishartFamily(Family):
         return {"loc": m, "concentration": k, "df": df, "scale_tril": tril}
 
     def center(self, params: Params) -> Tensor:
-        # Of the marginals: the joint mean does not exist at every df.
+        # From the centres of the marginals: the mean does not exist for every df.
         tril = params["scale_tril"]
         precision = params["df"][..., None, None] * (tril @ tril.mT)
         return torch.cat([params["loc"].unsqueeze(-1), precision], -1)

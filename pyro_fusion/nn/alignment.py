@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The hidden units of several networks in one order."""
+"""Alignment: the hidden units of several networks in one order."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyro_fusion.posterior import Axes, Posterior
 
 __all__ = ["align", "equally_sure", "permuted", "unit_orders"]
 
-# More are hardly better, and each costs as much: units that fit together are found from any start.
+# More starts cost time and hardly help: units that fit together are found from any start.
 _RESTARTS = 3
 
 
@@ -28,28 +28,29 @@ def align(posteriors: Sequence[Posterior], axes: Axes, *, seed: int = 0) -> list
     .. math:: \min_{\pi, a} \sum_s \| \pi_s(\theta_s) - a \|^2
 
     over a permutation of each network's units for each label. It is fusion with as many atoms as
-    each network has units, of Normals of one width: the widths of the posteriors themselves say how
-    little the data tell of a parameter, rather than which unit it belongs to, and led astray in
-    ``benchmarks/fisher.py``. ``to_module(posterior, network)`` makes an aligned network of one::
+    each network has units, of Normals of one width. The widths of the posteriors themselves are not
+    used: they say how little the data tell of a parameter, not which unit it belongs to, and gave
+    worse orders in ``benchmarks/fisher.py``. ``to_module(posterior, network)`` makes an aligned
+    posterior a network::
 
         axes = module_axes(networks[0]).axes
         aligned = align(posteriors, axes)
         networks = [to_module(p, n) for p, n in zip(aligned, networks)]
 
-    :param axes: site -> labels; sites that a posterior does not have are passed over.
-    :param seed: of the starts.
+    :param axes: site -> labels; sites that a posterior does not have are ignored.
+    :param seed: of the random starts.
     :return: permuted posteriors, without labels.
     :raises StructureError: if no site has a label.
 
-    Source: Ainsworth, Hayase & Srinivasa, *Git Re-Basin* (ICLR 2023), sec. 3.2, of any number of
-    networks.
+    Source: Ainsworth, Hayase & Srinivasa, *Git Re-Basin* (ICLR 2023), sec. 3.2, extended to any
+    number of networks.
     """
     every = zip(posteriors, unit_orders(posteriors, axes, seed), strict=True)
     return [permuted(p, axes, orders) for p, orders in every]
 
 
 def unit_orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[dict[str, Tensor]]:
-    """Of each posterior, by label, which of its components is which atom's: LongTensor ``[L]``."""
+    """The component of each atom, for each posterior: label -> LongTensor ``[L]``."""
     means = [
         _labelled(equally_sure({k: f.center() for k, f in p.decomposed.items()}), axes)
         for p in posteriors
@@ -69,7 +70,7 @@ def unit_orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[
 
 
 def permuted(posterior: Posterior, axes: Axes, orders: Mapping[str, Tensor]) -> Posterior:
-    """A posterior with its components in these orders, without labels."""
+    """The posterior with its components in these orders, without labels."""
     result = _labelled(posterior, axes)
     for label, order in orders.items():
         result = result.permute(label, order)
@@ -77,7 +78,7 @@ def permuted(posterior: Posterior, axes: Axes, orders: Mapping[str, Tensor]) -> 
 
 
 def equally_sure(means: Mapping[str, Tensor]) -> Posterior:
-    """Normals of one width around the numbers of each site."""
+    """A posterior of Normals of one width around the ``means`` of each site."""
     return Posterior({k: Normal(x, torch.ones_like(x)).to_event(x.dim()) for k, x in means.items()})
 
 

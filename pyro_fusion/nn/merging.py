@@ -56,17 +56,17 @@ def merge_modules(
         such as those of a head of its own, are the first module's.
     :param weights: λ, one non-negative weight for each module; equal by default.
         :func:`search_weights` finds them.
-    :param axes: the hidden units of networks that did not begin alike are in different orders:
-        ``"auto"`` finds the labels of those between linear layers (not of what convolutions make)
-        and puts the units of each network in the order in which they fit together best, before
-        merging; or labels by parameter. Running statistics have the label of the weight beside
-        them, unless one is given. By default units are merged with those of their own number.
+    :param axes: labels by parameter, for networks that did not begin alike, whose hidden units are
+        in different orders: the units of each network are put in the order in which they fit
+        together best, before merging. ``"auto"`` finds the labels of units between linear layers
+        (not of channels of convolutions). Running statistics have the label of the weight beside
+        them, unless one is given. By default units are merged with those of the same number.
     :param inputs: arguments of the modules, where ``axes="auto"`` cannot make them; see
         :func:`~pyro_fusion.module_axes`.
     :param floor: no precision is below it: the Fisher floor of Matena & Raffel.
     :param normalize: divide each module's Fisher information by its norm over all parameters, so
-        that networks which are surer of themselves have no more say.
-    :param seed: of the starts from which the order of the units is sought.
+        that networks which are surer of themselves have no more weight.
+    :param seed: of the random starts of the search for the order of the units.
     :raises StructureError: for modules of different architectures (names, shapes, tied parameters),
         whose frozen parameters or buffers differ, or posteriors that do not fit them.
     :raises ParameterError: for weights or a floor out of range.
@@ -108,7 +108,7 @@ def prepared(
     floor: float,
     seed: int,
 ) -> list[Prepared]:
-    """What there is to merge, checked, with the units in one order; arguments as of
+    """The networks to merge, checked, with their units in one order; arguments as in
     :func:`merge_modules`."""
     ready = _posteriors(modules, posteriors, floor)
     statistics = [_statistics(m) for m in modules]
@@ -132,8 +132,8 @@ def _label_of(statistic: str, axes: Axes) -> str:
 
 
 def _axes(module: nn.Module, inputs: tuple[Any, ...], seed: int) -> Axes:
-    """Labels by parameter. Running statistics, which tell units apart, are at first values; those
-    without a weight get one, so that there is a label beside them."""
+    """Labels by parameter, found with running statistics, which tell units apart, at their initial
+    values; statistics without a weight get one, so that there is a label beside them."""
     module = copy.deepcopy(module)
     for m in _normalised(module).values():
         m.reset_running_stats()
@@ -146,11 +146,11 @@ def _axes(module: nn.Module, inputs: tuple[Any, ...], seed: int) -> Axes:
 def pooled(
     modules: Sequence[nn.Module], ready: Sequence[Prepared], weights: Tensor, normalize: bool
 ) -> nn.Module:
-    """Merge what :func:`prepared` has made."""
+    """The merged network of the result of :func:`prepared`."""
     posteriors, scaled = [one.posterior for one in ready], weights
     if normalize:
         scaled = weights / torch.stack([_norm(p) for p in posteriors])
-    # What `fuse` does with sites that have no label.
+    # As `fuse` pools sites that have no label.
     parties = Parties.of(posteriors, Exclusive(), scaled, None, None)
     everyone = torch.zeros(len(posteriors), dtype=torch.long)
     values = {}
@@ -210,7 +210,7 @@ def _posteriors(
 
 
 def _trained(m: nn.Module, party: int) -> Posterior:
-    """All parameters that are trained, with one precision."""
+    """A posterior around all parameters that are trained, with one precision."""
     trained = {k: p.detach() for k, p in m.named_parameters() if p.requires_grad and p.numel()}
     what = f"the {type(m).__name__} has"
     if not trained:
@@ -282,7 +282,7 @@ def _tensors(m: nn.Module) -> dict[str, Tensor]:
 
 
 def _described(m: nn.Module) -> Iterator[tuple[str, str]]:
-    """What modules of one architecture have in common."""
+    """Each part of a module with its description, equal for modules of one architecture."""
     names: dict[int, str] = {}
     for name, p in m.named_parameters(remove_duplicate=False):
         tied = names.setdefault(id(p), name)
@@ -316,7 +316,7 @@ def _statistics(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _mixed(every: Sequence[Mapping[str, Tensor]], weights: Tensor) -> dict[str, Tensor]:
-    """Running means and variances of the mixture of those of all modules."""
+    """The running means and variances of the mixture of all modules' units."""
     result: dict[str, Tensor] = {}
     for name in every[0]:
         if not name.endswith("running_mean"):

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Weights of the networks in a merge, by how well the merged network does on validation data."""
+"""Search for the weights of the networks in a merge, by the merged network's validation score."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ class WeightSearch:
     """The result of :func:`search_weights`.
 
     :ivar module: the merged network with the best weights.
-    :ivar weights: these, adding up to 1: ``[S]``, float64.
-    :ivar score: its score.
-    :ivar tried: all weights that were tried, in order: ``[N, S]``. Of two networks, the λ curve.
-    :ivar scores: and their scores: ``[N]``.
+    :ivar weights: the best weights, adding up to 1: ``[S]``, float64.
+    :ivar score: the score of ``module``.
+    :ivar tried: all weights that were tried, in order: ``[N, S]``. For two networks, the λ curve.
+    :ivar scores: the scores of ``tried``: ``[N]``.
     """
 
     module: nn.Module
@@ -54,14 +54,14 @@ def search_weights(
 ) -> WeightSearch:
     """The weights λ with which :func:`merge_modules` scores best.
 
-    Of two networks, λ is tried on a grid over [0, 1]. Of more, equal weights, each network alone
-    and random weights are tried, uniform over the simplex; with the second half of the evaluations
-    the best of them are improved by the Nelder-Mead method in log-ratios of the weights. Of weights
-    that score alike, the ones nearest to equal are taken.
+    For two networks, λ is tried on a grid over [0, 1]. For more, equal weights, each network alone
+    and random weights, uniform over the simplex, are tried; with the second half of the evaluations
+    the best of them are improved by the Nelder-Mead method in log-ratios of the weights. Among
+    weights with equal scores, the ones nearest to equal are taken.
 
     :param score: a function of a module, such as its accuracy on validation data; the higher the
         better. It is called without gradients, and with the module in the mode of the first one.
-    :param num_evaluations: how many weights to try, at most; at least one more than modules.
+    :param num_evaluations: the most weights to try; at least one more than modules.
     :param progress: show a progress bar over the evaluations.
     :raises ParameterError: for a score that is not finite, or too few evaluations.
 
@@ -127,11 +127,11 @@ def _candidates(size: int, number: int, seed: int) -> Iterator[np.ndarray]:
 
 
 def _best(tried: Sequence[np.ndarray], scores: Sequence[float]) -> int:
-    """The highest score; of several, that of the weights nearest to equal."""
+    """The index of the highest score; among equal scores, of the weights nearest to equal."""
     return min(range(len(tried)), key=lambda i: (-scores[i], float(np.sum(tried[i] ** 2))))
 
 
-# Weights at the border of the simplex are this far inside to begin with, and steps this long.
+# How far inside the simplex weights on its border begin, and the length of the first steps.
 _INSIDE, _STEP = 0.01, 1.0
 
 

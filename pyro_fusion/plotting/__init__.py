@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """Pictures of a fusion. Matplotlib is optional and imported only by the functions here; each draws
-into what it is given, or into something new, and returns it."""
+into the axes or figure that it is given, or into a new one, and returns it."""
 
 from pyro_fusion.plotting.assignment import plot_assignment, plot_popularity
 from pyro_fusion.plotting.calibration import plot_calibration

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which party has which atom, and how many have each."""
+"""Plots of the assignment: which party has which atom, and how many parties have each."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = ["plot_assignment", "plot_popularity"]
 
 
 def plot_assignment(fusion: Fusion, label: str | None = None, ax: Axes | None = None) -> Axes:
-    """Parties by atoms: a filled cell where a party has the atom, with the number of its component
-    in it; below each atom how many parties have it. Numbers are left out where there is no room.
+    """A table of parties by atoms: a filled cell where a party has the atom, with the number of its
+    component; below each atom how many parties have it. Numbers that do not fit are left out.
 
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param label: which label; may be left out if there is one.
@@ -82,7 +82,7 @@ def plot_assignment(fusion: Fusion, label: str | None = None, ax: Axes | None = 
 
 
 def plot_popularity(fusion: Fusion, label: str | None = None, ax: Axes | None = None) -> Axes:
-    """How many parties have each atom, a bar for each; the axis ends at the number of parties.
+    """A bar for each atom: how many parties have it. The axis ends at the number of parties.
 
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param label: which label; may be left out if there is one.
@@ -107,7 +107,7 @@ def plot_popularity(fusion: Fusion, label: str | None = None, ax: Axes | None = 
     else:
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     ax.axhline(num_parties, color="black", linestyle="--", linewidth=0.8)
-    centre = (num_atoms - 1) / 2  # a few bars are not to fill the picture
+    centre = (num_atoms - 1) / 2  # a few bars should not fill the picture
     ax.set_xlim(min(-0.6, centre - 3), max(num_atoms - 0.4, centre + 3))
     ax.set_ylim(0, 1.12 * num_parties)  # room for a number above the highest bar
     steps = MaxNLocator(nbins=6, integer=True, min_n_ticks=1).tick_values(0, num_parties)

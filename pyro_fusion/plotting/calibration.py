@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Are forecasts as often right as they say?"""
+"""Reliability curves: whether forecasts are right as often as they say."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def plot_calibration(
     names: tuple[str, str] = ("after", "before"),
     ax: Axes | None = None,
 ) -> Axes:
-    """Reliability curves: accuracy by confidence, a marker for each bin that has forecasts, the
-    larger the more. The diagonal is perfect calibration; the legend has the expected calibration
+    """Reliability curves: accuracy by confidence, a marker for each bin that has forecasts, larger
+    for more forecasts. The diagonal is perfect calibration; the legend has the expected calibration
     error. See :func:`~pyro_fusion.plotting.diagnostics.reliability`.
 
     :param probabilities: of the classes, ``[N, C]``.
     :param targets: the true classes, integers ``[N]``.
     :param before: the probabilities before calibration, or those of another forecaster,
         ``[N, C]``.
-    :param bins: of confidence, of equal width.
+    :param bins: the number of bins of confidence, of equal width.
     :param names: of ``probabilities`` and ``before`` in the legend.
     :param ax: axes to draw into; a new figure by default.
     :raises StructureError: if the shapes do not fit.
@@ -73,7 +73,7 @@ def _draw(ax: Axes, curve: Reliability, name: str, style: dict[str, Any]) -> Non
     full = curve.count > 0
     x, y = curve.confidence[full].cpu().numpy(), curve.accuracy[full].cpu().numpy()
     share = (curve.count[full] / curve.count.max()).cpu().sqrt().numpy()
-    # The line alone has no legend entry for its marker: one of both, drawn nowhere.
+    # An empty line for the legend, whose entry shows the line and its marker.
     ax.plot(x, y, color=style["color"], linestyle=style["linestyle"], label="_" + name, zorder=2)
     ax.scatter(
         x,

@@ -32,10 +32,10 @@ __all__ = [
     "require_matplotlib",
 ]
 
-# Okabe & Ito's, told apart by the colour-blind; without the yellow, which print loses.
+# Okabe & Ito's colours, which the colour-blind can tell apart; without yellow, too pale in print.
 BLUE, VERMILION = "#0072B2", "#D55E00"
 CYCLE = (BLUE, VERMILION, "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
-# In a cycle of another length: a colour comes back with another mark, and 28 atoms differ.
+# Their number differs from that of the colours, so that 28 atoms look different.
 MARKERS = ("o", "s", "^", "D")
 GREY = "#999999"
 EMPTY = "#F2F2F2"
@@ -53,9 +53,9 @@ def require_matplotlib() -> None:
 
 
 def fused_label(fusion: Fusion, label: str | None) -> FusedLabel:
-    """How one label was fused; it may be left out if there is one.
+    """The fused label called ``label``, which may be left out if there is only one.
 
-    :raises StructureError: for a label that is not there, or none where there are several.
+    :raises StructureError: for an unknown label, or none where there are several.
     """
     if label is None:
         return fusion.only_label()
@@ -85,7 +85,7 @@ def cell_points(ax: Axes, rows: int, columns: int) -> float:
 def chosen_atoms(atoms: Sequence[int] | None, num_atoms: int) -> list[int]:
     """The atoms to draw; by default all.
 
-    :raises StructureError: for none, or one that is not there or is named twice.
+    :raises StructureError: for an empty list, an unknown atom, or one that is named twice.
     """
     given = range(num_atoms) if atoms is None else atoms
     try:

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Atoms with the local posteriors that contributed to them."""
+"""Plots of atoms with the local posteriors that contributed to them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = ["axis_names", "contributions", "plot_components"]
 
-# Of a peak, where the next row begins at 1.
+# The height of a peak, where the next row begins at 1.
 _HEIGHT = 0.85
 
 
@@ -46,22 +46,22 @@ def plot_components(
     atoms: Sequence[int] | None = None,
     ax: Axes | None = None,
 ) -> Axes:
-    """Each atom with the components that became it. One number of a component: a row of densities
-    for each atom, the atom filled and the parties grey, each scaled to its own peak: what is fused
-    may be much narrower than what it was made of. Two: ellipses of 1 and 2 standard deviations for
-    each atom, and thin ones of 2 for the parties. In the coordinates
-    of the site, so that a positive number is drawn as a positive one. A site that all parties share
-    is one atom, which all have.
+    """Each atom with the components that became it, in the coordinates of the site.
+
+    One number of a component gives a row of densities for each atom, the atom filled and the
+    parties grey, each scaled to its own peak, since a fused density may be much narrower than the
+    local ones. Two numbers give ellipses of 1 and 2 standard deviations for each atom, and thin
+    ones of 2 for the parties. A site that all parties share is one atom, which all have.
 
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param site: whose components to draw.
-    :param label: that of the site; may be left out.
+    :param label: the site's label; may be left out.
     :param dims: which one or two of the numbers of a component; may be left out if there are no
         more. Places along its axis, or tuples of places where it has several: ``((0, 1), (2, 1))``.
     :param atoms: which to draw, from the top; by default all, in their order.
     :param ax: axes to draw into; a new figure by default.
-    :raises StructureError: for an unknown site or label, a site with several labels, or dims or
-        atoms that are not there.
+    :raises StructureError: for an unknown site or label, a site with several labels, or unknown
+        dims or atoms.
     :raises UnsupportedFamilyError: if the numbers are not Normal, Gamma, Beta or Dirichlet behind
         transforms of single numbers; or two are not Normal.
     :raises ImportError: without matplotlib.
@@ -85,7 +85,8 @@ def plot_components(
 def contributions(
     fusion: Fusion, site: str, label: str | None, dims: Dims | None, most: int
 ) -> tuple[Marginals, list[Marginals], list[list[tuple[int, int]]]]:
-    """The atoms' numbers, the parties', and for each atom its ``(party, component)``.
+    """The marginals of the atoms, those of each party, and the ``(party, component)`` pairs of each
+    atom.
 
     :raises StructureError: as :func:`plot_components` does.
     """
@@ -103,7 +104,7 @@ def contributions(
 
 
 def axis_names(fusion: Fusion, site: str, dims: Dims | None, count: int) -> list[str]:
-    """The site, with the places if a component has several numbers."""
+    """Names of the axes: the site, with the places if a component has several numbers."""
     if None not in fusion.posterior.axes[site] or (dims is None and count == 1):
         return [site]
     places = range(count) if dims is None else dims

@@ -1,8 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How far parties disagree about what they share, and how far forecasts can be trusted. Pure tensor
-code."""
+"""Diagnostics: heterogeneity between parties, and reliability of forecasts. Pure tensor code."""
 
 from __future__ import annotations
 
@@ -19,10 +18,10 @@ __all__ = ["Heterogeneity", "Reliability", "heterogeneity", "reliability"]
 
 @dataclass(frozen=True)
 class Heterogeneity:
-    """What :func:`heterogeneity` returns.
+    """The result of :func:`heterogeneity`.
 
     :ivar q: Cochran's Q.
-    :ivar df: its mean if all that parties differ by is their own uncertainty.
+    :ivar df: the mean of Q if parties differ by nothing but their own uncertainty.
     """
 
     q: float
@@ -30,22 +29,22 @@ class Heterogeneity:
 
     @property
     def i_squared(self) -> float:
-        """I², the share of the variation that is heterogeneity, from 0 to 1; NaN of one party."""
+        """I², the share of the variation that is heterogeneity, from 0 to 1; NaN for one party."""
         if self.df == 0:
             return math.nan
         return max(0.0, 1 - self.df / self.q) if self.q > 0 else 0.0
 
 
 def heterogeneity(loc: Tensor, scale: Tensor) -> Heterogeneity:
-    r"""Do parties differ by more than their own uncertainty?
+    r"""Cochran's Q and I²: how far parties differ by more than their own uncertainty.
 
     .. math:: Q = \sum_s \frac{(\mu_s - \bar\mu)^2}{\sigma_s^2}, \quad
         \bar\mu = \frac{\sum_s \mu_s / \sigma_s^2}{\sum_s 1 / \sigma_s^2}, \quad
         I^2 = \max\Bigl(0, \frac{Q - \mathit{df}}{Q}\Bigr), \quad \mathit{df} = (m - 1) D
 
-    Both are added up over the D numbers of a component, as if these were independent. Means and
-    standard deviations are taken for what the data say: a prior that all parties have is counted m
-    times, and makes them look more alike than they are.
+    Q and df are added up over the D numbers of a component, as if these were independent. Means and
+    standard deviations are taken as if they came from the data alone: a prior that all parties have
+    is counted m times, and makes them look more alike than they are.
 
     :param loc: the parties' means in unconstrained coordinates, ``[m]`` or ``[m, *shape]``.
     :param scale: their standard deviations, of the same shape.
@@ -74,10 +73,10 @@ def heterogeneity(loc: Tensor, scale: Tensor) -> Heterogeneity:
 
 @dataclass(frozen=True)
 class Reliability:
-    """What :func:`reliability` returns: of each bin of confidence
+    """The result of :func:`reliability`, for each bin of confidence.
 
-    :ivar confidence: its mean, NaN in an empty bin, ``[bins]``, float64.
-    :ivar accuracy: the share of forecasts that are right, likewise.
+    :ivar confidence: the mean confidence, NaN in an empty bin, ``[bins]``, float64.
+    :ivar accuracy: the share of forecasts that are right, NaN in an empty bin, ``[bins]``, float64.
     :ivar count: the number of forecasts, LongTensor ``[bins]``.
     """
 
@@ -87,18 +86,18 @@ class Reliability:
 
     @property
     def error(self) -> float:
-        """The expected calibration error: how far accuracy is from confidence in the mean, each
-        bin with the weight of its forecasts."""
+        """The expected calibration error: the mean absolute difference of accuracy and confidence,
+        over bins weighted by their number of forecasts."""
         gap = (self.accuracy - self.confidence).abs().nan_to_num(0.0)
         return float((gap * self.count).sum() / self.count.sum())
 
 
 def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Reliability:
-    """How often the most probable class is right, by how probable it is said to be.
+    """The share of forecasts whose most probable class is right, by its stated probability.
 
     :param probabilities: of the classes, ``[N, C]``.
     :param targets: the true classes, integers ``[N]``.
-    :param bins: of equal width, from 0 to 1.
+    :param bins: the number of bins, of equal width, from 0 to 1.
     :raises StructureError: if the shapes do not fit.
     :raises ParameterError: if rows are no probabilities, a class is out of range, or ``bins < 1``.
 
@@ -110,7 +109,7 @@ def reliability(probabilities: Tensor, targets: Tensor, bins: int = 15) -> Relia
         raise ParameterError(f"bins must be at least 1, got {bins}")
     confidence, guess = probabilities.detach().max(-1)
     right = (guess == targets).double()
-    # As they are: in float32 0.9 begins a bin, as a double it is less than what it stands for.
+    # Not converted to double: a float32 0.9 begins a bin, as a double it is slightly less than 0.9.
     place = (confidence * bins).long().clamp(max=bins - 1)
     count = torch.bincount(place, minlength=bins)
     values = torch.stack([confidence.double(), right])

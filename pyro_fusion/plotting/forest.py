@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A number of each party, and of the atom that they became."""
+"""Forest plots: one number of each party's component, and of the atom that they became."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ def plot_forest(
     ax: Axes | None = None,
 ) -> Axes:
     """A forest plot of one number of a component: for each atom a row for each party that has it,
-    its median and its central 95 % interval; below them the atom's as a diamond, and beside it I²,
-    the share of the parties' variation that is heterogeneity. The interval is in the coordinates of
-    the site, I² is of unconstrained ones; see
-    :func:`~pyro_fusion.plotting.diagnostics.heterogeneity`. Names
-    are left out where there is no room. A site that all parties share is one atom.
+    with its median and its central 95 % interval; below them the atom's as a diamond, and beside it
+    I², the share of the parties' variation that is heterogeneity. The interval is in the
+    coordinates of the site, I² in unconstrained ones; see
+    :func:`~pyro_fusion.plotting.diagnostics.heterogeneity`. Names that do not fit are left out. A
+    site that all parties share is one atom.
 
-    Arguments and errors are those of :func:`plot_components`, of one number: ``dims`` is ``(i,)``,
+    Arguments and errors are those of :func:`plot_components`, for one number: ``dims`` is ``(i,)``,
     or ``((i, j),)`` where a component has two axes. It need not be Normal.
     """
     fused, local, members = contributions(fusion, site, label, dims, most=1)

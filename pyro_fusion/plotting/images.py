@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Atoms that are images."""
+"""Plots of components that are images."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ def plot_atoms(
     limits: tuple[float, float] | None = None,
     figure: Figure | None = None,
 ) -> Figure:
-    """Components that are images, a column for each atom: the fused one on top, below it the one
+    """Components that are images, a column for each atom: the fused image on top, below it the one
     that each party contributed.
 
     :param fusion: the result of :func:`~pyro_fusion.fuse`.
     :param fused: the images of the atoms, ``[K, height, width]``.
-    :param local: of each party the images of its components, ``[L_s, height, width]``.
+    :param local: for each party the images of its components, ``[L_s, height, width]``.
     :param label: which label; may be left out if there is one.
     :param order: the atoms to draw, from left to right; by default all, in their order.
-    :param titles: above each of the K atoms, in their order.
-    :param names: beside each of the S parties.
+    :param titles: a title for each of the K atoms, in their order.
+    :param names: a name for each of the S parties.
     :param limits: the values that are drawn white and black; by default the extremes of all.
     :param figure: an empty figure to draw into; by default a new one, which pyplot does not know.
     :raises StructureError: if a party, an atom or a component has no image, or too many.
@@ -85,7 +85,8 @@ def plot_atoms(
 
 
 def _images(sources: Sequence[ArrayLike], counts: Sequence[int]) -> list[torch.Tensor]:
-    """``[n, height, width]`` each, checked against the number of components."""
+    """The images of each source, ``[n, height, width]``, checked against the number of
+    components."""
     if len(sources) != len(counts):
         raise StructureError(
             f"expected the images of {len(counts) - 1} parties, got those of {len(sources) - 1}"

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Single numbers of components, and pairs of them: intervals, densities, ellipses."""
+"""Marginals of components, single numbers and pairs: their intervals, densities and ellipses."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ _TAIL = 5e-4
 
 @dataclass(frozen=True)
 class Marginals:
-    """``d`` numbers of each of ``L`` components: of a family, behind transforms of single numbers.
+    """``d`` numbers of each of ``L`` components, in a family behind transforms of single numbers.
 
     :ivar family: Normal, Gamma or Beta.
     :ivar params: loc and scale, shape and rate, or both concentrations: float64, ``[L, d]`` each.
     :ivar transforms: from these coordinates to those of the site.
-    :ivar covariance: of Normals, ``[L, d, d]``.
+    :ivar covariance: of Normals, ``[L, d, d]``; else None.
     """
 
     family: str
@@ -45,7 +45,7 @@ class Marginals:
     covariance: Tensor | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        """Into the coordinates of the site."""
+        """Transform ``x`` into the coordinates of the site."""
         for t in self.transforms:
             x = t(x)
         return x
@@ -62,17 +62,17 @@ class Marginals:
         return a.digamma() - b.digamma(), variance.sqrt()
 
     def quantiles(self, levels: Sequence[float]) -> Tensor:
-        """In the coordinates of the site, from low to high: ``[len(levels), L, d]``."""
+        """Quantiles in the coordinates of the site, from low to high: ``[len(levels), L, d]``."""
         p = np.asarray(levels, dtype=np.float64).reshape(-1, 1, 1)
         x = torch.as_tensor(self._scipy().ppf(p))
         return self.forward(x).sort(0).values
 
     def density(self, component: int, num_points: int = 200) -> tuple[Tensor, Tensor]:
-        """Of the first number of a component: points in the coordinates of the site, from low to
-        high, and the density there."""
+        """The density of the first number of a component: points in the coordinates of the site,
+        from low to high, and the density at them."""
         d = self._scipy((component, 0))
         quantiles = d.ppf(np.linspace(_TAIL, 1 - _TAIL, num_points))
-        # Even steps show the bulk of it, quantiles what is narrow.
+        # Even steps show the bulk of a density, quantiles its narrow parts.
         even = np.linspace(quantiles[0], quantiles[-1], num_points)
         y = torch.as_tensor(np.union1d(even, quantiles))
         log_density = torch.as_tensor(d.logpdf(y.numpy()))
@@ -86,7 +86,7 @@ class Marginals:
         return y, density[finite][order]
 
     def outline(self, component: int, deviations: float, num_points: int = 100) -> Tensor:
-        """The ellipse so many standard deviations about a pair of Normal numbers, in the
+        """The ellipse of ``deviations`` standard deviations about a pair of Normal numbers, in the
         coordinates of the site: ``[num_points, 2]``."""
         assert self.covariance is not None
         angle = torch.linspace(0, 2 * torch.pi, num_points, dtype=torch.float64)
@@ -104,7 +104,7 @@ class Marginals:
 
 
 def label_of(posterior: Posterior, site: str, label: str | None) -> str | None:
-    """The label along which the site has components; None of a shared site.
+    """The label along which the site has components; None for a shared site.
 
     :raises StructureError: for an unknown site, another label than the site's, or several.
     """
@@ -135,16 +135,17 @@ def label_of(posterior: Posterior, site: str, label: str | None) -> str | None:
 
 
 def marginals(posterior: Posterior, site: str, dims: Dims | None, most: int) -> Marginals:
-    """``dims`` of each component of a site, in float64 on the CPU; a shared site is one component.
+    """The marginals of the numbers ``dims`` of each component of a site, in float64 on the CPU; a
+    shared site is one component.
 
     :param dims: by default all, if these are at most ``most``.
-    :raises StructureError: if ``dims`` are needed, too many, or not there, naming which are.
+    :raises StructureError: if ``dims`` are needed, too many, or unknown, naming those that exist.
     :raises UnsupportedFamilyError: if single numbers of the factor are not Normal, Gamma or Beta.
     """
     f, axes = posterior.decomposed[site], posterior.axes[site]
     f = f.to(torch.device("cpu"), torch.float64)
     axis = next((i for i, x in enumerate(axes) if x is not None), None)
-    # Numbers are counted row by row before and after.
+    # Reshaping keeps the row-by-row order of numbers, so it is left out.
     transforms = tuple(t for t in f.transforms if not isinstance(t, tt.ReshapeTransform))
     if not all(map(is_elementwise, transforms)):
         names = ", ".join(type(t).__name__ for t in transforms)
@@ -160,7 +161,7 @@ def marginals(posterior: Posterior, site: str, dims: Dims | None, most: int) -> 
 
 
 def _places(site: str, dims: Dims | None, shape: tuple[int, ...], most: int) -> list[int]:
-    """Of the numbers of a component, row by row."""
+    """The places of ``dims`` among the numbers of a component, counted row by row."""
     shape = shape or (1,)
     size = int(np.prod(shape))
     if dims is None and size <= most:
@@ -188,8 +189,8 @@ def _places(site: str, dims: Dims | None, shape: tuple[int, ...], most: int) -> 
 def _numbers(
     site: str, f: Factor, axis: int | None
 ) -> tuple[str, tuple[Tensor, Tensor], Tensor | None]:
-    """Family, parameters ``[L, ...]`` and, of Normals that depend on each other, their covariance,
-    ``[L, ..., D, D]``."""
+    """The family of single numbers, its parameters ``[L, ...]`` and, for Normals that depend on
+    each other, their covariance, ``[L, ..., D, D]``."""
     name = f.family.name
 
     def first(v: Tensor) -> Tensor:
@@ -220,7 +221,8 @@ def _numbers(
 
 
 def _covariance(scale: Tensor, joint: Tensor | None, places: Sequence[int]) -> Tensor:
-    """Of the chosen Normal numbers: ``[L, d]`` and ``[L, ..., D, D]`` to ``[L, d, d]``."""
+    """The covariance of the chosen Normal numbers: ``[L, d]`` and ``[L, ..., D, D]`` to
+    ``[L, d, d]``."""
     result = torch.diag_embed(scale**2)
     if joint is None:
         return result

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""How a fusion was found, and how sure its number of atoms is."""
+"""Plots of runs: the objective of a fusion, and the number of atoms that Gibbs sampling drew."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def plot_num_atoms(
     if own is not None:
         halo = [withStroke(linewidth=3.5, foreground="white")]  # the line crosses a bar
         ax.axvline(own, color="black", linestyle="--", linewidth=1.5, path_effects=halo)
-    # One bar is not to fill the picture.
+    # A single bar should not fill the picture.
     ax.set_xlim(min(first - 0.6, centre - 3), max(last + 0.6, centre + 3))
     ax.set_ylim(0, 1.12 * max(probabilities))
     steps = MaxNLocator(integer=True, min_n_ticks=1).tick_values(first, last)

@@ -29,7 +29,7 @@ _NATS_PER_DIMENSION = 0.1
 def as_index(index: Sequence[int] | Tensor) -> Tensor:
     """The numbers of components as a LongTensor of one axis.
 
-    :raises StructureError: for what is no number of a component.
+    :raises StructureError: unless all are integers.
     """
     try:
         result = torch.as_tensor(index).reshape(-1)
@@ -53,14 +53,14 @@ def describe(f: Factor) -> str:
 
 
 def describe_axes(axes: tuple[str | None, ...]) -> str:
-    """The labels of a site's axes, likewise."""
+    """The labels of a site's axes, for tables and messages."""
     return "(" + ", ".join(a or "·" for a in axes) + ")" if any(axes) else "shared"
 
 
 def names_of(site: str, names: Sequence[str | None] | str) -> tuple[str | None, ...]:
-    """Labels or plates as a tuple, a lone one too.
+    """Labels or plates as a tuple; a single name becomes a tuple of one.
 
-    :raises StructureError: for what is no name.
+    :raises StructureError: for entries that are neither names nor None.
     """
     if not isinstance(names, Sequence):
         raise StructureError(f"expected a sequence of labels, got {names!r}", site=site)

@@ -49,7 +49,7 @@ def write(
     plates: Mapping[str, tuple[str | None, ...]],
     outgoing: Mapping[str, str],
 ) -> None:
-    """Write to a temporary file beside ``path``, then rename it over ``path``."""
+    """Write a posterior to a temporary file beside ``path``, then rename it over ``path``."""
     tensors: dict[str, Tensor] = {}
     sites = []
     for site, f in factors.items():
@@ -69,7 +69,7 @@ def write(
     if not os.path.isdir(os.path.dirname(path) or "."):
         raise FileNotFoundError(f"no such folder: {os.path.dirname(path)}")
     temporary = f"{path}.{uuid.uuid4().hex}.tmp"
-    # Made here for the permissions of an ordinary file; safetensors gives it its own.
+    # Created here to learn the permissions of an ordinary file; safetensors sets others.
     with open(temporary, "xb") as made:
         mode = os.fstat(made.fileno()).st_mode
     try:
@@ -86,7 +86,7 @@ def write(
 
 @contextlib.contextmanager
 def _refusing(*what: str | Site) -> Iterator[None]:
-    """Turn whatever reading hostile data raises into a FileFormatError of one short line."""
+    """Turn any exception from reading hostile data into a FileFormatError of one short line."""
     try:
         yield
     except (
@@ -105,7 +105,7 @@ def _refusing(*what: str | Site) -> Iterator[None]:
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Factor], _Axes, _Axes, dict[str, str]]:
-    """Read factors, axes, plates and what is outgoing, checking everything but the parameters'
+    """Read factors, axes, plates and outgoing labels, checking everything but the parameters'
     values, which :class:`~pyro_fusion.Posterior` checks.
 
     :raises FileFormatError: naming the file, the site, what was expected and what came.
@@ -202,8 +202,8 @@ def _read_factor(name: str, site: Mapping[str, Any], tensors: dict[str, Tensor])
 
 
 def _check_shapes(factor: Factor) -> None:
-    """Run one element's zeros through the transforms: many would not notice a wrong shape before
-    they are used."""
+    """Check shapes by running one element's zeros through the transforms, many of which notice a
+    wrong shape only when they are used."""
     event = factor.family.event_shape(factor.params)
     value = torch.zeros(factor.base_shape[factor.batch_dim :] + event, dtype=torch.float64)
     for t in factor.transforms:

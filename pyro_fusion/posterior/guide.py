@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""A posterior as a Pyro guide."""
+"""A posterior as a Pyro guide, whose parameters SVI can train."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _COUNT = itertools.count()
 
 
 def unique_name(cls: type) -> str:
-    """A name for a module: those of one name share their parameters in Pyro's global store."""
+    """A new name for a module: modules of one name share parameters in Pyro's global store."""
     return f"{cls.__name__}{next(_COUNT)}"
 
 
@@ -40,7 +40,7 @@ class FactorParams(PyroModule):
         self._factors = dict(factors)
         self._holders: dict[str, str] = {}
         for site, f in self._factors.items():
-            # Flat: neither a dot in a site's name nor an attribute of modules is in the way.
+            # A flat name: no dots, and no clash with an attribute of modules.
             holder = site.replace(".", "_")
             while hasattr(self, holder):
                 holder += "_"
@@ -58,7 +58,7 @@ class FactorParams(PyroModule):
         return replace(f, params={k: getattr(holder, k) for k in f.params})
 
     def set_factor(self, site: str, f: Factor) -> None:
-        """Move the parameters to those of ``f``, which may have another batch shape."""
+        """Set the parameters to those of ``f``, which may have another batch shape."""
         holder = getattr(self, self._holders[site])
         for name, value in f.params.items():
             setattr(holder, name, value)
@@ -69,16 +69,16 @@ class FactorParams(PyroModule):
 class PosteriorGuide(FactorParams):
     """A mean-field guide that starts at a :class:`~pyro_fusion.Posterior`.
 
-    It takes any arguments, as a guide is called with those of the model; its parameters are
+    It takes any arguments, since a guide is called with those of the model; its parameters are
     :class:`~pyro.nn.module.PyroParam`, so ``SVI`` goes on training from here. Each batch axis is a
-    plate, called as in the guides that the posterior was read from.
+    plate, named as in the guides that the posterior was read from.
 
     Plates have their full size: a model that subsamples a plate with a latent site inside needs an
     autoguide of its own, started from these values. A batch axis without a name gets a plate of
-    its own, of which Pyro warns if the model has none there.
+    its own, about which Pyro warns if the model has none there.
 
     :param posterior: the factors and their plates; copied.
-    :ivar axes, outgoing: of the posterior: what ``from_guide`` takes for granted.
+    :ivar axes, outgoing: those of the posterior; ``from_guide`` uses them by default.
     """
 
     def __init__(self, posterior: Posterior) -> None:
@@ -86,7 +86,7 @@ class PosteriorGuide(FactorParams):
         super().__init__(factors, name=unique_name(type(self)))
         self.axes, self.outgoing = dict(posterior.axes), dict(posterior.outgoing)
         self._plate_names = {
-            # An axis of size one needs no plate: it stands to the right of another plate's axis.
+            # An axis of size one needs no plate: it only pads between other plates' axes.
             site: [
                 label or (None if f.batch_shape[i] == 1 else f"_{site}_axis{i}")
                 for i, label in enumerate(posterior.plates[site])
@@ -99,7 +99,7 @@ class PosteriorGuide(FactorParams):
         return self.factor(site).distribution()
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every site; returns site name -> value, as autoguides do."""
+        """Sample every site; return site name -> value, as autoguides do."""
         plates: dict[tuple[str, int], pyro.plate] = {}
         taken = set(self._factors)
         result = {}
@@ -110,7 +110,7 @@ class PosteriorGuide(FactorParams):
                     if name is None:
                         continue
                     if (name, dim) not in plates:
-                        # One name at two depths needs two plates, and none is called as a site.
+                        # One name at two depths needs two plates, neither named like a site.
                         more = (f"{name}_{n}" for n in itertools.count(-dim))
                         unique = next(n for n in itertools.chain([name], more) if n not in taken)
                         taken.add(unique)
@@ -121,6 +121,6 @@ class PosteriorGuide(FactorParams):
 
     @torch.no_grad()
     def median(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """A central value of every site: the image of the location where there is one, else of
-        the mean; of discrete sites the mode. Site name -> value, as autoguides do."""
+        """A central value of every site, site name -> value: the image of the location where there
+        is one, else of the mean; of discrete sites the mode."""
         return {site: self.factor(site).center().clone() for site in self._factors}

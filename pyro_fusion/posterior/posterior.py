@@ -1,9 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""``Posterior``: what one party hands over, and what fusion returns. Named mean-field factors
-with labelled axes. Files are in ``files.py``, readers in the room ``readers``, guides as results
-in ``guide.py``."""
+"""``Posterior``: named factors with labelled axes, which a party hands over and which fusion
+returns. Files are in ``files.py``, guides as results in ``guide.py``, readers in ``readers/``."""
 
 from __future__ import annotations
 
@@ -42,17 +41,18 @@ class Posterior:
         missing trailing entries are None. Axes of one label index the same components, which
         have no order; sites without a label are shared.
     :param plates: site name -> the names of the plates of its batch axes, for the
-        :class:`~pyro_fusion.PosteriorGuide` of it. By default a batch axis' plate is called like
+        :class:`~pyro_fusion.PosteriorGuide` of it. By default a batch axis' plate is named like
         its label.
-    :param outgoing: site name -> that of its labels whose components act on the rest of the model
-        through this site, by adding up, as hidden units do through their outgoing weights: one
-        whose values here are zero has no effect. Then fusion knows what it means that a party
-        lacks a component, and averages effects (but for ``product``, which adds up evidence); see
-        :func:`~pyro_fusion.fuse`. Such a site must be Normal or MultivariateNormal.
+    :param outgoing: site name -> the one of its labels whose components add up their effects on
+        the rest of the model through this site, as hidden units do through their outgoing weights:
+        a component whose values here are zero has no effect. A party that lacks a component then
+        counts as one where it has no effect, and fusion averages effects (but for ``product``,
+        which adds up evidence); see :func:`~pyro_fusion.fuse`. Such a site must be Normal or
+        MultivariateNormal.
     :raises StructureError: for a label of a site that is not there, too many labels, one label
         with two sizes, or an axis whose components cannot be told apart.
     :raises ParameterError: for NaN, infinite or out-of-range parameters.
-    :raises UnsupportedFamilyError: for a distribution that is no registered family.
+    :raises UnsupportedFamilyError: for a distribution of no registered family.
 
     A labelled axis must index separable components. Where it does not, the factor is projected by
     moment matching: a stick-breaking simplex onto a Dirichlet, a MultivariateNormal whose event
@@ -156,7 +156,7 @@ class Posterior:
 
     @property
     def outgoing(self) -> Mapping[str, str]:
-        """Site name -> the label whose components act through it by adding up."""
+        """Site name -> the label whose components add up their effects through this site."""
         return MappingProxyType(self._outgoing)
 
     @property
@@ -225,8 +225,8 @@ class Posterior:
         return self.select(label, order)
 
     def mean_field(self) -> Posterior:
-        """The same with each MultivariateNormal as the Normals of its numbers, behind the same
-        bijections: correlations are given up, means and variances kept. So a party with an
+        """The posterior with independent Normals for each MultivariateNormal, behind the same
+        bijections: means and variances are kept, correlations are given up. So a party with an
         ``AutoMultivariateNormal`` or a Laplace approximation can be fused with those that have an
         ``AutoNormal``."""
         return self._replace(
@@ -245,8 +245,8 @@ class Posterior:
     # -- as a distribution ---------------------------------------------------------------------
 
     def sample(self, sample_shape: int | Sequence[int] = ()) -> dict[str, Tensor]:
-        """Draw every site: ``sample_shape + batch_shape + event_shape`` each; a number is a shape
-        of one axis."""
+        """Draw every site, ``sample_shape + batch_shape + event_shape`` each. An integer stands for
+        a sample shape of one axis."""
         shape = torch.Size([sample_shape] if isinstance(sample_shape, int) else sample_shape)
         with torch.no_grad():
             return {k: d.sample(shape) for k, d in self.factors.items()}
