@@ -154,7 +154,7 @@ class Factor(Member):
 
     @property
     def scales(self) -> bool:
-        """Whether the family has the multiples of its members."""
+        """True if multiples of members are members."""
         return self.family.scale is not None and not self.transforms
 
     @property
@@ -168,8 +168,8 @@ class Factor(Member):
         return torch.cholesky_inverse(scale).diagonal(dim1=-2, dim2=-1)
 
     def times(self, location: Tensor, scale: Tensor) -> "Factor":
-        """With each number of the location, and its width, multiplied; what widths are multiplied
-        with is positive."""
+        """The factor with each number of the location, and its width, multiplied; widths by positive
+        numbers."""
         params, (loc, width) = dict(self.params), (self.family.location, self.family.scale)
         assert loc is not None and width is not None
         params[loc] = params[loc] * location.to(params[loc])

@@ -61,7 +61,7 @@ class Masked:
 
     @functools.cached_property
     def present(self) -> Tensor:
-        """Which entries are there: ones and zeros ``[N, J]``."""
+        """A mask of the entries that are there: ones and zeros ``[N, J]``."""
         return (self.mass > NOTHING).double()
 
     def summed(self, x: Tensor) -> Tensor:
@@ -117,7 +117,7 @@ class Masked:
 
     @property
     def dimensions(self) -> float:
-        """How many numbers there are in a component, in the mean."""
+        """The mean count of numbers in a component."""
         return self.factor.event_shape.numel() * float(self.present.mean())
 
     # -- divergences: over the entries that both have ----------------------------------------------
@@ -149,11 +149,11 @@ class Masked:
         return self.within(other).summed(self.entries.divergence(other.entries))
 
     def within(self, other: Masked) -> Masked:
-        """Of each component the entries that the other's one has too."""
+        """The components with the entries alone that the other's have too."""
         return Masked(self.factor, self.mass * other.present)
 
     def apart(self, other: Masked) -> Tensor:
-        """Which pairs of components have no entry in common, ``[K, N]``."""
+        """A mask of the pairs of components that have no entry in common, ``[K, N]``."""
         return self.present @ other.present.mT == 0
 
     # -- location, as of a Factor ------------------------------------------------------------------
@@ -200,6 +200,6 @@ class Masked:
         return Masked(self.factor.index_select(0, index), mass)
 
     def index_copy(self, index: Tensor, other: Masked) -> Masked:
-        """With the components at ``index`` replaced by those of ``other``."""
+        """The components, those at ``index`` replaced by those of ``other``."""
         mass = self.mass.index_copy(0, index, other.mass)
         return Masked(self.factor.index_copy(index, other.factor), mass)

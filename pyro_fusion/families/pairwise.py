@@ -44,8 +44,7 @@ def _check_pair(a: Factor, b: Factor) -> None:
 
 
 def _event_parts(f: Factor) -> list[torch.Size]:
-    """Of each parameter, so of the event too, and of what its shape does not tell: the numbers of
-    categories."""
+    """The shapes of the parameters of one event, which also tell the number of categories."""
     return [f.params[name].shape[f.batch_dim :] for name in f.family.parameters]
 
 

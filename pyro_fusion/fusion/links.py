@@ -46,8 +46,8 @@ class LinkedSite:
     def places(
         self, labels: Sequence[str], groups: Mapping[str, Tensor], counts: Mapping[str, int]
     ) -> Tensor:
-        """Which tuple of atoms along ``labels`` each entry belongs to, numbered as the places of an
-        array: ``[..., E]``.
+        """The tuple of atoms along ``labels`` of each entry, numbered as the places of an array:
+        ``[..., E]``.
 
         :param groups: label -> the atom of each component, LongTensor ``[..., N]``.
         :param counts: label -> how many atoms there are.
@@ -59,7 +59,7 @@ class LinkedSite:
         return place
 
     def size(self, counts: Mapping[str, int]) -> int:
-        """How many tuples of atoms there are."""
+        """The number of tuples of atoms."""
         return math.prod(counts[label] for label in self.labels)
 
     # -- for the assignment along one label ------------------------------------------------------
@@ -111,7 +111,7 @@ class LinkedSite:
         return replace(found, params=params)
 
     def divergence(self, groups: Mapping[str, Tensor], counts: Mapping[str, int]) -> float:
-        """What they add to the objective."""
+        """The part of the objective that the entries add."""
         there, place = self.places(self.labels, groups, counts).unique(return_inverse=True)
         return self.problem.divergence(place, len(there))
 

@@ -96,7 +96,8 @@ def _near_pairs(
 
 
 def _far_parts(problem: Components, groups: Tensor, num_atoms: int, cost: Tensor) -> Tensor:
-    """Of each group the members that are nearer to its farthest one than to its atom: ``[N]``."""
+    """A mask of the members that are nearer to their group's farthest one than to its atom:
+    ``[N]``."""
     index = groups.to(cost.device)
     own = cost.gather(0, index.unsqueeze(0)).squeeze(0)
     worst = own.new_full((num_atoms,), -torch.inf).scatter_reduce(0, index, own, "amax")

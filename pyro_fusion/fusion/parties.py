@@ -32,9 +32,9 @@ from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
 from pyro_fusion.fusion.roles import Roles, site_roles
-from pyro_fusion.pooling.base import Pooling
 from pyro_fusion.pooling.components import Atoms, Components, canonical_order, compact
 from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
+from pyro_fusion.pooling.pooling import Pooling
 from pyro_fusion.posterior import Axes, Posterior
 
 __all__ = ["LabelProblem", "Parties", "locating"]

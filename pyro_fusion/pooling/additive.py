@@ -15,8 +15,8 @@ from torch import Tensor
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.masked import NOTHING, Masked
-from pyro_fusion.pooling.base import Entrywise, Pooling
 from pyro_fusion.pooling.groups import group_mean, group_sum
+from pyro_fusion.pooling.pooling import Entrywise, Pooling
 
 __all__ = ["FAR", "AdditiveEntrywise", "AdditivePooling"]
 
@@ -42,15 +42,15 @@ class AdditivePooling(Pooling):
 
     @abstractmethod
     def potential(self, local: Factor, prior: Factor | None = None) -> Tensor:
-        """What a component adds to its group's objective whatever the group: ``[N]``."""
+        """The part of its group's objective that a component adds in any group: ``[N]``."""
 
     @abstractmethod
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
-        """What the group's optimal atom takes off: ``[K]``. The objective of a group is
+        """The part of a group's objective that its best atom takes off: ``[K]``. The objective is
         ``Σ_n w_n potential_n - group_potential``, with no sum over pairs."""
 
     def statistics(self, local: Factor) -> Tensor:
-        """What is added up over a group: ``[N, Q]``."""
+        """The numbers of each component that are added up over a group: ``[N, Q]``."""
         return self.coordinates(local)
 
     def from_statistics(

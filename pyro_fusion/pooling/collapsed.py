@@ -274,8 +274,8 @@ class Sums(GroupCosts):
 
 
 def log_evidence(problem: Components, groups: Tensor) -> float:
-    """Of ``product``: that the components of each group share an atom, against that each has one of
-    its own.
+    """The log evidence (``product``) that the components of each group share an atom, against that
+    each has one of its own.
 
     :param groups: LongTensor ``[N]``, in ``0, ..., K-1``, none empty.
     :raises ParameterError: if a group is improper.
@@ -289,8 +289,8 @@ def log_evidence(problem: Components, groups: Tensor) -> float:
 def log_evidence_of_joining(
     problem: Components, sums: Sums, members: Tensor, groups: Tensor
 ) -> Tensor:
-    """Of ``product``: that a component shares the atom of a group, against that it does not, for
-    each with each: ``[len(members), len(groups)]``, on the CPU.
+    """The log evidence (``product``) that a component shares the atom of a group, against that it
+    does not, for each with each: ``[len(members), len(groups)]``, on the CPU.
 
     :raises ParameterError: if it is not a number, as that of an improper group.
     """

@@ -19,7 +19,7 @@ from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.families import Factor
 from pyro_fusion.families.masked import Masked
-from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.pooling import Pooling
 
 __all__ = ["Atoms", "Factors", "Components", "by_popularity", "canonical_order", "compact"]
 
@@ -75,7 +75,7 @@ class Components:
 
     @functools.cached_property
     def known(self) -> dict[int, float]:
-        """What groups cost, times T, by the sum of their codes: filled by ``collapsed.Sums``."""
+        """The costs of groups, times T, by the sum of their codes: filled by ``collapsed.Sums``."""
         return {}
 
     def split(self, x: Tensor) -> list[Tensor]:
@@ -136,7 +136,7 @@ class Components:
         return torch.stack(terms).sum(0) / self.dispersion
 
     def e_step(self, atoms: Atoms, assignment_prior: AssignmentPrior) -> AssignmentProblem:
-        """What the solvers of an E-step are given."""
+        """The assignment problem that the solver of an E-step is given."""
         return AssignmentProblem.of(
             self.split(self.cost(atoms)), assignment_prior, self.opening(atoms)
         )
@@ -160,7 +160,7 @@ class Components:
         }
 
     def values(self, groups: Tensor, num_atoms: int) -> Tensor:
-        """What each of the groups ``[N]`` with its best atom adds to the objective: ``[K]``."""
+        """The part of the objective that each group adds at its best atom: ``[K]``."""
         groups = groups.to(self.weights.device, non_blocking=True)
         total = torch.zeros(num_atoms, dtype=torch.float64, device=self.weights.device)
         for site, atoms in self.m_step(groups, num_atoms).items():
@@ -172,7 +172,7 @@ class Components:
         return total / self.dispersion
 
     def divergence(self, groups: Tensor, num_atoms: int, atoms: Atoms | None = None) -> float:
-        """What the groups ``[N]`` with their best atoms add to the objective, pair by pair.
+        """The part of the objective that the groups ``[N]`` add at their best atoms, pair by pair.
 
         :param atoms: the best atoms, where they are known.
         """

@@ -20,10 +20,10 @@ from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, pairwise_kl
 from pyro_fusion.families.masked import Masked
-from pyro_fusion.pooling.base import Pooling
 from pyro_fusion.pooling.components import Atoms
 from pyro_fusion.pooling.kl import Exclusive
 from pyro_fusion.pooling.merges import WRONG, Merges
+from pyro_fusion.pooling.pooling import Pooling
 
 __all__ = ["estimate_dispersion", "pairwise_spread"]
 
@@ -125,7 +125,7 @@ def _pairwise(local: Atoms, sizes: tuple[int, ...]) -> tuple[dict[str, Any], lis
 
 
 def _dimensions(f: Factor | Masked) -> float:
-    """How many numbers there are in a component, in the mean."""
+    """The mean count of numbers in a component."""
     return f.dimensions if isinstance(f, Masked) else float(f.event_shape.numel())
 
 

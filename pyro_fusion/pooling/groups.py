@@ -13,12 +13,12 @@ __all__ = ["group_mean", "group_sizes", "group_sum"]
 
 
 def _members(groups: Tensor, num_groups: int) -> Tensor:
-    """Which are of which group, ``[K, N]``."""
+    """A mask of the members of each group, ``[K, N]``."""
     return groups == torch.arange(num_groups, device=groups.device).unsqueeze(1)
 
 
 def group_sizes(groups: Tensor, w: Tensor, num_groups: int) -> tuple[Tensor, Tensor]:
-    """How many there are in each group, and ``Σ_n w_n``: ``[K]``."""
+    """The number of members of each group and the sum of their weights, ``[K]`` each."""
     if w.device.type != "cpu":
         members = _members(groups, num_groups)
         return members.sum(1), members.to(w.dtype) @ w

@@ -19,7 +19,7 @@ __all__ = ["Exclusive", "Inclusive"]
 
 
 class _KL(AdditivePooling):
-    """What both directions have in common."""
+    """The parts that both directions of the KL divergence have in common."""
 
     def cost_over_entries(
         self, atoms: Masked, local: Masked, prior: Factor | None = None

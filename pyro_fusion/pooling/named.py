@@ -6,8 +6,8 @@
 from __future__ import annotations
 
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.pooling.base import Pooling
 from pyro_fusion.pooling.kl import Exclusive, Inclusive
+from pyro_fusion.pooling.pooling import Pooling
 from pyro_fusion.pooling.product import Product
 
 __all__ = ["pooling_named"]

@@ -16,7 +16,7 @@ from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, as_factor
 from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.additive import AdditivePooling
-from pyro_fusion.pooling.base import Pooling
+from pyro_fusion.pooling.pooling import Pooling
 
 __all__ = ["check_pooling"]
 

@@ -179,7 +179,7 @@ def _global_state() -> dict[str, Any]:
 
 
 def _fingerprint(x: Any, seen: tuple[int, ...] = ()) -> Any:
-    """What is in an object, as far as its attributes and entries tell: equal where it is."""
+    """A value that is equal for objects with the same attributes and entries."""
     if isinstance(x, Tensor):
         return (x.dtype, tuple(x.shape), x.detach().cpu().numpy().tobytes())
     if isinstance(x, np.ndarray):

@@ -14,9 +14,9 @@ from pyro_fusion import GroupNormPrior
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling import Pooling, pooling_named
-from pyro_fusion.pooling.base import Entrywise
 from pyro_fusion.pooling.collapsed import Sums
 from pyro_fusion.pooling.components import Components
+from pyro_fusion.pooling.pooling import Entrywise
 
 POOLINGS = ["exclusive", "inclusive", "product"]
 J = 5

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What a pooling is: a divergence and its barycentre, from which both steps of fusion are taken, so
+"""The base class of poolings: a divergence and its barycentre. Both steps of fusion take these, so
 that they always lower the same objective; and all that is otherwise asked of it. Pure tensor code.
 """
 
@@ -29,8 +29,8 @@ _NUMBERS = 1 << 22
 
 
 class Pooling(ABC):
-    """How the components of a group become one atom. To make one, write :meth:`divergence` and
-    :meth:`barycenter`; where the best atom of a group is a function of sums over it, subclass
+    """The rule by which the components of a group become one atom. To make one, write
+    :meth:`divergence` and :meth:`barycenter`; where the best atom of a group is a function of sums over it, subclass
     :class:`~pyro_fusion.pooling.AdditivePooling`, and moves of the search are cheaper and more.
 
     ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``prior``
@@ -100,11 +100,11 @@ class Pooling(ABC):
         return torch.cat(parts).reshape(shape)
 
     def pair_cost(self, atoms: Factor, local: Factor, prior: Factor | None = None) -> Tensor:
-        """What each component adds to the objective in an atom of its own: ``[N]``."""
+        """The part of the objective that each component adds in an atom of its own: ``[N]``."""
         return self.divergence(atoms, local)
 
     def opening(self, atoms: Factor, prior: Factor | None = None) -> Tensor:
-        """What an atom adds to the objective by itself: ``[K]``."""
+        """The part of the objective that an atom adds by itself: ``[K]``."""
         return torch.zeros(atoms.batch_shape, dtype=torch.float64, device=atoms.device)
 
     def cost_over_entries(
@@ -159,7 +159,8 @@ class Pooling(ABC):
 
     @contextmanager
     def telling(self) -> Iterator[None]:
-        """Where sums of statistics may be no member of the family: a ParameterError says so."""
+        """A context in which sums of statistics may be no member of the family: the error is a
+        ParameterError that says so."""
         try:
             yield
         except (torch.linalg.LinAlgError, ValueError) as e:
