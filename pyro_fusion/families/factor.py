@@ -168,8 +168,8 @@ class Factor(Member):
         return torch.cholesky_inverse(scale).diagonal(dim1=-2, dim2=-1)
 
     def times(self, location: Tensor, scale: Tensor) -> "Factor":
-        """The factor with each number of the location, and its width, multiplied; widths by positive
-        numbers."""
+        """The factor with each number of the location, and its width, multiplied; widths by
+        positive numbers."""
         params, (loc, width) = dict(self.params), (self.family.location, self.family.scale)
         assert loc is not None and width is not None
         params[loc] = params[loc] * location.to(params[loc])

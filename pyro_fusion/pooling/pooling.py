@@ -30,8 +30,9 @@ _NUMBERS = 1 << 22
 
 class Pooling(ABC):
     """The rule by which the components of a group become one atom. To make one, write
-    :meth:`divergence` and :meth:`barycenter`; where the best atom of a group is a function of sums over it, subclass
-    :class:`~pyro_fusion.pooling.AdditivePooling`, and moves of the search are cheaper and more.
+    :meth:`divergence` and :meth:`barycenter`; where the best atom of a group is a function of sums
+    over it, subclass :class:`~pyro_fusion.pooling.AdditivePooling`: the search then has more moves,
+    and cheaper ones.
 
     ``local`` has batch shape ``[N]`` (components of all parties), ``atoms`` ``[K]``, ``prior``
     ``[1]`` (the prior of one atom, None unless the pooling needs it).
