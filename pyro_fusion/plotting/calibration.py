@@ -73,7 +73,7 @@ def _draw(ax: Axes, curve: Reliability, name: str, style: dict[str, Any]) -> Non
     full = curve.count > 0
     x, y = curve.confidence[full].cpu().numpy(), curve.accuracy[full].cpu().numpy()
     share = (curve.count[full] / curve.count.max()).cpu().sqrt().numpy()
-    # An empty line for the legend, whose entry shows the line and its marker.
+    # Hidden from the legend; an empty line with the marker stands there for both.
     ax.plot(x, y, color=style["color"], linestyle=style["linestyle"], label="_" + name, zorder=2)
     ax.scatter(
         x,
