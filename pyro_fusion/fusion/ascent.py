@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""Closed-form coordinate ascent: E-steps from ``assignment/`` and M-steps from
-``barycenter.py`` in turn, on the one objective
+``pooling/`` in turn, on the one objective
 
 .. math:: F = \sum_s \sum_l w_s D(k_{sl}; s, l) / T + \sum_k \varphi(m_k) + \text{const}
 """
