@@ -234,14 +234,14 @@ def print_table(title: str, results: Sequence[dict[str, tuple[float, ...]]]) -> 
     seeds = f"{len(results)} seed{'s' * (len(results) > 1)}"
     print(f"\n{title}; {seeds}")
     head = ("perplexity", "topics", "shared", "NPMI", "seconds")
-    print(f"{'':36}" + "".join(f"{name:>10}" for name in head))
+    print(f"{'':40}" + "".join(f"{name:>10}" for name in head))
     for name in results[0]:
         values = np.array([r[name] for r in results])
         mean = values.mean(0)
         cells = [f"{mean[0]:10.1f}", f"{mean[1]:10.1f}", f"{mean[2]:10.1f}", f"{mean[3]:10.3f}"]
         cells = [c if "nan" not in c else f"{'':10}" for c in (*cells, f"{mean[4]:10.2f}")]
         deviation = f"  perplexity ± {values[:, 0].std(ddof=1):.1f}" if len(results) > 1 else ""
-        print((f"{name:36}" + "".join(cells) + deviation).rstrip())
+        print((f"{name:40}" + "".join(cells) + deviation).rstrip())
 
 
 def top_words(topics: Array, vocabulary: NDArray[np.str_], count: int = 8) -> list[str]:

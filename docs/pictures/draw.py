@@ -46,7 +46,7 @@ def programs() -> None:
 
 
 def architecture() -> None:
-    """The way of a posterior, and where in the package its parts are; dashed is what is used."""
+    """The way of a posterior through the rooms of the package; dashed is what a room uses."""
     graph = graphviz.Digraph(
         graph_attr={"rankdir": "LR", "nodesep": "0.3", "ranksep": "0.45", "compound": "true"},
         node_attr={"shape": "box", "style": "filled,rounded", "color": "#666666"} | FONT,
@@ -62,32 +62,40 @@ def architecture() -> None:
         graph.node(name, text, fillcolor="white")
         graph.edge(name, "readers")
     graph.node("readers", "readers/", fillcolor=READ)
-    graph.node("posterior", "Posterior\nposterior.py\nfactors on\nlabelled axes", fillcolor=READ)
+    graph.node(
+        "posterior", "posterior/\na Posterior has\nfactors on\nlabelled axes", fillcolor=READ
+    )
     graph.edge("readers", "posterior")
-    with graph.subgraph(name="cluster_fuse") as inner:
-        inner.attr(label="fuse(): FusionEM on FusionModel and FusionGuide", **FONT)
+    graph.node(
+        "program",
+        "program/\nthe same problem as\nmodel and guide:\nEM, SVI, Gibbs",
+        fillcolor=CORE,
+    )
+    with graph.subgraph(name="cluster_fusion") as inner:
+        inner.attr(label="fusion/: fuse() is search(FusionProblem)", **FONT)
         inner.attr(style="rounded", color="#888888")
         with inner.subgraph() as steps:
             steps.attr(rank="same")
             steps.node(
-                "assignment", "E-step: assignment/\nwith a prior of priors.py", fillcolor=CORE
+                "assignment", "E-step: assignment/\nwith an assignment prior", fillcolor=CORE
             )
-            steps.node(
-                "barycenter", "M-step: barycenter.py\nin one of three poolings", fillcolor=CORE
-            )
-        inner.edge("assignment", "barycenter", dir="both")
+            steps.node("pooling", "M-step: pooling/\nin one of three ways", fillcolor=CORE)
+        inner.edge("assignment", "pooling", dir="both")
         inner.node(
             "families", "families/\ndivergences,\nnatural and mean\nparameters", fillcolor="white"
         )
-        for step in ("assignment", "barycenter"):
-            inner.edge(step, "families", dir="back", style="dashed")
-    graph.edge("posterior", "barycenter", lhead="cluster_fuse")
-    graph.node("fused", "Posterior", fillcolor=OUT)
-    graph.edge("families", "fused", ltail="cluster_fuse")
+        inner.edge("pooling", "families", dir="back", style="dashed")
+        inner.edge("assignment", "families", style="invis")
+    graph.edge("posterior", "pooling", lhead="cluster_fusion")
+    graph.edge("posterior", "program", style="invis")
+    graph.edge("program", "families", lhead="cluster_fusion", dir="back", style="dashed")
+    graph.node("fused", "Fusion\nwith the fused\nPosterior", fillcolor=OUT)
+    graph.edge("families", "fused", ltail="cluster_fusion")
     for name, text in {
         "result": "Pyro or NumPyro guide:\nPredictive, warm start",
-        "file": "file",
-        "module": "torch module",
+        "file": "file; the command: cli/",
+        "module": "torch module; merging: nn/",
+        "picture": "pictures: plotting/",
         "again": "the next fusion",
     }.items():
         graph.node(name, text, fillcolor="white")

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 r"""Fusion as a Pyro program: the model, for any of Pyro's inference; its guide is in
-``fusion_guide.py``.
+``guide.py``.
 
 With an assignment ``a`` of the components ``n`` of all parties to atoms ``k``, and all sites of a
 component scaled by ``w_n / T``:
