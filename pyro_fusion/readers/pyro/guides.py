@@ -119,7 +119,8 @@ def from_guide(
     Local latent variables, one for each row of a party's own data, get the label of the data plate
     like any other, and would be matched across parties as if they were exchangeable components.
     They belong to the party alone: hide them, ``poutine.block(guide, hide=["z"])``, or give them
-    other labels in ``axes``, as ``{"z": (None,)}``.
+    other labels in ``axes``, as ``{"z": (None,)}``. A warning says so, and of plates whose entries
+    have an order in the data, as coefficients, for guides that know their model.
 
     ``axes="auto"`` takes plates, and the units between the linear layers of a module, one of which
     takes what another makes (``hidden1``, ``hidden2``, ...), for proposals, and looks for the other
