@@ -25,7 +25,7 @@ from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.fusion.roles import turns
 from pyro_fusion.fusion.seeding import starts
-from pyro_fusion.pooling.components import by_popularity
+from pyro_fusion.pooling.components import Components, by_popularity
 
 __all__ = ["Solver", "check_run", "search", "solver_for"]
 
@@ -222,7 +222,7 @@ class _Search:
 
     def _refined(
         self,
-        problem: Any,
+        problem: Components,
         belief: AssignmentPrior,
         results: list[EMResult],
         ends: list[float],
