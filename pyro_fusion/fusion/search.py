@@ -76,7 +76,7 @@ def search(
     is the best so far, and says so.
 
     :param start: label -> the atom of each component, LongTensor ``[N]``, for the first start; by
-        default that of :meth:`FusionProblem.start`.
+        default that of :meth:`~pyro_fusion.FusionProblem.start`.
     :param restarts, max_iterations, seed, solver, progress: as for :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for arguments out of range, a solver that is unknown or not for its
         prior or pooling, and where ``product`` is improper.

@@ -70,7 +70,7 @@ def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
 
     For ``product`` all parties need one prior. By default a mixture's is made from its data, so
     give ``mean_prior`` and ``covariance_prior``, and the concentrations where numbers of components
-    differ; :func:`prior_from_sklearn` then is the ``base``. A Dirichlet process may end with less
+    differ; :func:`prior_from_sklearn` then is the ``prior``. A Dirichlet process may end with less
     weight on a component than the prior, and then there may be no proper product.
     """
     return _read(model, label, _topics, _mixture)
