@@ -59,9 +59,9 @@ _SUPPORTED = "BayesianGaussianMixture and LatentDirichletAllocation"
 def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
     """Read the variational posterior of a fitted scikit-learn estimator. Values are copied.
 
-    :param model: a ``BayesianGaussianMixture`` (sites "weights" ``[K]``, and "gaussian" or "loc"
-        and "precision"; see the top of this file) or a ``LatentDirichletAllocation`` (site
-        "topics", ``[K, V]``).
+    :param model: a ``BayesianGaussianMixture`` (sites "weights" ``[K]``, and "gaussian" if
+        the covariances are "full" or "diag", else "loc" and "precision") or a
+        ``LatentDirichletAllocation`` (site "topics", ``[K, V]``).
     :param label: of the components; by default "component", and "topic" for a
         ``LatentDirichletAllocation``.
     :raises StructureError: for another estimator, one that is not fitted, or a bad label.
@@ -70,7 +70,7 @@ def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
 
     For ``product`` all parties need one prior. By default a mixture's is made from its data, so
     give ``mean_prior`` and ``covariance_prior``, and the concentrations where numbers of components
-    differ; :func:`prior_from_sklearn` then is the ``base``. A Dirichlet process may end with less
+    differ; :func:`prior_from_sklearn` then is the ``prior``. A Dirichlet process may end with less
     weight on a component than the prior, and then there may be no proper product.
     """
     return _read(model, label, _topics, _mixture)
