@@ -243,7 +243,8 @@ def check_penalty(prior: AssignmentPrior, num_parties: int) -> None:
         right = phi.dtype == torch.float64 and phi.shape == shape
         if right and phi[0] == 0 and bool(phi.isfinite().all()):
             return
-        got = f"{phi.dtype} {list(phi.shape)}: {phi.tolist()}"
+        first = ", ".join(f"{x:.4g}" for x in phi.flatten()[:4].tolist())
+        got = f"{phi.dtype} {list(phi.shape)}: [{first}{', ...' if phi.numel() > 4 else ''}]"
     else:
         got = repr(phi)
     raise ParameterError(
