@@ -513,7 +513,7 @@ class TestBadInput:
             fuse([normal_party(), other()])
 
     def test_empty(self):
-        with pytest.raises(StructureError, match="empty list"):
+        with pytest.raises(StructureError, match="at least one party"):
             fuse([])
 
     def test_single_posterior_without_list(self):

@@ -169,7 +169,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "inputs, match",
         [
-            ([], "at least one posterior or guide, got an empty list"),
+            ([], "at least one party, got none"),
             (parties()[0], "a list of posteriors or guides, got a single one"),
             ([parties()[0], 3], "party 1: expected a Posterior or a Pyro guide, got int"),
         ],
