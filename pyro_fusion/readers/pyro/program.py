@@ -16,7 +16,8 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer.autoguide import AutoCallable
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer.autoguide import AutoCallable, AutoGuide
 from pyro.nn.module import PyroModule
 from pyro.params.param_store import normalize_param_name
 from pyro.poutine.guide import GuideMessenger
@@ -26,7 +27,10 @@ from torch import nn
 
 from pyro_fusion.errors import FusionError, GuideError
 
-__all__ = ["Program", "isolated", "modules_of", "peel", "without"]
+__all__ = ["KNOW_THEIR_MODEL", "Program", "isolated", "modules_of", "peel", "without"]
+
+# Guides that are made for a model, and keep it.
+KNOW_THEIR_MODEL = (AutoGuide, EasyGuide, GuideMessenger)
 
 
 def peel(fn: Callable[..., Any]) -> tuple[list[Messenger], Callable[..., Any]]:

@@ -25,12 +25,18 @@ from torch.distributions import transforms as tt
 from pyro_fusion.families import Factor
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.program import COMPARED, Frame, Message, read_runs
-from pyro_fusion.readers.projection import bare, constant_axes, factor_of, same_factors
+from pyro_fusion.readers.projection import (
+    bare,
+    constant_axes,
+    factor_of,
+    resolve,
+    same_factors,
+)
 from pyro_fusion.readers.pyro.program import Program
 from pyro_fusion.readers.pyro.sites import frames_of, latent_sites
-from pyro_fusion.readers.sites import Sites, Spread, normal_factor, transform_of
+from pyro_fusion.readers.sites import Read, Sites, Spread, normal_factor, transform_of
 
-__all__ = ["read_trace"]
+__all__ = ["read_trace", "resolved"]
 
 
 def _dependent(program: Program) -> set[str]:
@@ -81,6 +87,14 @@ def read_trace(
         for t in traces
     ]
     return read_runs(runs, spread, program.what, full)
+
+
+def resolved(found: Sites, program: Program, num_samples: int) -> dict[str, Read]:
+    """Sites with a factor each: those still to be matched to draws get it from runs of the program.
+
+    :raises GuideError: if no member of the family matches the draws.
+    """
+    return resolve(found, lambda: latent_sites(program.trace()), program.what, num_samples)
 
 
 @dataclass(frozen=True)
