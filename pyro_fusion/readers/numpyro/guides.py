@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading NumPyro guides.
+"""Reading NumPyro guides, exactly or by projection.
 
 =========================================================  ======================================
 guide                                                      read as
@@ -95,11 +95,11 @@ def from_numpyro(
     Values are copied, on the device and in the dtype that they have in JAX.
 
     :param guide: an autoguide, or any callable with NumPyro statements. An autoguide that was
-        never called, as one whose parameters were loaded, is set up with ``args``. Not one that
-        was fitted inside of ``jax.jit``: there NumPyro puts the sites of a joint Normal in another
-        order than in a new guide, so give the guide that was fitted.
-    :param params: of the guide: ``svi.get_params(state)``, or ``params`` of what ``svi.run``
-        returned.
+        never called, as one whose parameters were loaded, is set up with ``args``. If it was
+        fitted inside of ``jax.jit``, give that very guide: there NumPyro puts the sites of a joint
+        Normal in another order than in a new one.
+    :param params: parameters of the guide: ``svi.get_params(state)``, or ``params`` of the result
+        of ``svi.run``.
     :param args: arguments of the guide.
     :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``. By
         default each plate labels its axis with its name; an entry here replaces the labels of its
@@ -150,7 +150,7 @@ def from_numpyro(
 
 
 def _context(program: Program) -> Context:
-    """What the model of an autoguide tells, run with the arguments of the guide."""
+    """The plates of data and the likelihood of an autoguide's model, at the guide's arguments."""
     guide = program.fn
     while isinstance(guide, Messenger):
         guide = guide.fn
@@ -167,7 +167,7 @@ def _context(program: Program) -> Context:
 
 
 def _data_plates(program: Program) -> dict[str, str]:
-    """Plate -> an observed site in it, by the model of an autoguide; else nothing."""
+    """Plate -> an observed site in it, by the model of an autoguide; none for others."""
     guide = program.fn
     while isinstance(guide, Messenger):
         guide = guide.fn
@@ -304,7 +304,7 @@ def _joint(guide: Any, program: Program) -> Joint | None:
 
 
 def _from_posterior(guide: Any, program: Program) -> Sites:
-    """Any other autoguide, from its draws."""
+    """Read any other autoguide from its draws."""
     cache: dict[int, Any] = {}
 
     def draws(n: int) -> Any:

@@ -29,14 +29,14 @@ def prior_from_numpyro(
     seed: int = 0,
     **kwargs: Any,
 ) -> Posterior:
-    """Read the prior of a NumPyro model's latent sites; plates label their axes. As
-    :func:`pyro_fusion.readers.pyro.prior_from_model`, with the same projections.
+    """Read the prior of a NumPyro model's latent sites; plates label their axes.
+    Projections are those of :func:`pyro_fusion.readers.pyro.prior_from_model`.
 
     :param args: arguments of the model, as for inference: without data its observed sites count as
         latent.
     :param axes: site name -> labels, in place of those of the plates.
     :param sites: the sites to read; by default all.
-    :param params: of the model, if it has any.
+    :param params: parameters of the model, if it has any.
     :raises GuideError: if the model fails with these arguments, or lacks one of ``sites``.
     """
     check_num_samples(num_samples)

@@ -68,12 +68,12 @@ class Program:
         self._compiled: Callable[[Any], Any] | None = None
 
     def next_key(self) -> Any:
-        """A new key."""
+        """A new random key."""
         self._key, key = jax.random.split(self._key)
         return key
 
     def trace(self, key: Any | None = None) -> dict[str, Any]:
-        """One run.
+        """The trace of one run.
 
         :raises GuideError: if it fails, or lacks a parameter.
         """
@@ -187,7 +187,7 @@ def _pyro_or_none(fn: Any) -> Any:
 
 
 def set_up_in_jit(what: str) -> GuideError:
-    """For a guide that keeps what has a value only inside of ``jax.jit``."""
+    """The error for a guide with arrays that have values only inside of ``jax.jit``."""
     return GuideError(
         f"the {what} was first called inside of jax.jit, with arguments that it depends on, and "
         "these have no values outside. Call svi.init outside of jax.jit, and fit from there"
@@ -218,7 +218,7 @@ def _full_sizes(trace: Mapping[str, Any]) -> dict[str, int]:
 
 
 def bijection(name: str, fn: Any) -> Transform:
-    """From unconstrained space onto the support, as Pyro has it."""
+    """Pyro's bijection from unconstrained space onto the support of a distribution."""
     try:
         return to_pyro_transform(biject_to(fn.support))
     except jax.errors.UnexpectedTracerError as e:
@@ -316,7 +316,7 @@ class _NumPyroMessage(Message):
         return _frames(self.site, self.batch_dim, self.sizes)
 
     def check(self) -> None:
-        """A mask bars all of the site."""
+        """Refuse a mask, with a factor or without."""
         _check_mask(self.name, self.site["fn"])
 
     def is_point(self) -> bool:
@@ -337,7 +337,7 @@ class _NumPyroMessage(Message):
 
 
 def _layers(fn: Any) -> Iterator[Any]:
-    """A distribution, and what is inside, but for transforms."""
+    """A distribution and those that it wraps, down to a transformed one."""
     yield fn
     while isinstance(fn, ndist.Independent | ndist.ExpandedDistribution | ndist.MaskedDistribution):
         fn = fn.base_dist

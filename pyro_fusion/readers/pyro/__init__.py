@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The reader of Pyro guides, and of the priors of Pyro models. ``guides.py`` says what is exact."""
+"""The reader of Pyro guides and the priors of Pyro models; ``guides.py`` says what is exact."""
 
 from pyro_fusion.readers.pyro.guides import check_is_pyro, from_guide
 from pyro_fusion.readers.pyro.priors import prior_from_guide, prior_from_model

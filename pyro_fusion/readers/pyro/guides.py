@@ -1,9 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading Pyro guides.
-
-What is exact and what is projected:
+"""Reading Pyro guides, exactly or by projection.
 
 =====================================================  ==========================================
 guide                                                  read as
@@ -111,7 +109,7 @@ def from_guide(
     ``axes="auto"`` takes plates, and the units between the linear layers of a module, one of which
     takes what another makes (``hidden1``, ``hidden2``, ...), for proposals, and looks for the other
     axes that belong to them: mixture weights, both axes of a transition matrix, outgoing weights.
-    What decides is the model. It is run, with ``args`` (a module without any: with random inputs),
+    The model decides. It is run, with ``args`` (a module without any: with random inputs),
     at draws from the guide: its log-density must stay the same when components are permuted along
     all axes of a label at once. Of several sets of axes that do, the smallest is taken. In the same
     way it finds ``outgoing``. Components of a plate that are not exchangeable keep no label, and a
@@ -178,7 +176,7 @@ def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> Fo
 
 
 def check_is_pyro(guide: Any) -> None:
-    """:raises GuideError: for a guide of NumPyro."""
+    """:raises GuideError: for a guide of NumPyro; says how to read it."""
     # Its own, or what to_numpyro made.
     if any("numpyro" in base.__module__.split(".") for base in type(guide).__mro__):
         raise GuideError(

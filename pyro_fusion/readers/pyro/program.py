@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Running a Pyro program without leaving a mark on anything: what it is made of, and a place apart
-to run it in."""
+"""Running a Pyro program without leaving a mark: its handlers, its modules, and runs isolated from
+all else."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
 
 
 def _own_names(modules: Sequence[nn.Module]) -> set[str]:
-    """What the parameters of PyroModules are called in the store, with dots only."""
+    """The names of PyroModules' parameters in the store, with dots only."""
     names = set()
     for root in modules:
         if not isinstance(root, PyroModule):
@@ -96,8 +96,8 @@ def _own_names(modules: Sequence[nn.Module]) -> set[str]:
 
 @contextmanager
 def isolated(fn: Callable[..., Any], seed: int) -> Iterator[None]:
-    """Run ``fn`` in here any number of times: parameter store, random states, modules, and the
-    handlers outside are as they were.
+    """Isolate any number of runs of ``fn``: parameter store, random states, modules and the
+    handlers outside are left as they were.
 
     Inside, the parameters of a PyroModule that has been called are its own. The store may have
     others under the same names, if it was cleared and another guide was fitted since; calling the

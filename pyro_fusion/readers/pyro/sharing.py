@@ -24,7 +24,7 @@ def check_not_shared(
     """Refuse guides that have a parameter in common: fitting one has moved the other.
 
     Two AutoNormals fitted one after the other in one process do, because Pyro's parameter store
-    knows parameters by name. What decides is whether the tensors are the same, not their names.
+    knows parameters by name. Tensors are compared, not names.
     A function that cannot be run with ``args`` and ``kwargs`` is not checked.
 
     :param guides: one guide a party; a :class:`~pyro_fusion.Posterior` among them holds copies,
@@ -69,7 +69,7 @@ def check_not_shared(
 def _parameters(
     guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[tuple[Any, ...], str]:
-    """Where each parameter of a guide lies in memory -> its name."""
+    """The parameters of a guide: place in memory -> name."""
     result: dict[tuple[Any, ...], str] = {}
 
     def add(name: str, value: Tensor) -> None:

@@ -114,7 +114,7 @@ class _PyroMessage(Message):
         return frames_of(self.site, self.batch_dim)
 
     def check(self) -> None:
-        """Masks are looked at where there is a factor."""
+        """Refuse nothing: masks are checked with the factor."""
 
     def is_point(self) -> bool:
         return isinstance(bare(self.site["fn"]), dist.Delta)
@@ -163,7 +163,7 @@ def _constant_axes(fn: Distribution) -> set[int]:
 
 
 def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Callable[[], Any]) -> bool:
-    """Whether an effect-based guide put a map of its own, other than that onto the support,
+    """True if an effect-based guide put a map of its own, other than that onto the support,
     between the family and the value: no two guides have the same."""
     if site["infer"].get("prior") is None:
         return False
@@ -184,7 +184,7 @@ def _support(name: str, site: Mapping[str, Any], supports: Mapping[str, Any]) ->
 
 
 def _support_of(d: Distribution) -> Any:
-    """The support, where torch says "real" of whatever ends in an affine map."""
+    """The support, also behind an affine map, of which torch always says "real"."""
     if isinstance(d, torch.distributions.Independent):
         return _independent(_support_of(d.base_dist), d.reinterpreted_batch_ndims)
     if isinstance(d, ExpandedDistribution | MaskedDistribution):
@@ -207,7 +207,7 @@ def _is_affine(t: Transform) -> bool:
 
 
 def _affine_image(t: Transform, support: Any) -> Any:
-    """What an affine map makes of an interval, a half-line or the line."""
+    """The image of an interval, a half-line or the line under an affine map."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
@@ -231,7 +231,7 @@ def _image_of(t: Transform, bound: Any) -> Any:
     return first.item() if bool((image == first).all()) else image
 
 
-# The supports that a value may be told to have by what maps its auxiliary value to it.
+# Supports whose bijection may be the map from an auxiliary value to the site's value.
 _CANDIDATES: tuple[Any, ...] = (
     constraints.real,
     constraints.positive,
