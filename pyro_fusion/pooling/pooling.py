@@ -78,7 +78,8 @@ class Pooling(ABC):
         prior: Factor | None = None,
     ) -> Factor:
         """The atoms that minimise ``Σ_n w_n D(groups[n]; n)`` plus their opening costs; of the
-        family and dtype of ``local``. :meth:`group_weights` checks groups and weights.
+        family and dtype of ``local``. :meth:`~pyro_fusion.pooling.Pooling.group_weights` checks
+        groups and weights.
 
         :param local: batch shape ``[N]``.
         :param groups: the atom of each component, LongTensor ``[N]``; every atom has at least one.
@@ -175,7 +176,7 @@ class Pooling(ABC):
 
     def temper(self, local: Factor, prior: Factor, weights: Tensor, dispersion: float) -> Factor:
         """The components ``[N]`` with weights ``[N]`` and dispersion moved into them; called where
-        :attr:`tempers` is set.
+        ``tempers`` is set.
 
         :raises ParameterError: if one is improper then.
         """

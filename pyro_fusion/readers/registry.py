@@ -103,6 +103,12 @@ def register_reader(source: Source) -> Callable[[R], R]:
         )
 
     def decorate(reader: R) -> R:
+        if not callable(reader):
+            raise ParameterError(
+                "expected a reader, a function that returns a Posterior, got "
+                f"{type(reader).__name__}: @register_reader(what it takes) stands before a reader, "
+                "and never without what it takes"
+            )
         name = getattr(reader, "__name__", type(reader).__name__)
         _ENTRIES.append(Entry(source, name, reader))
         return reader

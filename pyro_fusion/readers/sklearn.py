@@ -59,9 +59,9 @@ _SUPPORTED = "BayesianGaussianMixture and LatentDirichletAllocation"
 def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
     """Read the variational posterior of a fitted scikit-learn estimator. Values are copied.
 
-    :param model: a ``BayesianGaussianMixture`` (sites "weights" ``[K]``, and "gaussian" or "loc"
-        and "precision"; see the top of this file) or a ``LatentDirichletAllocation`` (site
-        "topics", ``[K, V]``).
+    :param model: a ``BayesianGaussianMixture`` (sites "weights" ``[K]``, and "gaussian" if
+        the covariances are "full" or "diag", else "loc" and "precision") or a
+        ``LatentDirichletAllocation`` (site "topics", ``[K, V]``).
     :param label: of the components; by default "component", and "topic" for a
         ``LatentDirichletAllocation``.
     :raises StructureError: for another estimator, one that is not fitted, or a bad label.
