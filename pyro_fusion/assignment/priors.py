@@ -234,7 +234,7 @@ class FixedAtoms(AssignmentPrior):
 
 
 def check_penalty(prior: AssignmentPrior, num_parties: int) -> None:
-    """What every use of a prior relies on; ``check_assignment_prior`` checks all of it.
+    """Check of a penalty before each use; ``check_assignment_prior`` checks all of a prior.
 
     :raises ParameterError: unless its penalty is finite, 0 for nobody, float64 ``[S + 1]``.
     """

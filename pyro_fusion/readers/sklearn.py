@@ -3,7 +3,7 @@
 
 """Reading scikit-learn's variational Bayes, and its priors.
 
-What is exact, given the responsibilities that the fit ended with:
+Exact means: given the responsibilities that the fit ended with.
 
 ================================================  ==================================================
 estimator                                         read as
@@ -70,15 +70,15 @@ def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
 
     For ``product`` all parties need one prior. By default a mixture's is made from its data, so
     give ``mean_prior`` and ``covariance_prior``, and the concentrations where numbers of components
-    differ; :func:`prior_from_sklearn` then is the ``prior``. A Dirichlet process may end with less
+    differ; then pass :func:`prior_from_sklearn` as ``prior``. A Dirichlet process may end with less
     weight on a component than the prior, and then there may be no proper product.
     """
     return _read(model, label, _topics, _mixture)
 
 
 def prior_from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
-    """Read the prior that a fitted estimator used: the same sites, families and shapes, all
-    components alike. Parameters and errors as of :func:`from_sklearn`."""
+    """Read the prior that a fitted estimator used: with the sites, families and shapes of its
+    posterior, all components alike. Arguments and errors are those of :func:`from_sklearn`."""
     return _read(model, label, _topics_prior, _mixture_prior)
 
 
