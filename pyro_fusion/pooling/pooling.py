@@ -47,7 +47,7 @@ class Pooling(ABC):
     :ivar convex: whether the cost of an assignment to given atoms is a sum over its pairs alone,
         without :meth:`opening`, as the relaxed solver needs it.
     :ivar averages_outgoing: whether effects of what some parties lack (``Posterior.outgoing``) are
-        averages over all parties, by :meth:`say`.
+        averages over all parties, by :meth:`outgoing_weights`.
     :ivar tempers: whether weights and dispersion are moved into the components, by :meth:`temper`,
         before an assignment is scored.
     :ivar failure: what is wrong where sums of members of the family are no member.
@@ -182,9 +182,9 @@ class Pooling(ABC):
         """
         raise NotImplementedError(f"pooling {self.name!r} does not temper its components")
 
-    def say(self, local: Factor) -> Tensor:
-        """By how much each number of each component counts where effects are averaged over the
-        parties, of the shape of its location: alike by default."""
+    def outgoing_weights(self, local: Factor) -> Tensor:
+        """The weight of each number of each component where effects are averaged over the parties,
+        of the shape of its location: one by default."""
         return torch.ones_like(local.precision)
 
     def absent(

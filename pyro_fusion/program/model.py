@@ -151,9 +151,9 @@ class FusionModel(PyroModule):
         return FactorDistribution(self._components(site).local[site].index_select(0, index))
 
     def scale(self, label: str | None) -> Tensor:
-        """By which the log densities of each component's sites are multiplied, ``w / T``: ``[N]``;
-        of sites without a label, those of each party: ``[S]``; under the name of a site with
-        several labels, those of its entries: ``[E]``."""
+        """The factor of the log densities of each component's sites, ``w / T``: ``[N]``; for None, of
+        the sites without a label, that of each party: ``[S]``; for a site with several labels,
+        under its name, that of its entries: ``[E]``."""
         problem = self.problem
         if label is None:
             return next(iter(problem.shared.values())).weights
