@@ -151,9 +151,9 @@ class FusionModel(PyroModule):
         return FactorDistribution(self._components(site).local[site].index_select(0, index))
 
     def scale(self, label: str | None) -> Tensor:
-        """The factor of the log densities of each component's sites, ``w / T``: ``[N]``; for None, of
-        the sites without a label, that of each party: ``[S]``; for a site with several labels,
-        under its name, that of its entries: ``[E]``."""
+        """The factor of the log densities of each component's sites, ``w / T``: ``[N]``. For None,
+        of the sites without a label, that of each party: ``[S]``; for the name of a site with
+        several labels, that of its entries: ``[E]``."""
         problem = self.problem
         if label is None:
             return next(iter(problem.shared.values())).weights
