@@ -147,6 +147,11 @@ class Fusion:
         """True if the assignment along every label converged."""
         return all(m.converged for m in self.labels.values())
 
+    @property
+    def interrupted(self) -> bool:
+        """True if an interrupt (Ctrl-C) ended the search: the result is the best so far."""
+        return any(m.stopped is StopReason.INTERRUPTED for m in self.labels.values())
+
     def summary(self) -> str:
         """A table to print: one block per label, one row per atom."""
         shared = [s for s, axes in self.posterior.axes.items() if not any(axes)]
