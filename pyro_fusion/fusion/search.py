@@ -154,6 +154,11 @@ def _same(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
 
 
+def _count(groups: Tensor) -> int:
+    """The number of atoms of an assignment."""
+    return len(groups.unique())
+
+
 def _go_on(found: _Found) -> _Found:
     """What was found, if no interrupt ended the search for it; else the interrupt goes on."""
     if found.stopped is StopReason.INTERRUPTED:
@@ -196,7 +201,7 @@ class _Search:
             return self.in_turn(group, start)
         (label,) = group
         part = self.problem.parts[label]
-        found = self.along(part, start[label][part.order])
+        found = self.along(part, start[label][part.order], _count(start[label]))
         return {label: found}, found.best.objective
 
     def _begun(
@@ -220,17 +225,18 @@ class _Search:
             return found, found[group[0]].best.objective
         return found, [self.problem.linked_objective(group, groups)]
 
-    def along(self, part: LabelProblem, first: Tensor | None) -> _Found:
+    def along(self, part: LabelProblem, first: Tensor | None, num_atoms: int) -> _Found:
         """Coordinate ascent along one label from every start, the best few then on the collapsed
         objective, which takes longer.
 
         :param first: the first start, ``[N]`` in the order of ``part.ordered``; None to make one.
+        :param num_atoms: K of the search's own start, for a solver that reads the prior before the
+            first M-step.
         """
         from tqdm import tqdm
 
-        problem, belief = part.ordered, part.assignment_prior
-        if first is not None:  # for a solver that reads the prior before the first M-step
-            belief = belief.update(len(first.unique()), problem.num_parties)
+        problem = part.ordered
+        belief = part.assignment_prior.update(num_atoms, problem.num_parties)
         begin = starts(problem, belief, self.restarts, self.seed, first)
         bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not self.progress)
         results: list[EMResult] = []
@@ -303,14 +309,18 @@ class _Search:
                 if parties.roles.matched[first]:
                     fresh: dict[str, Tensor] = {}
                     for label in turns(parties.posteriors[0], parties.roles, first):
-                        fresh[label] = _go_on(self.along(problem.given(label, fresh), None)).groups
+                        part = problem.given(label, fresh)
+                        one = self.along(part, None, _count(start[label]))
+                        fresh[label] = _go_on(one).groups
                     begin.append(fresh)
             groups = min(begin, key=objective)
             trace = [objective(groups)]
             while len(trace) <= self.max_iterations:
                 for label in group:
                     part = problem.given(label, groups)
-                    found[label] = self._again(part, groups[label][part.order], found.get(label))
+                    found[label] = self._again(
+                        part, groups[label][part.order], _count(start[label]), found.get(label)
+                    )
                     groups[label] = found[label].groups
                     _go_on(found[label])
                 trace.append(objective(groups))
@@ -325,7 +335,9 @@ class _Search:
         limit = StopReason.ITERATION_LIMIT
         return {x: replace(f, stopped=limit) for x, f in found.items()}, trace
 
-    def _again(self, part: LabelProblem, start: Tensor, before: _Found | None) -> _Found:
+    def _again(
+        self, part: LabelProblem, start: Tensor, num_atoms: int, before: _Found | None
+    ) -> _Found:
         """A label once more, from where it is; in the light of all others for the first time, from
         other starts too."""
         with locating(part.messages):
@@ -337,7 +349,7 @@ class _Search:
                 solver=self.solver,
             )
         if before is None:
-            other = self.along(part, start)
+            other = self.along(part, start, num_atoms)
             if not best.objective[-1] <= other.best.objective[-1]:
                 return other
             before = other

@@ -14,7 +14,15 @@ import pytest
 import torch
 
 import pyro_fusion
-from pyro_fusion import FixedAtoms, FusionProblem, ParameterError, Posterior, StopReason, fuse
+from pyro_fusion import (
+    FixedAtoms,
+    FusionProblem,
+    IndianBuffetPrior,
+    ParameterError,
+    Posterior,
+    StopReason,
+    fuse,
+)
 from pyro_fusion.assignment import coordinate
 from pyro_fusion.fusion import search
 from pyro_fusion.fusion.ascent import EMResult
@@ -197,3 +205,26 @@ def test_a_start_is_the_first() -> None:
     again = search(problem, start=start, restarts=0, solver=coordinate)
     assert again.objective == pytest.approx([best.objective[-1]], rel=1e-12)
     assert again.only_label().restarts == pytest.approx(again.only_label().objective, rel=1e-12)
+
+
+def test_a_solver_that_reads_the_prior_first_is_given_that_of_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where labels are linked and a start is made anew."""
+    module = importlib.import_module("pyro_fusion.fusion.search")
+    real, seen = module.annealed, set()
+
+    def annealed(problem: Components, prior: IndianBuffetPrior, start: torch.Tensor) -> object:
+        seen.add(prior.mass)
+        return real(problem, prior, start)
+
+    monkeypatch.setattr(module, "annealed", annealed)
+    problem = FusionProblem.of(
+        networks.parties(sizes=((3, 2), (2, 3), (3, 2)), num_units=(4, 3))[0],
+        assignment_prior=IndianBuffetPrior(),
+        dispersion=2.0,
+    )
+    start = {label: torch.arange(sum(p.problem.sizes)) for label, p in problem.parts.items()}
+    search(problem, solver="sinkhorn", restarts=0, start=start)
+    prior = IndianBuffetPrior()
+    assert seen == {float(prior.update(len(a), 3).mass) for a in start.values()}
