@@ -20,7 +20,7 @@ from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNorm
 from pyro_fusion.errors import ParameterError, naming
 from pyro_fusion.fusion.annealing import annealed
 from pyro_fusion.fusion.ascent import EMResult, expectation_maximization
-from pyro_fusion.fusion.parties import LabelProblem, locating
+from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.fusion.roles import turns
@@ -211,7 +211,7 @@ class _Search:
         found = {}
         for label in group:
             part = self.problem.given(label, groups)
-            with locating(part.messages):
+            with searching(part):
                 best = expectation_maximization(
                     part.ordered, part.assignment_prior, groups[label][part.order], 0
                 )
@@ -242,7 +242,7 @@ class _Search:
         results: list[EMResult] = []
         ends: list[float] = []
         stopped = StopReason.EXHAUSTED
-        with locating(part.messages):
+        with searching(part):
             try:
                 for x in bar:
                     if self.solver is sinkhorn:
@@ -340,7 +340,7 @@ class _Search:
     ) -> _Found:
         """A label once more, from where it is; in the light of all others for the first time, from
         other starts too."""
-        with locating(part.messages):
+        with searching(part):
             best = expectation_maximization(
                 part.ordered,
                 part.assignment_prior,

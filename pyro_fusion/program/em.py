@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_fusion.errors import naming
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.ascent import Ascent
-from pyro_fusion.fusion.parties import LabelProblem, locating
+from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.fusion.search import Solver, search, solver_for
 from pyro_fusion.program.guide import FusionGuide, check_own
@@ -57,7 +58,7 @@ class FusionEM:
         for group in problem.groups:
             for label in group:
                 part = problem.given(label, guide.assignment)
-                with locating(part.messages):
+                with naming(problem.parties.names), searching(part):
                     ascent = self._ascent(part)
                     ascent.step()
                 x = ascent.state

@@ -68,7 +68,7 @@ class FusionGuide(PyroModule):
         self._model = [model]
         problem = model.problem
         if assignment is not None:
-            check_assignment(assignment, problem.parts)
+            check_assignment(assignment, problem)
         start = model.assignment if assignment is None else assignment
         self.assignment = {label: compact(start[label].cpu())[0] for label in problem.parts}
         self.num_atoms = {label: int(a.max()) + 1 for label, a in self.assignment.items()}
@@ -219,7 +219,7 @@ class FusionGuide(PyroModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """:raises StructureError: if the assignment does not fit."""
-        check_assignment(state["assignment"], self.model.problem.parts)
+        check_assignment(state["assignment"], self.model.problem)
         for label, assignment in state["assignment"].items():
             self.assignment[label] = assignment.cpu()
         self.num_atoms.update(state["num_atoms"])
