@@ -46,11 +46,14 @@ nb_execution_mode = "off"  # the tests run the notebooks, and compare what they 
 # References to what is ours must lead somewhere, but for what users never make themselves.
 nitpicky = True
 nitpick_ignore_regex = [
-    ("py:.*", r"(abc|collections|os|pyro|torch)\..*"),
+    ("py:.*", r"(abc|collections|enum|os|pyro|torch)\..*"),
     ("py:class", r"ArrayLike|Axes|Dims|Figure|Tensor|Transform"),  # annotations as they stand
-    ("py:class", r"base|concentration|weights"),  # parameters that share a line
-    ("py:class", r"pyro_fusion\.([\w.]+\._\w+|families\.(member\.Member|sides\.Side))"),
-    ("py:class", r"pyro_fusion\.(guide\.FactorParams|parties\.(Parties|LabelProblem))"),
+    # Parameters that share a line.
+    ("py:class", r"concentration|local|max_iterations|p|prior|restarts|seed|solver|weights"),
+    ("py:class", r"pyro_fusion\.([\w.]+\._\w+|readers\.registry\.R)"),
+    ("py:class", r"pyro_fusion\.families\.(member\.Member|factor\.Side)"),
+    ("py:class", r"pyro_fusion\.fusion\.(links\.LinkedSite|parties\.(LabelProblem|Parties))"),
+    ("py:class", r"pyro_fusion\.(pooling\.components\.Components|posterior\.guide\.FactorParams)"),
 ]
 
 autodoc_default_options = {"members": True, "show-inheritance": True}

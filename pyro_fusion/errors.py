@@ -46,7 +46,7 @@ __all__ = [
 class Party:
     """A party within a message.
 
-    :ivar who: its number, which the text follows by the name once that is known; or its name.
+    :ivar who: its number, after which the text gives the name once that is known; or its name.
     """
 
     who: int | str
@@ -66,7 +66,7 @@ class FusionError(Exception):
         sentence, its pieces: ``[Party(1), " has two sites, ", Party(0), " has one"]``.
     :param party: the number or the name of a party, or several; by default those in the message.
         The text begins with those that the message does not mention.
-    :param site: likewise.
+    :param site: the name of the site; by default the one in the message.
     :ivar site: the name of the site, None if the error is of no one site.
     """
 
@@ -117,7 +117,7 @@ class FusionError(Exception):
     def locate(
         self, *, party: int | str | list[int | str] | None = None, site: str | None = None
     ) -> None:
-        """Say where it happened, as far as that is not known yet."""
+        """Fill in the party and the site, if they are not known yet."""
         if party is not None and not self._parties:
             given = party if isinstance(party, list) else [party]
             self._parties = tuple(x if isinstance(x, str) else int(x) for x in given)
@@ -125,7 +125,7 @@ class FusionError(Exception):
             self.site = site
 
     def name_parties(self, names: Sequence[str]) -> None:
-        """Say what the parties that it numbers are called, if that is not known yet."""
+        """Fill in the names of the parties that it numbers, if they are not known yet."""
         self._names = self._names or tuple(names)
 
     def renumber(self, numbers: Sequence[int]) -> None:
@@ -194,7 +194,7 @@ def _shown(name: str) -> str:
 def at(
     *, party: int | str | list[int | str] | None = None, site: str | None = None
 ) -> Iterator[None]:
-    """Errors from here are of this party and site, unless they are of another already."""
+    """Give errors raised inside this party and site, unless they have another already."""
     try:
         yield
     except FusionError as e:
@@ -204,7 +204,7 @@ def at(
 
 @contextmanager
 def naming(names: Sequence[str]) -> Iterator[None]:
-    """Errors from here number the parties: these are their names."""
+    """Give errors raised inside the names of the parties, of which they know the numbers."""
     try:
         yield
     except FusionError as e:

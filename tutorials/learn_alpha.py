@@ -45,7 +45,7 @@ def main(num_parties=8, seed=0):
     # The assignment with alpha at its mode, in closed form; then all else by gradient.
     plain = FusionModel(parties, "product", prior=prior, dispersion=1.0)
     fusion = FusionEM(plain, FusionGuide(plain)).run()
-    model = AlphaModel(plain.problem)
+    model = AlphaModel(plain.problem)  # another program of the same problem
     guide = AlphaGuide(model, {"component": torch.cat(fusion.assignment)})
     adam = pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.995})
     svi = SVI(model, guide, adam, TraceMeanField_ELBO())

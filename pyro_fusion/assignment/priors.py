@@ -23,6 +23,7 @@ __all__ = [
     "IndianBuffetPrior",
     "FixedAtoms",
     "assignment_priors",
+    "check_penalty",
 ]
 
 
@@ -33,6 +34,10 @@ class AssignmentPrior(ABC):
 
     num_atoms: int | None = None
     """The number of atoms if it is fixed, else None."""
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items())
+        return f"{type(self).__name__}({settings})"
 
     @abstractmethod
     def penalty(self, num_parties: int) -> Tensor:
@@ -228,6 +233,26 @@ class FixedAtoms(AssignmentPrior):
         return torch.zeros(num_parties + 1, dtype=torch.float64)
 
 
+def check_penalty(prior: AssignmentPrior, num_parties: int) -> None:
+    """Check of a penalty before each use; ``check_assignment_prior`` checks all of a prior.
+
+    :raises ParameterError: unless its penalty is finite, 0 for nobody, float64 ``[S + 1]``.
+    """
+    phi, shape = prior.penalty(num_parties), (num_parties + 1,)
+    if isinstance(phi, Tensor):
+        right = phi.dtype == torch.float64 and phi.shape == shape
+        if right and phi[0] == 0 and bool(phi.isfinite().all()):
+            return
+        first = ", ".join(f"{x:.4g}" for x in phi.flatten()[:4].tolist())
+        got = f"{phi.dtype} {list(phi.shape)}: [{first}{', ...' if phi.numel() > 4 else ''}]"
+    else:
+        got = repr(phi)
+    raise ParameterError(
+        f"{prior!r}.penalty({num_parties}) must be finite, 0 at first, torch.float64 "
+        f"{list(shape)}, got {got}; pyro_fusion.testing.check_assignment_prior says what else"
+    )
+
+
 def assignment_priors(
     prior: AssignmentPrior | Mapping[str, AssignmentPrior] | None,
     labels: Sequence[str],
@@ -248,7 +273,7 @@ def assignment_priors(
     for one in given.values() if isinstance(prior, Mapping) else (prior,):
         if not isinstance(one, AssignmentPrior | None):
             raise ParameterError(
-                "assignment_prior must be IndianBuffetPrior(), GroupNormPrior() or FixedAtoms(K), "
-                f"got {one!r}"
+                "assignment_prior must be IndianBuffetPrior(), GroupNormPrior(), FixedAtoms(K) or "
+                f"an instance of an AssignmentPrior of your own, got {one!r}"
             )
     return {label: given.get(label) or default for label in labels}

@@ -43,7 +43,7 @@ class Masked:
 
     @classmethod
     def of_entries(cls, entries: Factor, mass: Tensor) -> Masked:
-        """From entries ``[N * J]``, with all that is cached there."""
+        """Components made of entries ``[N * J]``, with all that is cached there."""
         size = mass.shape[-1]
         result = cls(entries.map(lambda v: v.unflatten(0, (-1, size))), mass)
         result.__dict__["entries"] = entries

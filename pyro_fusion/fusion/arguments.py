@@ -55,7 +55,7 @@ def read_parties(
     :raises GuideError: for guides that cannot be read, or share parameters.
     """
     if not inputs:
-        raise StructureError("expected at least one posterior or guide, got an empty list")
+        raise StructureError("expected at least one party, got none")
     readers = []
     for s, x in enumerate(inputs):
         with at(party=s):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -48,70 +48,85 @@ class EMResult:
     bound: float
 
 
-class Ascent:
-    """Coordinate ascent from an assignment, one iteration at a time; F never rises.
+@dataclass(frozen=True)
+class State:
+    """An assignment, the atoms that are best for it, and the next E-step.
 
-    :param start: the group of each component, LongTensor ``[N]``, any integers; no two components
-        of a party share one.
-    :param collapsed: where E- and M-steps have come to an end, and merges and splits of atoms too,
-        let several parties move at once, then match each once more on the collapsed objective
-        (``moves.py``), and go on from there if that helped.
-    :param solver: of the E-steps.
-    :ivar state: where it is.
-    :ivar bound: no assignment to these atoms has a lower F; ``-inf`` where the solver knows none.
+    :ivar groups, num_atoms, atoms, assignment_prior, bound: as of :class:`EMResult`.
+    :ivar e_step: the problem that a solver is given.
+    :ivar objective: F.
     """
 
-    def __init__(
-        self,
-        problem: Components,
-        assignment_prior: AssignmentPrior,
-        start: Tensor,
-        collapsed: bool = True,
-        solver: Callable[..., Assignment] = coordinate,
-    ) -> None:
-        self.problem, self.solver = problem, solver
-        self.state = _maximise(problem, assignment_prior, start)
-        self.bound = -math.inf
+    groups: Tensor
+    num_atoms: int
+    atoms: dict[str, Factor]
+    e_step: AssignmentProblem
+    assignment_prior: AssignmentPrior
+    objective: float
+    bound: float = -math.inf
+
+
+@dataclass(frozen=True)
+class Ascent:
+    """Coordinate ascent, one iteration at a time: a state is a value, and :meth:`step` returns the
+    next. F never rises.
+
+    :ivar problem: the components.
+    :ivar collapsed: where E- and M-steps have come to an end, and merges and splits of atoms too,
+        let several parties move at once, then match each once more on the collapsed objective
+        (``moves.py``), and go on from there if that helped.
+    :ivar solver: of the E-steps.
+    """
+
+    problem: Components
+    collapsed: bool = True
+    solver: Callable[..., Assignment] = coordinate
+
+    def init(self, assignment_prior: AssignmentPrior, start: Tensor) -> State:
+        """The state at an assignment.
+
+        :param start: the group of each component, LongTensor ``[N]``, any integers; no two
+            components of a party share one.
+        """
+        return _maximise(self.problem, assignment_prior, start)
+
+    def step(self, state: State) -> tuple[State, bool]:
+        """One E-step, or a move where it does not help, and the M-step after it: the next state,
+        and True if F fell. Where nothing helps, the state has the bound of the E-step."""
         # From the cheapest to the dearest: each is taken only where those before do not help.
-        steps = (self._e_step, self._regroup, self._move, self._rematch)
-        self._steps = steps if collapsed else steps[:2]
-
-    def step(self) -> bool:
-        """One E-step, or a move where it does not help, and the M-step after it; whether F fell."""
-        for step in self._steps:
-            groups, _ = compact(step())
-            if torch.equal(groups, self.state.groups):
+        moves = (self._regroup, self._move, self._rematch) if self.collapsed else (self._regroup,)
+        proposal, bound = self._e_step(state)
+        now = state.objective
+        for move in (None, *moves):
+            groups, _ = compact(proposal if move is None else move(state))
+            if torch.equal(groups, state.groups):
                 continue
-            proposal = _maximise(self.problem, self.state.assignment_prior, groups)
+            after = _maximise(self.problem, state.assignment_prior, groups)
             # Equality up to rounding is convergence; what stands is kept: F never rises.
-            now = self.state.objective
-            if proposal.objective < now - 1e-12 * abs(now):
-                self.state, self.bound = proposal, -math.inf
-                return True
-        return False
+            if after.objective < now - 1e-12 * abs(now):
+                return after, True
+        return replace(state, bound=bound), False
 
-    def _e_step(self) -> Tensor:
+    def _e_step(self, x: State) -> tuple[Tensor, float]:
         settings = {"moves": False} if self.solver is coordinate else {}
-        result = self._solve(self.solver, **settings)
-        self.bound = result.bound + self.state.assignment_prior.constant(self.problem.num_parties)
-        return torch.cat(result.atoms)
+        result = self._solve(x, self.solver, **settings)
+        bound = result.bound + x.assignment_prior.constant(self.problem.num_parties)
+        return torch.cat(result.atoms), bound
 
-    def _move(self) -> Tensor:
-        return torch.cat(self._solve(coordinate).atoms)
+    def _solve(self, x: State, solver: Callable[..., Assignment], **settings: Any) -> Assignment:
+        start = self.problem.split(x.groups)
+        return solver(x.e_step, x.assignment_prior, start=start, **settings)
 
-    def _solve(self, solver: Callable[..., Assignment], **settings: Any) -> Assignment:
-        start = self.problem.split(self.state.groups)
-        return solver(self.state.e_step, self.state.assignment_prior, start=start, **settings)
+    def _move(self, x: State) -> Tensor:
+        return torch.cat(self._solve(x, coordinate).atoms)
 
-    def _regroup(self) -> Tensor:
-        x = self.state
+    def _regroup(self, x: State) -> Tensor:
         try:
             return regroup(self.problem, x.assignment_prior, x.groups, x.num_atoms, x.e_step.cost)
         except (torch.linalg.LinAlgError, ValueError):
             return x.groups  # some candidate group is improper
 
-    def _rematch(self) -> Tensor:
-        x = self.state
+    def _rematch(self, x: State) -> Tensor:
         return rematch(self.problem, x.assignment_prior, x.groups, x.num_atoms, x.e_step.cost)
 
 
@@ -124,43 +139,37 @@ def expectation_maximization(
     solver: Callable[..., Assignment] = coordinate,
 ) -> EMResult:
     """Alternate E- and M-steps from an assignment until F no longer falls; arguments as for
-    :class:`Ascent`."""
-    ascent = Ascent(problem, assignment_prior, start, collapsed, solver)
-    trace = [ascent.state.objective]
-    converged = False
-    while not converged and len(trace) <= max_iterations:
-        converged = not ascent.step()
-        if not converged:
-            trace.append(ascent.state.objective)
-    x = ascent.state
+    :class:`Ascent` and its ``init``."""
+    ascent = Ascent(problem, collapsed, solver)
+    x = ascent.init(assignment_prior, start)
+    trace = [x.objective]
+    fell = True
+    while fell and len(trace) <= max_iterations:
+        x, fell = ascent.step(x)
+        if fell:
+            trace.append(x.objective)
     return EMResult(
-        x.groups, x.num_atoms, x.atoms, x.assignment_prior, trace, converged, ascent.bound
+        groups=x.groups,
+        num_atoms=x.num_atoms,
+        atoms=x.atoms,
+        assignment_prior=x.assignment_prior,
+        objective=trace,
+        converged=not fell,
+        bound=x.bound,
     )
-
-
-@dataclass(frozen=True)
-class State:
-    """An assignment, the atoms that are best for it, and the next E-step.
-
-    :ivar groups, num_atoms, atoms, assignment_prior: as of :class:`EMResult`.
-    :ivar e_step: what a solver is given.
-    :ivar objective: F.
-    """
-
-    groups: Tensor
-    num_atoms: int
-    atoms: dict[str, Factor]
-    e_step: AssignmentProblem
-    assignment_prior: AssignmentPrior
-    objective: float
 
 
 def _maximise(problem: Components, assignment_prior: AssignmentPrior, groups: Tensor) -> State:
     """M-step: atoms and the prior's own parameters given the assignment, and F there."""
     groups, num_atoms = compact(groups)
     atoms = problem.m_step(groups, num_atoms)
-    assignment_prior = assignment_prior.update(num_atoms, problem.num_parties)
-    e_step = problem.e_step(atoms, assignment_prior)
-    objective = assignment_prior.constant(problem.num_parties) + e_step.objective(groups)
-    plain = {site: atoms[site] for site in problem.local}
-    return State(groups, num_atoms, plain, e_step, assignment_prior, objective)
+    prior = assignment_prior.update(num_atoms, problem.num_parties)
+    e_step = problem.e_step(atoms, prior)
+    return State(
+        groups=groups,
+        num_atoms=num_atoms,
+        atoms={site: atoms[site] for site in problem.local},
+        e_step=e_step,
+        assignment_prior=prior,
+        objective=prior.constant(problem.num_parties) + e_step.objective(groups),
+    )

@@ -154,7 +154,7 @@ def averaged(
         the same.
     """
     local, num_parties = problem.local[site], problem.num_parties
-    sure = problem.pooling.say(local)
+    sure = problem.pooling.outgoing_weights(local)
     party = acts_on * num_parties + problem.party.to(acts_on.device)
     size = num_parties * (int(acts_on.max()) + 1)
 
@@ -163,9 +163,9 @@ def averaged(
 
     weights = problem.weights.reshape(-1, *(1,) * (sure.dim() - 1))
     count = sums(torch.ones_like(weights), party, size).clamp(min=1)
-    say = sums(sure, party, size) / count * (sums(weights, party, size) / count)
-    have = sums(say[party], groups, atoms.batch_shape[0])
-    every = say.unflatten(0, (-1, num_parties)).sum(1)[acts_on]
+    weight = sums(sure, party, size) / count * (sums(weights, party, size) / count)
+    have = sums(weight[party], groups, atoms.batch_shape[0])
+    every = weight.unflatten(0, (-1, num_parties)).sum(1)[acts_on]
     total = torch.ones_like(have).index_copy(0, groups, every)
     share = have / total.clamp(min=1e-300)
     return atoms.times(share, torch.where(share > 0, share, 1 / num_parties))

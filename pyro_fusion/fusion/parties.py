@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors
+from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors, check_penalty
 from pyro_fusion.errors import FusionError, ParameterError, Party, Site, StructureError, naming
 from pyro_fusion.families import Factor
 from pyro_fusion.families.masked import Masked
@@ -189,6 +189,7 @@ class Parties:
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()
         calibrated = assignment_prior.calibrated(lambda: pairwise_spread(*voting) / scale)
+        check_penalty(calibrated, len(sizes))
         ordered = problem.in_order(order, ordered_sizes)
         return LabelProblem(label, problem, messages, calibrated, scale, ordered, order)
 

@@ -25,7 +25,7 @@ from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.fusion.roles import turns
 from pyro_fusion.fusion.seeding import starts
-from pyro_fusion.pooling.components import by_popularity
+from pyro_fusion.pooling.components import Components, by_popularity
 
 __all__ = ["Solver", "check_run", "search", "solver_for"]
 
@@ -76,7 +76,7 @@ def search(
     is the best so far, labels that were not reached are where they began, and it says so.
 
     :param start: label -> the atom of each component, LongTensor ``[N]``, for the first start; by
-        default that of :meth:`FusionProblem.start`.
+        default that of :meth:`~pyro_fusion.FusionProblem.start`.
     :param restarts, max_iterations, seed, solver, progress: as for :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for arguments out of range, a solver that is unknown or not for its
         prior or pooling, and where ``product`` is improper.
@@ -268,7 +268,7 @@ class _Search:
 
     def _refined(
         self,
-        problem: Any,
+        problem: Components,
         belief: AssignmentPrior,
         results: list[EMResult],
         ends: list[float],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment import NEW, coordinate, match
 from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
+from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.errors import ParameterError
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.pooling.components import Atoms, Components, compact
@@ -117,11 +118,13 @@ def _joined(problem: Components, order: list[int], threshold: float) -> Tensor:
         cost = _cost_of(problem.take(torch.cat(block)), atoms)
         fresh: list[Tensor] = []
         found = num_atoms
-        costs = cost.cpu().split([len(members) for members in block], 1)
-        for members, own in zip(block, costs, strict=True):
+        cost, sizes, given = cost.cpu(), [len(members) for members in block], threshold
+        known = _undisputed(cost, sizes, threshold)
+        for members, own, a in zip(block, cost.split(sizes, 1), known, strict=True):
             if found > limit:
                 threshold *= 2
-            a = match(own, threshold)
+            if a is None or threshold != given:
+                a = match(own, threshold)
             groups[members] = a
             fresh.append(members[a == NEW])
             found += len(fresh[-1])
@@ -130,6 +133,29 @@ def _joined(problem: Components, order: list[int], threshold: float) -> Tensor:
                 break
         num_atoms = _found(problem, groups, fresh, num_atoms, threshold)
     return groups
+
+
+def _undisputed(cost: Tensor, sizes: list[int], threshold: float) -> list[Tensor | None]:
+    """The matchings of the parties whose components have different cheapest atoms, or none cheaper
+    than a new one: what :func:`~pyro_fusion.assignment.match` would find, without a linear
+    assignment. None for the others, and where two atoms cost the same.
+
+    :param cost: of all their components in turn, ``[K, N]``.
+    """
+    best, atom = cost.min(0)
+    atom = torch.where(best < threshold, atom, NEW)
+    tied = (cost == best).sum(0) > 1
+    party = party_of(sizes)
+    # New atoms are no one's rivals.
+    place = torch.where(atom == NEW, len(cost) + torch.arange(len(atom)), atom)
+    key, order = (party * (len(cost) + len(atom)) + place).sort()
+    rival = torch.zeros(len(sizes), dtype=torch.bool)
+    rival[party[order[1:]][key.diff() == 0]] = True
+    rival[party[tied & (atom != NEW)]] = True
+    return [
+        None if disputed else own
+        for disputed, own in zip(rival.tolist(), atom.split(sizes), strict=True)
+    ]
 
 
 def _found(

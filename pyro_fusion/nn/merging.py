@@ -51,9 +51,9 @@ def merge_modules(
 
     :param modules: of one architecture.
     :param posteriors: one for each module, whose sites are parameters, as
-        :meth:`from_module <pyro_fusion.from_module>` reads them: Fisher
-        merging. By default each parameter counts alike: the average. Parameters that are no sites,
-        such as those of a head of its own, are the first module's.
+        :func:`~pyro_fusion.readers.module.laplace.from_module` reads them: Fisher merging. By
+        default each parameter counts alike: the average. Parameters that are no sites, such as
+        those of a head of its own, are the first module's.
     :param weights: λ, one non-negative weight for each module; equal by default.
         :func:`search_weights` finds them.
     :param axes: labels by parameter, for networks that did not begin alike, whose hidden units are

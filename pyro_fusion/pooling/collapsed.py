@@ -248,8 +248,8 @@ class Sums(GroupCosts):
             s.potentials = torch.cat([s.potentials, s.potentials.new_zeros(count)])
 
     def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
-        """By how much the objective of each group, over T, would grow with the component (or
-        without it): on the CPU, for each pair; NaN where a group would be left empty."""
+        """The growth of the objective of each group, over T, with the component (or without it): on
+        the CPU, for each pair; NaN where a group would be left empty."""
         used, place = groups.unique(return_inverse=True)
         alone = self.values(used)[place]
 

@@ -100,9 +100,9 @@ class Exclusive(_KL):
     def group_potential(self, atoms: Factor, weight: Tensor, prior: Factor | None = None) -> Tensor:
         return weight * atoms.log_normalizer
 
-    def say(self, local: Factor) -> Tensor:
-        """By one over the standard deviation: half-way, in logarithms, between counting alike and
-        by precision, as barycentres do, which a party that is overconfident would rule."""
+    def outgoing_weights(self, local: Factor) -> Tensor:
+        """One over the standard deviation: half-way, in logarithms, between counting alike and by
+        precision, as barycentres do, which a party that is overconfident would rule."""
         return local.precision.sqrt()
 
     def dispersion(self, merges: Merges) -> float:

@@ -26,5 +26,9 @@ def pooling_named(pooling: str | Pooling) -> Pooling:
     if not isinstance(pooling, str) or pooling not in _POOLINGS:
         shown = repr(pooling) if isinstance(pooling, str) else type(pooling).__name__
         remedy = ": are the parties in a list?" if not isinstance(pooling, str) else ""
-        raise ParameterError(f"pooling must be one of {sorted(_POOLINGS)}, got {shown}{remedy}")
+        if isinstance(pooling, type) and issubclass(pooling, Pooling):
+            shown, remedy = f"the class {pooling.__name__}", f": give {pooling.__name__}()"
+        raise ParameterError(
+            f"pooling must be one of {sorted(_POOLINGS)} or a Pooling, got {shown}{remedy}"
+        )
     return _POOLINGS[pooling]

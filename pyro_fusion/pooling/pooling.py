@@ -47,7 +47,7 @@ class Pooling(ABC):
     :ivar convex: whether the cost of an assignment to given atoms is a sum over its pairs alone,
         without :meth:`opening`, as the relaxed solver needs it.
     :ivar averages_outgoing: whether effects of what some parties lack (``Posterior.outgoing``) are
-        averages over all parties, by :meth:`say`.
+        averages over all parties, by :meth:`outgoing_weights`.
     :ivar tempers: whether weights and dispersion are moved into the components, by :meth:`temper`,
         before an assignment is scored.
     :ivar failure: what is wrong where sums of members of the family are no member.
@@ -78,7 +78,8 @@ class Pooling(ABC):
         prior: Factor | None = None,
     ) -> Factor:
         """The atoms that minimise ``Σ_n w_n D(groups[n]; n)`` plus their opening costs; of the
-        family and dtype of ``local``. :meth:`group_weights` checks groups and weights.
+        family and dtype of ``local``. :meth:`~pyro_fusion.pooling.Pooling.group_weights` checks
+        groups and weights.
 
         :param local: batch shape ``[N]``.
         :param groups: the atom of each component, LongTensor ``[N]``; every atom has at least one.
@@ -175,15 +176,15 @@ class Pooling(ABC):
 
     def temper(self, local: Factor, prior: Factor, weights: Tensor, dispersion: float) -> Factor:
         """The components ``[N]`` with weights ``[N]`` and dispersion moved into them; called where
-        :attr:`tempers` is set.
+        ``tempers`` is set.
 
         :raises ParameterError: if one is improper then.
         """
         raise NotImplementedError(f"pooling {self.name!r} does not temper its components")
 
-    def say(self, local: Factor) -> Tensor:
-        """By how much each number of each component counts where effects are averaged over the
-        parties, of the shape of its location: alike by default."""
+    def outgoing_weights(self, local: Factor) -> Tensor:
+        """The weight of each number of each component where effects are averaged over the parties,
+        of the shape of its location: one by default."""
         return torch.ones_like(local.precision)
 
     def absent(

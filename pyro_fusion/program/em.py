@@ -13,10 +13,11 @@ from torch import Tensor
 
 from pyro_fusion.errors import naming
 from pyro_fusion.families import Factor
-from pyro_fusion.fusion.ascent import Ascent
+from pyro_fusion.fusion.ascent import Ascent, State
 from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.fusion.search import Solver, search, solver_for
+from pyro_fusion.pooling.components import Components
 from pyro_fusion.program.guide import FusionGuide, check_own
 from pyro_fusion.program.model import FusionModel
 
@@ -48,7 +49,7 @@ class FusionEM:
         check_own(model, guide)
         self.model, self.guide = model, guide
         self.solver = solver_for(model.problem, solver)
-        self._ascents: dict[str, Ascent] = {}
+        self._states: dict[str, tuple[Components, State]] = {}
 
     def step(self) -> float:
         """One E- and M-step for each label; a move out of a local optimum where that changes
@@ -59,9 +60,7 @@ class FusionEM:
             for label in group:
                 part = problem.given(label, guide.assignment)
                 with naming(problem.parties.names), searching(part):
-                    ascent = self._ascent(part)
-                    ascent.step()
-                x = ascent.state
+                    x = self._step(part)
                 own = {site: f for site, f in x.atoms.items() if site not in problem.links}
                 self._move({label: part.as_given(x.groups)}, own)
             if len(group) > 1:
@@ -72,18 +71,17 @@ class FusionEM:
         self._move({}, linked | problem.shared_atoms)
         return loss
 
-    def _ascent(self, part: LabelProblem) -> Ascent:
-        """The ascent of the last step, or a new one if the guide has been moved since."""
+    def _step(self, part: LabelProblem) -> State:
+        """The state after a step along a label, from that of the last one unless the guide has been
+        moved since."""
         start = self.guide.assignment[part.label][part.order]
-        ascent = self._ascents.get(part.label)
-        if (
-            ascent is None
-            or ascent.problem is not part.ordered
-            or not torch.equal(ascent.state.groups, start)
-        ):
-            ascent = Ascent(part.ordered, part.assignment_prior, start, solver=self.solver)
-            self._ascents[part.label] = ascent
-        return ascent
+        ascent = Ascent(part.ordered, solver=self.solver)
+        problem, state = self._states.get(part.label, (None, None))
+        if state is None or problem is not part.ordered or not torch.equal(state.groups, start):
+            state = ascent.init(part.assignment_prior, start)
+        state, _ = ascent.step(state)
+        self._states[part.label] = part.ordered, state
+        return state
 
     def _move(self, assignment: Mapping[str, Tensor], atoms: Mapping[str, Factor]) -> None:
         for program in (self.model, self.guide):

@@ -156,7 +156,7 @@ class FusionGibbs:
         ``scale``.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with, as
         the ``assignment`` of a guide; by default that of
-        :meth:`FusionProblem.start() <pyro_fusion.fusion.FusionProblem.start>`.
+        :meth:`FusionProblem.start() <pyro_fusion.FusionProblem.start>`.
     :param seed: of the draws. torch's global generator is left alone.
     :param learn_dispersion: whether to draw T, or its prior, a scalar distribution over positive
         numbers; ``True`` is ``LogNormal(log T, 1)`` about the model's T.

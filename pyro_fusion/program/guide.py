@@ -55,6 +55,7 @@ class FusionGuide(PyroModule):
     :ivar num_atoms: label -> K, the atoms that there is room for.
     :raises StructureError: if the assignment does not fit, or is to more atoms than the model has
         (``inclusive``).
+    :raises ParameterError: for what is no model.
     """
 
     def __init__(
@@ -66,6 +67,8 @@ class FusionGuide(PyroModule):
         super().__init__(name=unique_name(type(self)))
         # In a list: a model is no part of its guide, and a guide not of its model.
         self._model = [model]
+        if not isinstance(model, FusionModel):
+            raise ParameterError(f"expected a FusionModel, got {type(model).__name__}")
         problem = model.problem
         if assignment is not None:
             check_assignment(assignment, problem)

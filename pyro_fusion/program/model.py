@@ -77,8 +77,8 @@ class FusionModel(PyroModule):
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with: of
         the guides of this model, unless they are given another, and of the atoms that are its own
         parameters (``inclusive``). It also says how many atoms there are where no guide does. By
-        default that of :meth:`FusionProblem.start`.
-    :ivar problem: the :class:`~pyro_fusion.fusion.FusionProblem`; of several models it may be one,
+        default that of :meth:`~pyro_fusion.FusionProblem.start`.
+    :ivar problem: the :class:`~pyro_fusion.FusionProblem`; of several models it may be one,
         given in the place of ``posteriors`` and what follows it.
     :ivar assignment: label -> the assignment to begin with, numbered without gaps; where
         :class:`~pyro_fusion.FusionEM` is, once that has moved it.
@@ -151,9 +151,9 @@ class FusionModel(PyroModule):
         return FactorDistribution(self._components(site).local[site].index_select(0, index))
 
     def scale(self, label: str | None) -> Tensor:
-        """By which the log densities of each component's sites are multiplied, ``w / T``: ``[N]``;
-        of sites without a label, those of each party: ``[S]``; under the name of a site with
-        several labels, those of its entries: ``[E]``."""
+        """The factor of the log densities of each component's sites, ``w / T``: ``[N]``. For None,
+        of the sites without a label, that of each party: ``[S]``; for the name of a site with
+        several labels, that of its entries: ``[E]``."""
         problem = self.problem
         if label is None:
             return next(iter(problem.shared.values())).weights

@@ -36,7 +36,7 @@ class Joint:
     :param loc: ``[*batch, D]``.
     :param rows: ``[*batch, D, M]``, or None.
     :param variance: ``[*batch, D]``, or None.
-    :param dtype: what the parameters had.
+    :param dtype: the dtype of the parameters that it was made from.
     """
 
     loc: Tensor
@@ -46,7 +46,7 @@ class Joint:
 
     @classmethod
     def of(cls, d: Distribution) -> Joint | None:
-        """The joint of a distribution over a vector; for a Normal, its last batch axis is it."""
+        """The joint of a distribution over a vector, which a Normal's last batch axis counts as."""
         rows = variance = None
         if isinstance(d, torch.distributions.MultivariateNormal):
             rows = d.scale_tril
@@ -61,7 +61,7 @@ class Joint:
         return cls(d.loc.detach().double(), rows, variance, d.loc.dtype)
 
     def equals(self, other: Joint) -> bool:
-        """Whether all numbers are the same."""
+        """True if both have equal numbers."""
         return all(
             a is b if a is None or b is None else torch.equal(a, b)
             for a, b in zip(

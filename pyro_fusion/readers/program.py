@@ -35,8 +35,8 @@ class Frame:
     """A plate around a site.
 
     :ivar axis: the site's batch axis that is the plate's, from the left.
-    :ivar size: how many of its entries are there.
-    :ivar full_size: how many it has.
+    :ivar size: the number of entries that the site has.
+    :ivar full_size: the number of entries of the whole plate.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Message(ABC):
     """A latent site in one run of a program, as Pyro's and NumPyro's layers tell it.
 
     :ivar name: of the site.
-    :ivar dependent: whether its distribution is known to depend on another site's value.
+    :ivar dependent: True if its distribution is known to depend on another site's value.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Message(ABC):
     @property
     @abstractmethod
     def batch_dim(self) -> int:
-        """How many batch axes the site has."""
+        """The number of batch axes."""
 
     @property
     @abstractmethod
@@ -67,11 +67,11 @@ class Message(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """:raises GuideError: for what bars the whole site, before anything else is asked."""
+        """:raises GuideError: for a site that cannot be read at all; called before all else."""
 
     @abstractmethod
     def is_point(self) -> bool:
-        """Whether the distribution is a point mass."""
+        """True if the distribution is a point mass."""
 
     @abstractmethod
     def factor(self) -> Factor | None:
@@ -164,7 +164,7 @@ def read_runs(
 
 
 def _draws(sites: Sequence[Message], plates: tuple[str | None, ...]) -> Draws:
-    """To be matched by a Normal, the same for members of the same distribution in all runs."""
+    """A site to be matched by a Normal, one for members with one distribution in all runs."""
     site = sites[0]
     support = site.support()
     transform_of(site.name, support)  # raises if draws would be of no use

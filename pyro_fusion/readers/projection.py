@@ -27,7 +27,7 @@ _PROBES = 32
 
 
 def bare(d: Distribution) -> Distribution:
-    """Without what is wrapped around it, but for transforms."""
+    """The distribution inside of all wrappers but transforms."""
     while hasattr(d, "base_dist") and not isinstance(
         d, torch.distributions.TransformedDistribution
     ):
@@ -57,7 +57,7 @@ def factor_of(name: str, site: Mapping[str, Any]) -> Factor | None:
 
 
 def same_factors(a: Factor | None, b: Factor | None) -> bool:
-    """Whether all numbers are the same."""
+    """True if two factors have one structure and equal parameters."""
     if a is None or b is None:
         return a is b
     return a.structure() == b.structure() and all(
@@ -72,7 +72,7 @@ def constant_axes(
 ) -> set[int]:
     """The batch axes along which all members have the same density, at draws of each of them.
 
-    :param sample: how many -> that many draws of the whole batch.
+    :param sample: a number -> that many draws of the whole batch.
     :param log_prob: values -> their log-densities, one for each member.
     """
     result = set()

@@ -44,8 +44,8 @@ class Entry:
     remedy: str = ""
 
     def distance(self, x: Any) -> float | None:
-        """How many steps up the type of ``x`` this source is, infinity for a predicate that holds,
-        None where this entry is not for ``x``.
+        """The number of steps from the type of ``x`` up to this source, infinity for a predicate
+        that holds, None where this entry is not for ``x``.
 
         :raises StructureError: for a predicate that fails.
         """
@@ -103,6 +103,12 @@ def register_reader(source: Source) -> Callable[[R], R]:
         )
 
     def decorate(reader: R) -> R:
+        if not callable(reader):
+            raise ParameterError(
+                "expected a reader, a function that returns a Posterior, got "
+                f"{type(reader).__name__}: @register_reader(what it takes) stands before a reader, "
+                "and never without what it takes"
+            )
         name = getattr(reader, "__name__", type(reader).__name__)
         _ENTRIES.append(Entry(source, name, reader))
         return reader
@@ -133,7 +139,7 @@ def read(source: Any, *args: Any, **kwargs: Any) -> Posterior:
 
 
 def is_single(x: Any) -> bool:
-    """True for what is one party, or a remedy is known for, and no list or mapping of parties."""
+    """True for one party, that a reader takes or a remedy is known for; not for several."""
     if isinstance(x, Posterior):
         return True
     entry = _find(x)

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""What readers of guides have in common: sites, their plates, supports and spreads, and the
+"""The sites that readers of guides find, with their plates, supports and spreads, and the
 posterior that is made of them."""
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def labels_of(axes: Axes | None) -> Labels:
 
 
 def check_num_samples(num_samples: int) -> None:
-    """:raises ParameterError: for too few."""
+    """:raises ParameterError: for fewer than two."""
     if num_samples < 2:
         raise ParameterError(f"num_samples must be at least 2, got {num_samples}")
 
@@ -96,7 +96,7 @@ def _untold(values: Mapping[str, Tensor]) -> float | None:
 
 @dataclass(frozen=True)
 class Context:
-    """What a reader knows beside the sites, for the checks that are made of every reading.
+    """The knowledge that a reader has beside the sites, for the checks of every reading.
 
     :ivar leave_out: how to leave a site out, with ``{site}`` for its name.
     :ivar data: finds plate -> an observed site in it, by the model, if one is known.
@@ -117,10 +117,10 @@ def posterior_of(
 ) -> Posterior:
     """The posterior of sites that were read; ``labels`` take the place of plates.
 
-    :param context: for what has a party's own data behind it. Sites that have the label of a plate
-        are warned of where it is a plate of these data, and where its entries cannot change places.
+    :param context: the reader's knowledge of data. A warning names sites that have the label of a
+        plate, if it is a plate of these data or its entries cannot change places.
     """
-    # Our guides call a plate so whose axis has no label.
+    # PosteriorGuide and NumPyroGuide give this name to the plate of an axis without a label.
     plates = {
         name: tuple(None if p == f"_{name}_axis{i}" else p for i, p in enumerate(s.plates))
         for name, s in sites.items()
@@ -242,7 +242,7 @@ class Spread:
 
     @property
     def given(self) -> bool:
-        """Whether there is one for any site."""
+        """True if there is one for any site."""
         return self._spread is not None
 
     def around(self, name: str, loc: Tensor, support: Any, batch_dim: int) -> Factor:

@@ -3,7 +3,7 @@
 
 """Reading scikit-learn's variational Bayes, and its priors.
 
-What is exact, given the responsibilities that the fit ended with:
+Exact means: given the responsibilities that the fit ended with.
 
 ================================================  ==================================================
 estimator                                         read as
@@ -59,9 +59,9 @@ _SUPPORTED = "BayesianGaussianMixture and LatentDirichletAllocation"
 def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
     """Read the variational posterior of a fitted scikit-learn estimator. Values are copied.
 
-    :param model: a ``BayesianGaussianMixture`` (sites "weights" ``[K]``, and "gaussian" or "loc"
-        and "precision"; see the top of this file) or a ``LatentDirichletAllocation`` (site
-        "topics", ``[K, V]``).
+    :param model: a ``BayesianGaussianMixture`` (sites "weights" ``[K]``, and "gaussian" if
+        the covariances are "full" or "diag", else "loc" and "precision") or a
+        ``LatentDirichletAllocation`` (site "topics", ``[K, V]``).
     :param label: of the components; by default "component", and "topic" for a
         ``LatentDirichletAllocation``.
     :raises StructureError: for another estimator, one that is not fitted, or a bad label.
@@ -70,15 +70,15 @@ def from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
 
     For ``product`` all parties need one prior. By default a mixture's is made from its data, so
     give ``mean_prior`` and ``covariance_prior``, and the concentrations where numbers of components
-    differ; :func:`prior_from_sklearn` then is the ``base``. A Dirichlet process may end with less
+    differ; then pass :func:`prior_from_sklearn` as ``prior``. A Dirichlet process may end with less
     weight on a component than the prior, and then there may be no proper product.
     """
     return _read(model, label, _topics, _mixture)
 
 
 def prior_from_sklearn(model: Any, *, label: str | None = None) -> Posterior:
-    """Read the prior that a fitted estimator used: the same sites, families and shapes, all
-    components alike. Parameters and errors as of :func:`from_sklearn`."""
+    """Read the prior that a fitted estimator used: with the sites, families and shapes of its
+    posterior, all components alike. Arguments and errors are those of :func:`from_sklearn`."""
     return _read(model, label, _topics_prior, _mixture_prior)
 
 

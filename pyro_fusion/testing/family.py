@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.families import Factor, family_named, kl, pairwise_kl
+from pyro_fusion.families import Factor, Family, family_named, kl, pairwise_kl
 
 __all__ = ["check_family"]
 
@@ -32,6 +32,7 @@ def check_family(
     *,
     divergence: Tensor | None = None,
     statistics: Statistics | None = None,
+    rtol: float = 1e-8,
     seed: int = 0,
 ) -> None:
     """Check a registered family on two batches of its members, bare or wrapped in ``Independent``,
@@ -39,8 +40,9 @@ def check_family(
 
     Conversions there and back; densities, the gradient of the log-normaliser and the mean of the
     sufficient statistics against draws and against ``log_prob``; divergences against
-    ``divergence``; batches indexed, joined, expanded and made one; float32; numbers that are no
-    parameters.
+    ``divergence``, and that a common shift or multiple leaves them as they are, where the family
+    has a ``location`` or a ``scale``; batches indexed, joined, expanded and made one; float32;
+    numbers that are no parameters.
 
     :param p, q: of one structure, on the CPU, in float64, with one batch axis of at least three and
         two members, all different: ``[N]`` and ``[M]``.
@@ -49,6 +51,8 @@ def check_family(
         estimated from draws, which only sees errors that are large.
     :param statistics: ``T(x)`` of the bare family, ``[..., *event_shape] -> [..., P]``, where
         :meth:`~pyro_fusion.families.Family.statistics` cannot tell it from a value.
+    :param rtol: to which differences of ``log_prob`` are right, relative and absolute. Some
+        distributions approximate it: the Bessel function of torch's ``VonMises`` has seven digits.
     :param seed: of the draws.
     :raises AssertionError: with what was expected and what came.
     :raises UnsupportedFamilyError: if the family is not registered.
@@ -67,10 +71,12 @@ def check_family(
     own = statistics or f.family.statistics
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
+        _check_names(f.family)
         _check_parts(f, p)
         _check_conversions(f)
-        _check_density(f, g, own)
+        _check_density(f, g, own, rtol)
         _check_mean(f, own)
+        _check_moves(f, g)
         _check_divergences(f, g, divergence)
         _check_axes(f)
         _check_expansion(f)
@@ -114,6 +120,19 @@ def _sample(f: Factor, *shape: int) -> Tensor:
 
 def _log_prob(f: Factor, value: Tensor) -> Tensor:
     return f.distribution().log_prob(value)
+
+
+def _check_names(family: Family) -> None:
+    for attribute in ("location", "scale"):
+        name = getattr(family, attribute)
+        _require(
+            name is None or name in family.parameters,
+            f"{attribute}: expected one of {list(family.parameters)} or None, got {name!r}",
+        )
+    _require(
+        family.scale is None or family.location is not None,
+        f"scale {family.scale!r}: expected a location too",
+    )
 
 
 def _check_parts(f: Factor, d: Distribution) -> None:
@@ -186,7 +205,7 @@ def _check_conversions(f: Factor) -> None:
     )
 
 
-def _check_density(f: Factor, g: Factor, own: Statistics) -> None:
+def _check_density(f: Factor, g: Factor, own: Statistics, rtol: float) -> None:
     """The carrier and the Jacobian cancel between two members: at every x
     ``log p(x) - log q(x) = <η_p - η_q, T(x)> - A_p + A_q``."""
     n = min(f.batch_shape[0], g.batch_shape[0])
@@ -201,7 +220,7 @@ def _check_density(f: Factor, g: Factor, own: Statistics) -> None:
     inner = ((f.natural - g.natural) * t).sum(-1)
     expected = _log_prob(f, value) - _log_prob(g, value)
     what = "<η_p - η_q, T(x)> - A_p + A_q against log p(x) - log q(x)"
-    _close(inner - f.log_normalizer + g.log_normalizer, expected, 1e-8, what, 1e-8)
+    _close(inner - f.log_normalizer + g.log_normalizer, expected, rtol, what, rtol)
 
 
 def _check_mean(f: Factor, own: Statistics) -> None:
@@ -256,6 +275,22 @@ def _check_divergences(f: Factor, g: Factor, truth: Tensor | None) -> None:
     _require(float(kl(f, f).max()) < 1e-12, f"KL to itself: expected 0, got {kl(f, f)}")
     least = float((own + torch.eye(shape[0])).min())
     _require(least > 1e-3, f"expected members that differ, got two with a divergence of {least}")
+
+
+def _check_moves(f: Factor, g: Factor) -> None:
+    """A divergence is that of the values moved, and of their multiples."""
+    family, n = f.family, min(f.batch_shape[0], g.batch_shape[0])
+    loc, width = family.location, family.scale
+    p, q = (dict(x.index_select(0, torch.arange(n)).params) for x in (f, g))
+    expected = family.kl(p, q)
+    if loc is not None:
+        moved = ({**x, loc: x[loc] + 1.0} for x in (p, q))
+        what = f"location {loc!r}: KL of members moved by 1"
+        _close(family.kl(*moved), expected, 1e-6, what, 1e-9)
+    if loc is not None and width is not None:
+        multiples = ({**x, loc: 2.0 * x[loc], width: 2.0 * x[width]} for x in (p, q))
+        what = f"scale {width!r}: KL of members times 2"
+        _close(family.kl(*multiples), expected, 1e-6, what, 1e-9)
 
 
 def _check_axes(f: Factor) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from pyro_fusion.errors import ParameterError
-from pyro_fusion.families import Factor, as_factor
+from pyro_fusion.families import Factor, as_factor, kl
 from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.additive import AdditivePooling
 from pyro_fusion.pooling.pooling import Pooling
@@ -33,7 +33,8 @@ def check_pooling(
 ) -> None:
     """Check on an example that a pooling does what fusion relies on: its barycentre is a minimum of
     its cost, whatever the order, weights and dtype of the components; what has several ways to be
-    computed is the same in each; and what fusion asks of it fits together.
+    computed is the same in each; and what fusion asks of it fits together, as the Pyro program that
+    ``draws_from`` promises.
 
     :param example: components of the family that is pooled, all different, of batch shape ``[N]``,
         ``N >= 4``, in float64. With an event axis of independent entries, missing ones are checked
@@ -44,6 +45,10 @@ def check_pooling(
     :raises AssertionError: saying what does not hold, with what was expected and what came.
     :raises ParameterError: if the example does not do.
     """
+    if not isinstance(getattr(pooling, "name", None), str) or pooling.name == "":
+        raise AssertionError(
+            f"pooling {type(pooling).__name__}: `name` must be a string, not empty"
+        )
     local = as_factor(example)
     base = None if prior is None else as_factor(prior)
     if local.batch_dim != 1 or local.batch_shape[0] < 4 or local.dtype != torch.float64:
@@ -79,11 +84,11 @@ class _Check:
         self.generator = torch.Generator().manual_seed(seed)
         self.groups = torch.arange(self.count) % 2
         self.w = 0.5 + torch.rand(self.count, generator=self.generator, dtype=torch.float64)
-        shape = tuple(pooling.divergence(local, local).shape)
+        alone = pooling.divergence(local, local)
         self.holds(
-            f"`divergence` must be of shape [{self.count}]",
-            shape == (self.count,),
-            f": got {list(shape)}",
+            f"`divergence` must be a tensor of shape [{self.count}]",
+            isinstance(alone, Tensor) and alone.shape == (self.count,),
+            f": got {list(alone.shape) if isinstance(alone, Tensor) else repr(alone)}",
         )
         self.atoms = pooling.barycenter(local, self.groups, 2, self.w, prior)
         self.costs = pooling.cost(self.atoms, local, prior).double()
@@ -120,7 +125,6 @@ class _Check:
 
     def attributes(self) -> None:
         p = self.pooling
-        self.holds("`name` must be a string", isinstance(p.name, str) and p.name != "")
         self.holds(
             "`draws_from` must be 'local', 'atoms', 'prior' or None",
             p.draws_from in ("local", "atoms", "prior", None),
@@ -138,6 +142,15 @@ class _Check:
         atoms, local = self.atoms.index_select(0, k), self.local.index_select(0, n)
         pairs = p.pair_cost(atoms, local, self.prior).reshape(2, -1)
         self.close("`cost` is not `pair_cost` of each pair", self.costs, pairs)
+        if p.draws_from in ("local", "atoms"):
+            which = "KL(atom ‖ local)" if p.draws_from == "local" else "KL(local ‖ atom)"
+            program = kl(atoms, local) if p.draws_from == "local" else kl(local, atoms)
+            self.close(
+                f"with `draws_from` {p.draws_from!r} the cost of FusionModel is {which}, and "
+                "`pair_cost` is another",
+                pairs,
+                program.reshape(2, -1),
+            )
         divergence = p.divergence(atoms, local)
         self.holds("a divergence is negative", bool((divergence >= 0).all()))
         itself = p.divergence(self.local, self.local)

@@ -137,7 +137,8 @@ def _check_refuses(reader: Callable[[Any], Posterior], x: Any) -> None:
         return
     except Exception as e:
         raise AssertionError(
-            f"expected a FusionError for {x!r}, got {type(e).__name__}: {e}"
+            f"expected a FusionError for {x!r}, got {type(e).__name__}: {e}. A registered "
+            "reader is given only what it takes: check it as `read`"
         ) from e
     raise AssertionError(f"expected a FusionError for {x!r}, but it was read")
 

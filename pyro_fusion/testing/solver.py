@@ -121,7 +121,7 @@ def _tasks(fixed: bool, opening: bool) -> list[_Task]:
 
 
 def _check_task(solver: Solver, task: _Task, prior: AssignmentPrior) -> None:
-    start, what = task.start, f"problem {task.name} under {prior}"
+    start, what = task.start, f"problem {task.name!r} under {prior}"
     problem = AssignmentProblem.of(task.cost, prior, task.opening)
     cost = problem.split(problem.cost)
     before = [x.clone() for x in (problem.cost, *start)]

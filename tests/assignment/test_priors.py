@@ -6,17 +6,22 @@
 import math
 
 import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 
 from pyro_fusion import (
     FixedAtoms,
+    FusionModel,
     GroupNormPrior,
     IndianBuffetPrior,
     ParameterError,
+    Posterior,
     StructureError,
+    fuse,
 )
-from pyro_fusion.assignment.priors import assignment_priors
+from pyro_fusion.assignment import AssignmentPrior
+from pyro_fusion.assignment.priors import assignment_priors, check_penalty
 from pyro_fusion.testing import check_assignment_prior
 from tests.device import DEVICE, elsewhere
 
@@ -208,6 +213,48 @@ class TestOneForEachLabel:
         for wrong in ("buffet", {"a": 3}, 0):
             with pytest.raises(ParameterError, match="prior must be"):
                 assignment_priors(wrong, ["a"], GroupNormPrior())
+
+
+class Own(AssignmentPrior):
+    def __init__(self, phi):
+        self.phi = phi
+
+    def penalty(self, num_parties):
+        return self.phi
+
+
+class TestOfYourOwn:
+    def test_a_right_penalty(self):
+        check_penalty(Own(torch.tensor([0.0, 1.0, 1.5]).double()), 2)
+
+    @pytest.mark.parametrize(
+        ("phi", "got"),
+        [
+            (torch.tensor([0.0, 1.0]).double(), r"torch.float64 \[2\]: \[0, 1\]"),
+            (torch.tensor([0.0, 1.0, 1.5]), r"torch.float32 \[3\]"),
+            (torch.tensor([1.0, 2.0, 2.5]).double(), r"\[1, 2, 2.5\]"),
+            (torch.tensor([0.0, math.nan, 1.5]).double(), r"\[0, nan, 1.5\]"),
+            (torch.tensor([0.0, math.inf, 1.5]).double(), r"\[0, inf, 1.5\]"),
+            ([0.0, 1.0, 1.5], r"\[0.0, 1.0, 1.5\]"),
+        ],
+    )
+    def test_a_wrong_penalty(self, phi, got):
+        parties = [
+            Posterior({"x": dist.Normal(torch.tensor([0.0, 4.0 + s]), 1.0)}, {"x": "component"})
+            for s in range(2)
+        ]
+        message = rf"^Own\(phi=.*\).penalty\(2\) must be .* torch.float64 \[3\], got .*{got}"
+        for use in (fuse, FusionModel):
+            with pytest.raises(ParameterError, match=f"(?s){message}.*check_assignment_prior"):
+                use(parties, assignment_prior=Own(phi))
+
+    def test_its_settings_are_shown(self):
+        assert repr(Own(2)) == str(Own(2)) == "Own(phi=2)"
+        assert repr(FixedAtoms(3)) == "FixedAtoms(num_atoms=3)"
+
+    def test_a_class_is_none(self):
+        with pytest.raises(ParameterError, match="instance of an AssignmentPrior of your own, got"):
+            assignment_priors(Own, ["a"], GroupNormPrior())
 
 
 def test_tables_have_what_is_in_use():

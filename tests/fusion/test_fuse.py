@@ -28,6 +28,7 @@ from pyro_fusion import (
     fuse,
     pairwise_kl,
 )
+from pyro_fusion.pooling import Exclusive
 from tests.fusion.parties import AXES, BASE, HOLDS, TRUTH, parties, party, same_grouping
 
 POOLINGS = ["inclusive", "exclusive", "product"]
@@ -512,7 +513,7 @@ class TestBadInput:
             fuse([normal_party(), other()])
 
     def test_empty(self):
-        with pytest.raises(StructureError, match="empty list"):
+        with pytest.raises(StructureError, match="at least one party"):
             fuse([])
 
     def test_single_posterior_without_list(self):
@@ -804,6 +805,8 @@ class TestWhatNewcomersDo:
             fuse([fuse(parties()), *parties()])
 
     def test_parties_that_are_in_no_list(self):
+        with pytest.raises(ParameterError, match=r"got the class Exclusive: give Exclusive\(\)"):
+            fuse(parties(), Exclusive)
         with pytest.raises(ParameterError, match="got Posterior: are the parties in a list"):
             fuse(parties(), parties()[0])
 

@@ -9,6 +9,7 @@ import torch
 
 from pyro_fusion import (
     FixedAtoms,
+    FusionProblem,
     GroupNormPrior,
     IndianBuffetPrior,
     ParameterError,
@@ -124,10 +125,16 @@ class TestLabelled:
                 torch.testing.assert_close(f.natural[k], truth, rtol=1e-8, atol=1e-8)
 
 
+def share(given, site):
+    """The fused factor of a shared site, and its divergence."""
+    problem = FusionProblem(parties=given, parts={}, links={}, shared={site: given.shared(site)})
+    return given.unbatched(site, problem.shared_atoms[site]), problem.shared_objective
+
+
 class TestShared:
     def test_divergence(self, pooling):
         given = read(pooling, weights=[1.0, 3.0, 2.0, 0.5])
-        atom, divergence = given.share("noise")
+        atom, divergence = share(given, "noise")
         assert atom.batch_shape == ()
         prior = given.shared("noise").prior.get("noise")
         total = float(kl(atom.expand_batch((1,)), prior)) if prior is not None else 0.0
@@ -151,7 +158,7 @@ class TestShared:
             for s in range(2)
         ]
         given = read(local=local)
-        atom, _ = given.share("grid")
+        atom, _ = share(given, "grid")
         assert atom.batch_shape == (2, 3)
         rates = torch.stack([p.factors["grid"].rate for p in local])
         torch.testing.assert_close(atom.distribution().rate, rates.double().mean(0))
@@ -169,7 +176,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         "inputs, match",
         [
-            ([], "at least one posterior or guide, got an empty list"),
+            ([], "at least one party, got none"),
             (parties()[0], "a list of posteriors or guides, got a single one"),
             ([parties()[0], 3], "party 1: expected a Posterior or a Pyro guide, got int"),
         ],
@@ -206,7 +213,7 @@ class TestErrors:
         with pytest.raises(
             ParameterError, match="party 0, party 1, party 2, party 3, site 'noise': "
         ):
-            given.share("noise")
+            share(given, "noise")
 
     def test_other_errors_pass(self):
         with pytest.raises(KeyError, match="own"), locating(labelled().problem):

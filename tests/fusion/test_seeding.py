@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from pyro_fusion import FixedAtoms, GroupNormPrior, Posterior, fuse
+from pyro_fusion.assignment import match
 from pyro_fusion.families import Factor
+from pyro_fusion.fusion import seeding
 from pyro_fusion.fusion.seeding import _MAX_ATOMS_PER_COMPONENT, starts
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.components import Components
@@ -111,3 +113,21 @@ def test_other_starts_end_lower_than_the_first(seed):
     ends = {round(end, 6) for end in many.only_label().restarts}
     assert len(one.only_label().restarts) == 1
     assert len(ends) >= 5
+
+
+@pytest.mark.parametrize("num_atoms", [1, 2, 6, 40])
+def test_matchings_without_rivals_are_those_of_the_linear_assignment(num_atoms):
+    generator = torch.Generator().manual_seed(num_atoms)
+    sizes = [1, 3, 5, 2] * 25
+    cost = torch.rand(num_atoms, sum(sizes), generator=generator, dtype=torch.float64)
+    cost[:, ::7] += 1.0  # new atoms for these
+    found = seeding._undisputed(cost, sizes, 0.6)
+    known = 0
+    for own, a in zip(cost.split(sizes, 1), found, strict=True):
+        if a is not None:
+            known += 1
+            assert torch.equal(a, match(own, 0.6))
+    # Each party of one has no rival; with many atoms hardly any has.
+    assert known >= 25 and (num_atoms < 40 or known > 60)
+    same = torch.zeros(3, 2, dtype=torch.float64)
+    assert seeding._undisputed(same, [1, 1], 1.0) == [None, None]  # three atoms cost the same

@@ -142,6 +142,25 @@ class NoProgram(Exclusive):
     draws_from = "nowhere"
 
 
+class OtherProgram(BuresWasserstein):
+    """FusionModel knows no transport."""
+
+    draws_from = "local"
+
+
+class SwappedProgram(Exclusive):
+    draws_from = "atoms"
+
+
+class NoName(BuresWasserstein):
+    name = ""
+
+
+class NoTensor(BuresWasserstein):
+    def divergence(self, atoms, local):
+        return 0.0
+
+
 class Hot(Product):
     def temper(self, local, prior, weights, dispersion):
         return super().temper(local, prior, weights, 2 * dispersion)
@@ -158,7 +177,7 @@ class OneForAll(Exclusive):
     ("pooling", "what"),
     [
         (Unweighted(), "the barycentre is no minimum"),
-        (EachNumber(), r"`divergence` must be of shape \[6\]: got \[6, 2\]"),
+        (EachNumber(), r"`divergence` must be a tensor of shape \[6\]: got \[6, 2\]"),
         (OtherDirection(), "`cost` is not `pair_cost`"),
         (OtherBarycentre(), "the barycentre is no minimum"),
         (Negative(), "a divergence is negative"),
@@ -169,6 +188,13 @@ class OneForAll(Exclusive):
         (Fills(), "must refuse an atom without a component"),
         (Writes(), "changes its arguments|the divergence|the barycentre"),
         (NoProgram(), "`draws_from` must be"),
+        (
+            OtherProgram(),
+            r"`draws_from` 'local' the cost of FusionModel is KL\(atom ‖ local\), and",
+        ),
+        (SwappedProgram(), r"`draws_from` 'atoms' the cost of FusionModel is KL\(local ‖ atom\)"),
+        (NoName(), "pooling NoName: `name` must be a string"),
+        (NoTensor(), "`divergence` must be a tensor .* got 0.0"),
         (Hot(), "tempered by nothing"),
         (OneForAll(), "`cost_over_entries`"),
     ],

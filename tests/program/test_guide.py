@@ -23,7 +23,7 @@ from pyro_fusion import (
     Posterior,
     fuse,
 )
-from pyro_fusion.errors import StructureError
+from pyro_fusion.errors import ParameterError, StructureError
 from pyro_fusion.families import Factor
 from tests.program.pairs import (
     POOLINGS,
@@ -81,6 +81,11 @@ def svi(local, pooling, assignment, steps):
     for _ in range(steps // 2):
         infer.step()
     return infer.evaluate_loss()
+
+
+def test_a_guide_of_no_model():
+    with pytest.raises(ParameterError, match="expected a FusionModel, got list"):
+        FusionGuide([])
 
 
 @pytest.mark.parametrize(

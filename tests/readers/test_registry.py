@@ -201,6 +201,15 @@ def from_table(table: Table, scale: float = 1.0) -> Posterior:
     return Posterior({"loc": effect}, {"loc": "component"})
 
 
+def test_a_decorator_without_what_the_reader_takes() -> None:
+    @register_reader
+    def from_number(number: float) -> Posterior:
+        return Posterior({"x": dist.Normal(number, 1.0)})
+
+    with pytest.raises(ParameterError, match=r"expected a reader, .* got float: @register_reader"):
+        from_number(3.0)
+
+
 TABLE = Table([-5.0, 0.0, 5.0], [0.1, 0.1, 0.1])
 
 

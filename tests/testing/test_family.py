@@ -89,6 +89,20 @@ class WrongDivergence(Right):
         return 1.5 * super().kl(p, q)
 
 
+class NoLocation(Right):
+    """Logits do not move with the value."""
+
+    location = "logits"
+
+
+class NoParameter(Right):
+    location = "loc"
+
+
+class ScaleAlone(Right):
+    scale = "logits"
+
+
 class Unchecked(Right):
     """Takes what is no number."""
 
@@ -137,12 +151,72 @@ def test_without_given_divergences(name):
         (WrongStatistics, "against log p"),
         (WrongShape, "expected as many natural as mean parameters, got 2 and 1"),
         (WrongDivergence, "kl, one by one"),
+        (NoLocation, "location 'logits': KL of members moved"),
+        (NoParameter, r"location: expected one of \['logits'\] or None, got 'loc'"),
+        (ScaleAlone, "scale 'logits': expected a location too"),
     ],
 )
 def test_a_wrong_one(wrong, message):
     register_family(torch.distributions.Geometric)(wrong)
     with pytest.raises(AssertionError, match=message):
         check_family(*members(), divergence=truth())
+
+
+class VonMises(Family):
+    """T(x) = (cos x, sin x), η = κ (cos μ, sin μ), A(η) = log I_0(κ)."""
+
+    distribution = dist.VonMises
+    event_dim = 0
+    parameters = {"loc": 0, "concentration": 0}
+    location = "loc"
+
+    def event_shape(self, params):
+        return torch.Size()
+
+    def statistics(self, value):
+        return torch.stack([value.cos(), value.sin()], -1)
+
+    def natural(self, params):
+        return params["concentration"].unsqueeze(-1) * self.statistics(params["loc"])
+
+    def mean(self, params):
+        return _length(params["concentration"]).unsqueeze(-1) * self.statistics(params["loc"])
+
+    def log_normalizer(self, params):
+        return torch.special.i0e(params["concentration"]).log() + params["concentration"]
+
+    def from_natural(self, eta, event_shape):
+        return {"loc": torch.atan2(eta[..., 1], eta[..., 0]), "concentration": eta.norm(dim=-1)}
+
+    def from_mean(self, mu, event_shape):
+        r = mu.norm(dim=-1)
+        k = r * (2 - r**2) / (1 - r**2)
+        for _ in range(20):
+            a = _length(k)
+            k = k - (a - r) / (1 - a / k - a**2)
+        return {"loc": torch.atan2(mu[..., 1], mu[..., 0]), "concentration": k}
+
+
+def _length(concentration):
+    return torch.special.i1e(concentration) / torch.special.i0e(concentration)
+
+
+class NoScale(VonMises):
+    """A von Mises distribution is on a circle: a multiple of one is none."""
+
+    scale = "concentration"
+
+
+def test_a_log_prob_that_is_an_approximation():
+    p = dist.VonMises(LOGITS, torch.tensor([1.0, 5.0, 20.0]).double())
+    q = dist.VonMises(OTHERS, torch.tensor([3.0, 0.5]).double())
+    register_family(torch.distributions.VonMises)(VonMises)
+    with pytest.raises(AssertionError, match="against log p"):
+        check_family(p, q)
+    check_family(p, q, rtol=1e-6)
+    register_family(torch.distributions.VonMises)(NoScale)
+    with pytest.raises(AssertionError, match="scale 'concentration': KL of members times 2"):
+        check_family(p, q, rtol=1e-6)
 
 
 def test_wrong_divergences():

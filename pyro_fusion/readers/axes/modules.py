@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The hidden units of torch modules: their labels, proposed by which linear layer takes what
-another makes, and confirmed by permuting units."""
+"""The labels of hidden units of torch modules: proposed where a linear layer takes the output of
+another, and confirmed by permuting units."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ _WATCHED = (nn.Linear, nn.BatchNorm1d, nn.LayerNorm)
 def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
     """The labels of a network's hidden units.
 
-    Where a linear layer takes what another makes, that is taken for hidden units: ``hidden1``,
-    ``hidden2``, ... in the order in which they run. It is confirmed, at random parameters, by
-    permuting units, which must leave the output as it is, as permuting their incoming weights alone
-    must not; so is through which weights a unit acts (``outgoing``). What convolutions make has no
-    label.
+    Units are proposed where a linear layer takes the output of another: ``hidden1``, ``hidden2``,
+    ... in the order in which they run. They are confirmed at random parameters: permuting them must
+    leave the module's output as it is, and permuting their incoming weights alone must not. The
+    weights through which a unit acts (``outgoing``) are found by such trials too. Channels of
+    convolutions get no label.
 
     The module is run in evaluation mode, and left as it was.
 
     :param inputs: arguments of the module; by default a random batch for the first linear layer.
-    :param seed: of the parameters, permutations and inputs that are tried.
+    :param seed: seed of the random parameters, permutations and inputs.
     :return: labels of the parameters by name, for ``Posterior(factors, found.axes,
         outgoing=found.outgoing)``.
     :raises StructureError: if units of consecutive layers are not exchangeable, as behind a
@@ -109,7 +109,7 @@ def module_axes(module: nn.Module, *inputs: Any, seed: int = 0) -> FoundAxes:
 
 
 def _at(x: Any, dtype: torch.dtype) -> Any:
-    """Floating-point tensors cast, in tuples, lists and mappings too."""
+    """Cast floating-point tensors, in tuples, lists and mappings too."""
     if isinstance(x, Tensor):
         return x.to(dtype) if x.is_floating_point() else x
     if type(x) in (tuple, list):
@@ -118,7 +118,7 @@ def _at(x: Any, dtype: torch.dtype) -> Any:
 
 
 def _random(p: Tensor) -> Tensor:
-    """Values at which units differ and their sums neither vanish nor explode."""
+    """Random values at which units differ and their sums neither vanish nor explode."""
     fan_in = p[0].numel() if p.dim() > 1 else 1
     return torch.randn_like(p) / fan_in**0.5
 
@@ -141,7 +141,7 @@ def _tensors(name: str, output: Any, depth: int = 4) -> Iterator[tuple[str, Tens
 
 @contextmanager
 def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Run modules in evaluation mode: what is dropped at random would tell units apart."""
+    """Run modules in evaluation mode: dropout would tell units apart."""
     modes = [(m, m.training) for root in modules for m in root.modules()]
     for m, _ in modes:
         m.training = False
@@ -191,7 +191,7 @@ def hidden_layers(
 ) -> Iterator[Proposal]:
     """A label for the units between each linear layer and those that take what it makes.
 
-    :param run: runs the modules, always alike.
+    :param run: runs the modules, with the same result each time.
     :param shapes: site -> shape; a layer whose numbers are no sites is fixed.
     :param taken: names that no label may have.
     """
@@ -226,8 +226,8 @@ def hidden_layers(
 def _chains(
     watched: Mapping[str, nn.Module], run: Callable[[], Any]
 ) -> Iterator[tuple[str, list[str], list[str]]]:
-    """In the order in which they run: each linear layer, the normalisations behind it, and the
-    linear layers that it is the last before. What is behind it changes when its output does."""
+    """Each linear layer, in the order in which they run, with the normalisations and the linear
+    layers whose input changes when its output does, and that no later linear layer precedes."""
     plain = _inputs(watched, run)
     linear = [k for k in plain if isinstance(watched[k], nn.Linear)]
     behind = {}
@@ -244,7 +244,7 @@ def _chains(
 def _inputs(
     watched: Mapping[str, nn.Module], run: Callable[[], Any], disturbed: str | None = None
 ) -> dict[str, Tensor]:
-    """What modules are given at their first call, by name, in the order of these."""
+    """The inputs of modules at their first call, by name, in the order of the calls."""
     result: dict[str, Tensor] = {}
     handles = []
 
@@ -280,7 +280,7 @@ def _own(module: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 
 def _vectors(module: nn.Module, size: int) -> tuple[str, ...]:
-    """What a module may have one number for each unit of."""
+    """The parameters of a module that have one number for each of ``size`` units."""
     if isinstance(module, nn.Linear):
         return ("bias",)
     normalises = getattr(module, "num_features", getattr(module, "normalized_shape", None))

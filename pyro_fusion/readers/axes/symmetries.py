@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Which axes have a label: found by permuting the components along it and comparing.
+"""Labels of axes, found by permuting the components along them and comparing responses.
 
-Shapes and names only propose. What decides is a program's response, its log-density or its output:
+Shapes and names only propose. A program's response decides, its log-density or its output:
 components are exchangeable along a set of axes if no permutation of all of them at once changes it.
 """
 
@@ -41,7 +41,7 @@ class FoundAxes:
 
 @dataclass(frozen=True)
 class Proposal:
-    """A label that there may be.
+    """A label that is proposed.
 
     :ivar label: its name.
     :ivar source: what proposes it, for messages.
@@ -97,7 +97,7 @@ class Probe:
         summed: Iterable[str] = (),
         ignored: Iterable[str] = (),
     ) -> list[str]:
-        """Which of the named numbers differ from those ``before``."""
+        """The named numbers that differ from those ``before``."""
         before = self.before if before is None else before
         try:
             after = self.respond(values)
@@ -146,8 +146,8 @@ class Finder:
     """Finds labels one after the other.
 
     :param shapes: site -> the shape of its value.
-    :param probes: at several values.
-    :param admits: whether a site may have these labels.
+    :param probes: the program at several values.
+    :param admits: says if a site may have these labels.
     :param scalable: the sites that may be outgoing.
     """
 
@@ -236,7 +236,7 @@ class Finder:
         return tuple(label if i in here else old for i, old in enumerate(self._axes[site]))
 
     def _changes(self, axes: tuple[Axis, ...]) -> Iterator[str]:
-        """What changes when components along ``axes`` are permuted."""
+        """The named numbers that change when components along ``axes`` are permuted."""
         site, axis = axes[0]
         for probe in self._probes:
             for order in _generators(self._shapes[site][axis], self._rng):
@@ -246,7 +246,7 @@ class Finder:
     # -- where there is no label -----------------------------------------------------------------
 
     def _single(self, p: Proposal) -> None:
-        """One component cannot be permuted: nothing is known but the name of a plate."""
+        """Keep the label of a plate of one component, which cannot be permuted, and warn."""
         if not p.certain:
             self._put(p.label, p.axes)
         if p.certain or self._optional(p):
@@ -278,9 +278,9 @@ class Finder:
     # -- outgoing --------------------------------------------------------------------------------
 
     def _acting(self, label: str, axes: tuple[Axis, ...]) -> tuple[str, ...]:
-        """The sites through which components act by adding up: they can pass on what they have
-        there to others that are like them otherwise, and without it they have no effect. The fewest
-        sites that will do, the last ones first."""
+        """The sites through which components act by adding up: one can pass its values there
+        on to another that is like it at the other sites, and has no effect without them. The fewest
+        such sites, the last ones first."""
         once = [axis for axis in axes if [site for site, _ in axes].count(axis[0]) == 1]
         adding = [
             (site, axis)
@@ -294,7 +294,7 @@ class Finder:
         return ()
 
     def _adds(self, axes: tuple[Axis, ...], site: str) -> bool:
-        """Whether two components that are alike at the other sites act through their sum here."""
+        """True if two components that are alike at the other sites act through their sum here."""
         at = dict(axes)[site]
         matters = False
         for probe, i, j in self._pairs(axes):
@@ -318,7 +318,7 @@ class Finder:
         return matters
 
     def _carries_all(self, axes: tuple[Axis, ...], some: tuple[Axis, ...]) -> bool:
-        """Whether a component whose values are zero at ``some`` has no effect."""
+        """True if a component whose values are zero at ``some`` has no effect."""
         sites, matters = {name for name, _ in axes}, False
         others = [axis for axis in axes if axis not in some]
         for probe, i, j in self._pairs(axes):

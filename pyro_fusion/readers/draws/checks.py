@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Are there enough draws, and have the chains converged."""
+"""Checks that draws are enough, that they vary, and that their chains have converged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def check_varies(s: SiteDraws) -> None:
 
 
 def columns(found: Mapping[str, SiteDraws]) -> list[tuple[str, Tensor]]:
-    """Site -> ``[chain, draw, D]``, without what its support fixes, as half a Cholesky factor."""
+    """The numbers of each site that vary, ``[chain, draw, D]``, as half of a Cholesky factor."""
     result = []
     for name, s in found.items():
         x = s.value.reshape(len(s.value), -1)
@@ -43,7 +43,7 @@ def columns(found: Mapping[str, SiteDraws]) -> list[tuple[str, Tensor]]:
 
 
 def extreme(x: Tensor, otherwise: float) -> float:
-    """The largest; ``otherwise`` in place of NaN."""
+    """The largest number, with ``otherwise`` in place of NaN."""
     return float(x.nan_to_num(nan=otherwise, posinf=math.inf, neginf=-math.inf).max())
 
 
@@ -80,7 +80,7 @@ def check_enough(ess: Mapping[str, float], limit: float | None, total: int) -> N
 
 
 def check_number(chains: int, num_draws: int, min_ess: float | None) -> None:
-    """:raises DrawsError: for chains that are too short whatever is in them."""
+    """:raises DrawsError: for chains that are too short, whatever their draws."""
     least = max(_LEAST_DRAWS, math.ceil((min_ess or 0) / chains))
     if num_draws < least:
         why = (

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Have the chains converged, and how many independent draws are they worth.
+"""Convergence of chains, and the number of independent draws that they are worth.
 
 Source: Vehtari, Gelman, Simpson, Carpenter, Bürkner, *Rank-normalization, folding, and
 localization: An improved R-hat for assessing convergence of MCMC* (Bayesian Analysis 2021),
@@ -31,8 +31,8 @@ def split_r_hat(draws: Tensor) -> Tensor:
 
 
 def effective_sample_size(draws: Tensor) -> Tensor:
-    """How many independent draws would tell as much of the mean of the rank-normalised draws ("bulk
-    ESS"), from the halves of all chains: ``[chain, draw, D] -> [D]``."""
+    """The number of independent draws that would tell as much of the mean of the
+    rank-normalised draws ("bulk ESS"), from halves of all chains: ``[chain, draw, D] -> [D]``."""
     return _by_block(draws, _ess)
 
 
@@ -55,9 +55,11 @@ def _r_hat(x: Tensor) -> Tensor:
 
 
 def _ess(x: Tensor) -> Tensor:
-    """Geyer's initial monotone sequence. ``pyro.ops.stats.effective_sample_size`` has it too, in
-    memory that grows with the square of the number of draws, and of autocovariances that are noisy
-    at long lags: here they are those of the paper, sums over ``n``."""
+    """Effective sample size by Geyer's initial monotone sequence.
+
+    ``pyro.ops.stats.effective_sample_size`` takes memory that grows with the square of the number
+    of draws, and autocovariances that are noisy at long lags; here they are those of the paper,
+    sums over ``n``."""
     z = _scores(x)
     chains, n, _ = z.shape
     within = z.var(1).mean(0)

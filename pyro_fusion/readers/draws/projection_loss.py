@@ -48,8 +48,8 @@ _FARTHEST = 37.5
 
 
 def standard_normals(factor: Factor, draws: Tensor) -> Tensor | None:
-    """What would be independent standard Normals if ``draws`` were of the factor: ``[n, *shape] ->
-    [n, *batch_shape, P]``, float64. None for a family of which that is not known here."""
+    """The draws, mapped to independent standard Normals if they are of the factor: ``[n, *shape] ->
+    [n, *batch_shape, P]``, float64. None for a family whose map is not known here."""
     if factor.family.name not in _ROSENBLATT:
         return None
     value = draws.double()
@@ -147,8 +147,8 @@ def marginal_losses(z: Tensor) -> Tensor:
 
 
 def _untied(ordered: Tensor) -> Tensor:
-    """Equal numbers, of rounding or of proposals that a sampler refused, spread over what is
-    between their neighbours: they are no sign of a density without bounds."""
+    """Sorted numbers, with equal ones spread out between their neighbours: they come from rounding
+    or from proposals that a sampler refused, and are no sign of an unbounded density."""
     distinct, counts = ordered.unique_consecutive(return_counts=True)
     if len(distinct) == 1:
         return ordered
@@ -185,8 +185,8 @@ def dependence(z: Tensor) -> Tensor:
 def losses(
     posterior: Posterior, found: Mapping[str, SiteDraws], ess: Mapping[str, float]
 ) -> tuple[dict[str, float], float]:
-    """Of each site, and between them. Draws are thinned to their effective number, ``ess``; NaN
-    where that is less than 20."""
+    """The loss of each site, and that between them, in nats. Draws are thinned to their effective
+    number, ``ess``; NaN where that is less than 20."""
     lost: dict[str, float] = {}
     every: list[Tensor] = []
     within = 0.0
@@ -215,6 +215,6 @@ def losses(
 
 
 def _thinned(z: Tensor, chains: int, ess: float) -> Tensor:
-    """Every so many-th draw of each chain, such that there are about ``ess``."""
+    """Draws at even steps of each chain, about ``ess`` in all."""
     step = max(1, math.ceil(len(z) / max(ess, 1.0)))
     return z.unflatten(0, (chains, -1))[:, ::step].flatten(0, 1)

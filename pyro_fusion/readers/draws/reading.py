@@ -1,9 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading draws: the sites, the checks, label switching, the projection and what it lost.
-
-What becomes of a site:
+"""Reading draws: the sites, the checks, label switching, the projection and its loss.
 
 ==============================================  ====================================================
 site                                            read as
@@ -70,7 +68,7 @@ Families = type | str | Mapping[str, type | str]
 def from_draws(
     draws: Any, model: Callable[..., Any] | None = None, *args: Any, **kwargs: Any
 ) -> Posterior:
-    """The posterior of :func:`read_draws`, which says what the arguments are."""
+    """The posterior of :func:`read_draws`, with its arguments."""
     return read_draws(draws, model, *args, **kwargs).posterior
 
 
@@ -113,17 +111,17 @@ def read_draws(
     :param supports: site name -> a constraint, of Pyro or NumPyro, or a bijection onto the support;
         before the model's.
     :param sites: the sites to read; by default those that are latent in the model, or all.
-    :param group_by_chain: whether a mapping has ``[chain, draw, *shape]``. Without it all draws are
+    :param group_by_chain: True if a mapping has ``[chain, draw, *shape]``. Else all draws are
         taken for one chain, whose halves are compared.
     :param outgoing: site name -> the label whose components act through it by adding up; see
         :class:`~pyro_fusion.Posterior`.
-    :param relabel: whether to look for label switching, within and between chains, and undo it: for
+    :param relabel: look for label switching, within and between chains, and undo it: for
         each label, the draws' components are matched to one another, if that pays; see
         ``relabel.py``. Values are the same to the bit where nothing switched.
     :param max_rhat: refuse chains that have not converged: rank-normalised split R-hat above this,
         after relabelling. None to take them all the same.
     :param min_ess: refuse fewer effective draws than this, of any number. None to take them.
-    :param seed: of what is random in relabelling, and of runs of the model.
+    :param seed: seed of relabelling and of runs of the model.
     :param kwargs: keyword arguments of the model.
     :raises DrawsError: for draws that no posterior can be read from; the message says what is wrong
         with which site, and what to do.
@@ -251,9 +249,9 @@ def _names(
 
 
 def _arrays(source: Source, names: Sequence[str]) -> dict[str, Tensor]:
-    """Site -> ``[chain, draw, *shape]``.
+    """The draws by site, ``[chain, draw, *shape]``.
 
-    :raises DrawsError: if they are not all as many.
+    :raises DrawsError: if sites differ in their number of draws.
     """
     result: dict[str, Tensor] = {}
     expected = "[chain, draw, *shape]" if source.chains else "[draw, *shape]"
@@ -278,7 +276,7 @@ def _arrays(source: Source, names: Sequence[str]) -> dict[str, Tensor]:
 
 
 def _without_ones(shape: torch.Size, like: torch.Size) -> torch.Size:
-    """Without the axes of size one that Pyro's ``Predictive`` puts in front, where the model has
+    """Drop the axes of size one that Pyro's ``Predictive`` puts in front, where the model has
     plates to the left of a site."""
     extra = max(0, len(shape) - len(like))
     return shape[extra:] if all(n == 1 for n in shape[:extra]) else shape

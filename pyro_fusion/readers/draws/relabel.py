@@ -1,9 +1,9 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""Label switching: draws between which, or chains between which, components changed places.
+r"""Label switching, found and undone: components that changed places between draws or chains.
 
-It is fusion with each draw as a party, a fixed number of atoms and inclusive pooling: one order
+This is fusion with each draw as a party, a fixed number of atoms and inclusive pooling: one order
 :math:`\sigma_n` of the components of each draw, and atoms :math:`q_k`, that minimise
 
 .. math:: F = -\sum_n \sum_k \log q_k(x_{n, \sigma_n(k)}),
@@ -60,11 +60,11 @@ _AMBIGUOUS = math.log(10)
 
 @dataclass(frozen=True)
 class Relabelling:
-    """What was done along one label.
+    """The orders of the draws' components along one label.
 
     :ivar order: component ``k`` now was component ``order[n, k]`` of draw ``n``: LongTensor
         ``[n, L]``.
-    :ivar share: of the draws whose components are in another order than in most draws.
+    :ivar share: share of the draws whose components are in another order than in most draws.
     :ivar ambiguous: share of the draws in which two components could change places at a tenth of
         the density, or more.
     """
@@ -93,11 +93,12 @@ def relabel(
     :param labels: site -> a label or None for each axis of its shape.
     :param fit: the factor of a site with these draws.
     :param seed: of the draws to which others are matched at first.
-    :return: label -> what to do; labels along which nothing switched are left out.
+    :return: label -> its orders; labels along which nothing switched are left out.
 
-    A label is told by the sites that have it once, on an axis of independent components; others
-    follow. First come labels that are told by sites without others, or with those that were put in
-    order; then, given the rest as it is, time and again the label along which it pays most.
+    Orders along a label are found from the sites that have it once, on an axis of independent
+    components; its other sites follow. First come labels with a site that has no other label, or
+    only such as are in order; then, given the rest as it is, time and again the label along which
+    it pays most.
     """
     now = dict(values)
     names = dict.fromkeys(x for site in values for x in labels[site] if x is not None)
@@ -152,7 +153,7 @@ def _others(labels: Labels, label: str) -> set[str | None]:
 
 
 def _telling(labels: Labels, label: str, settled: set[str] | None) -> list[str]:
-    """The sites that have the label once, and of the others only those that are settled."""
+    """The sites that have the label once, and no other label that is not settled."""
     return [
         site
         for site, axes in labels.items()
@@ -176,9 +177,9 @@ class _Found:
 class _Points:
     """The components of a site in all draws.
 
-    :ivar statistics: sufficient ones, ``[n, L, P]``.
+    :ivar statistics: sufficient statistics, ``[n, L, P]``.
     :ivar coordinates: numbers by which draws are compared with one another, ``[n, L, Q]``.
-    :ivar like: what atoms are like, batch shape ``[L]``.
+    :ivar like: a factor of the family and batch shape, ``[L]``, of the atoms.
     """
 
     statistics: Tensor
@@ -190,7 +191,7 @@ class _Points:
 
 
 def _points(factor: Factor, draws: Tensor, axis: int) -> _Points | None:
-    """None if the axis is not one of independent components."""
+    """The components of a site; None if the axis is not one of independent components."""
     if axis >= factor.separable_axes:
         return None
     value = draws.double()
@@ -207,8 +208,8 @@ def _points(factor: Factor, draws: Tensor, axis: int) -> _Points | None:
 
 
 def _by_rank(points: _Points) -> _Points:
-    """Normals of the normal scores of each coordinate among all components: what pays there too is
-    no matter of a few draws far out, which the family does not have."""
+    """The normal scores of each coordinate among all components, for Normal atoms: orders that pay
+    there too do not hang on a few draws far out, which the family does not have."""
     x = points.coordinates
     scores = normal_scores(x.flatten(0, 1)).reshape(x.shape)
     like = Factor(family_named("Normal"), {k: scores[0] for k in ("loc", "scale")}, (), 1)
@@ -254,12 +255,12 @@ def _moved(points: list[_Points]) -> float:
 
 
 def _total(points: list[_Points], order: Tensor) -> float:
-    """F and the length of the code."""
+    """F plus the length of the code."""
     return _loss(points, order) + _code_length(order)
 
 
 def _pays(points: list[_Points], order: Tensor) -> bool:
-    """Both for the families and for Normals of the ranks."""
+    """True if the orders pay, both for the families and for Normals of the ranks."""
     return all(
         _total(how, order) < _total(how, _given(how))
         for how in (points, [_by_rank(p) for p in points])
@@ -324,7 +325,7 @@ def _costs(points: list[_Points], atoms: list[Factor]) -> Iterator[Tensor]:
 
 
 def _matched(points: list[_Points], pivot: int) -> Tensor:
-    """Each draw in the order in which it is nearest to the pivot."""
+    """The order of each draw in which it is nearest to the pivot."""
     cost = torch.stack(
         [torch.cdist(p.coordinates[pivot], p.coordinates).square() for p in points]
     ).sum(0)
@@ -333,7 +334,7 @@ def _matched(points: list[_Points], pivot: int) -> Tensor:
 
 
 def _as_most(order: Tensor) -> Tensor:
-    """The same orders after another, common to all, such that most draws stay as they are."""
+    """The orders after a permutation common to all, such that most draws stay as they are."""
     distinct, counts = order.unique(dim=0, return_counts=True)
     result = torch.empty_like(order)
     result[:, distinct[counts.argmax()]] = order
@@ -341,7 +342,7 @@ def _as_most(order: Tensor) -> Tensor:
 
 
 def _code_length(order: Tensor) -> float:
-    """Of all orders, in nats."""
+    """The length of the code of all orders, in nats."""
     n, size = order.shape
     _, counts = order.unique(dim=0, return_counts=True)
     if len(counts) == 1:

@@ -15,7 +15,7 @@ __all__ = ["DrawsReading", "warn_of"]
 
 # A projection that loses more than this for each number is reported.
 _NATS_PER_NUMBER = 0.1
-# As is relabelling after which so many draws could as well have another order.
+# Relabelling is, if so large a share of the draws could as well have another order.
 _MOST_AMBIGUOUS = 0.1
 
 

@@ -30,9 +30,9 @@ _SLACK = 1e-3
 
 @dataclass(frozen=True)
 class Kind:
-    """What to make of the draws of a site.
+    """The family and the transforms of the factor that draws of a site are fitted with.
 
-    :ivar family: of the factor.
+    :ivar family: the family of the factor.
     :ivar transforms: between the family and the value, in place of those of the support.
     """
 
@@ -55,7 +55,7 @@ class Kind:
 
     @property
     def gaussian(self) -> bool:
-        """Whether it is fitted in the unconstrained space of the support."""
+        """True if it is fitted in the unconstrained space of the support."""
         return self.family.name in ("Normal", "MultivariateNormal") and not self.transforms
 
 
@@ -64,7 +64,7 @@ class SiteDraws:
     """The draws of one site.
 
     :ivar value: ``[n, *shape]``, float64, the chains one after the other.
-    :ivar chains: how many.
+    :ivar chains: the number of chains.
     :ivar transform: the bijection onto the support; of no matter to a family that knows its own.
     :ivar plates: the plate (or None) of each batch axis.
     :ivar labels: a label or None for each axis of ``shape``.
@@ -91,18 +91,18 @@ class SiteDraws:
 
     @property
     def on_simplex(self) -> bool:
-        """Whether the last axis is that of a simplex."""
+        """True if the last axis is that of a simplex."""
         stick_breaking = any(isinstance(t, tt.StickBreakingTransform) for t in self.transforms)
         return stick_breaking or self.kind.family.name == "Dirichlet"
 
     @property
     def transforms(self) -> tuple[Transform, ...]:
-        """From the coordinates of the family to the value."""
+        """The transforms from the coordinates of the family to the value."""
         return flatten([self.transform]) if self.kind.gaussian else self.kind.transforms
 
     @property
     def as_dirichlet(self) -> bool:
-        """A simplex with a label cannot be stick-broken, which treats its components unlike."""
+        """True for a simplex with a label: stick-breaking would treat its components unlike."""
         gaussian = self.on_simplex and self.kind.family.name != "Dirichlet"
         return gaussian and self.labels[-1] is not None
 
@@ -130,7 +130,7 @@ class SiteDraws:
         return value
 
     def _check_image(self, base: Tensor) -> None:
-        """Whatever the support, its bijection gives back what is on it."""
+        """Refuse values that the bijection does not give back: they are outside the support."""
         again = base
         for t in self.transforms:
             again = t(again)
@@ -214,7 +214,7 @@ class SiteDraws:
 
 
 def _ends(t: Transform) -> tuple[float, float]:
-    """Between which numbers an elementwise bijection has its values."""
+    """The numbers between which an elementwise bijection has its values."""
     onto: Any = t.codomain
     low, high = (getattr(onto, x, None) for x in ("lower_bound", "upper_bound"))
     if onto.event_dim:
@@ -240,7 +240,7 @@ def check_finite(name: str, draws: Tensor) -> None:
 
 
 def looks_like_simplex(value: Tensor) -> bool:
-    """Whether all draws, ``[n, ..., K]``, are on the simplex."""
+    """True if all draws, ``[n, ..., K]``, are on the simplex."""
     if value.dim() < 2 or value.shape[-1] < 2:
         return False
     return bool((value >= 0).all()) and bool(((value.sum(-1) - 1).abs() <= _SLACK).all())

@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Where draws come from: what they are called, their chains, and the model that knows their
-supports and plates. Nothing is imported that the draws do not come from."""
+"""The sources of draws: names of sites, chains, and the model that knows supports and plates. Only
+the library that the draws come from is imported."""
 
 # Neither library offers a public way to these. Checked with Pyro 1.9.2 and NumPyro 0.22.
 #   MCMC of both  _args, _kwargs
@@ -49,7 +49,7 @@ class Source:
     """Draws as they came.
 
     :ivar values: site -> ``[chain, draw, *shape]`` if :attr:`chains`, else ``[draw, *shape]``.
-    :ivar model: what was sampled, if that is known, with ``args`` and ``kwargs``.
+    :ivar model: the model that was sampled, if it is known, with ``args`` and ``kwargs``.
     :ivar library: of the model: "pyro", "numpyro", or None if that is not known.
     :ivar transforms: site -> the bijection onto its support, where no model says it.
     :ivar divergences: how many transitions diverged, or None if that is not known.
@@ -66,7 +66,7 @@ class Source:
 
 
 def read_source(draws: Any, group_by_chain: bool) -> Source:
-    """Tell what the draws are.
+    """The source of draws of any kind.
 
     :raises DrawsError: for anything else, or an MCMC that was not run.
     """
@@ -146,7 +146,7 @@ def _group(draws: Any, name: str) -> Any:
 
 
 def _groups(draws: Any) -> str:
-    """What there is in place of the group that was expected, for messages."""
+    """The groups that there are in place of the one that was expected, for messages."""
     groups = getattr(draws, "groups", None)
     groups = groups() if callable(groups) else groups
     return f" with the groups {[str(g) for g in groups]}" if groups else ""
@@ -205,8 +205,8 @@ def to_tensor(site: str, value: Any) -> Tensor:
 
 
 def _native(x: Any) -> Any:
-    """A copy as files would not have it: NaN where it is masked, in the machine's order of bytes,
-    and no wider than float64."""
+    """A copy that torch can take: NaN where it is masked, in the machine's order of bytes, and no
+    wider than float64."""
     if x.dtype.kind != "f":
         return np.array(x)
     dtype = x.dtype.newbyteorder("=") if x.dtype.itemsize <= 8 else np.float64
@@ -218,7 +218,7 @@ def _native(x: Any) -> Any:
 
 @dataclass(frozen=True)
 class Known:
-    """What the model knows of a site.
+    """A site as the model knows it.
 
     :ivar transform: makes the bijection onto the support.
     :ivar plates: the plate (or None) of each batch axis.
@@ -232,7 +232,7 @@ class Known:
 
 @dataclass(frozen=True)
 class KnownModel:
-    """The latent sites of a model, and what it tells of the data.
+    """The latent sites of a model, the plates of its data and its likelihood.
 
     :ivar data: plate -> an observed site in it.
     :ivar likelihood: the log-density of the observed sites at values of the sites, if there are no
@@ -245,7 +245,7 @@ class KnownModel:
 
 
 def known_model(source: Source, seed: int) -> KnownModel:
-    """What the source's model, of Pyro or of NumPyro, tells of its sites.
+    """The source's model, of Pyro or of NumPyro, as a run shows it.
 
     :raises GuideError: if it cannot be run with its arguments, or has subsampled plates.
     """
@@ -277,7 +277,7 @@ def _known_to_pyro(source: Source, seed: int) -> KnownModel:
 
     def known(name: str, site: Any) -> Known:
         def transform() -> Transform:
-            # As autoguides and samplers have it.
+            # The bijection that autoguides and samplers have.
             runs = (site, second.get(name, site))
             t, other = (transform_of(name, s["fn"].support) for s in runs)
             return _constant(name, t, other)
@@ -312,7 +312,7 @@ def _known_to_numpyro(source: Source, seed: int) -> KnownModel:
 
 
 def _constant(name: str, t: Transform, other: Transform) -> Transform:
-    """``t``, if two runs of the model agree on it."""
+    """The bijection ``t`` onto a site's support, if another run of the model has it too."""
     try:
         same = [describe(x) for x in flatten([t])] == [describe(x) for x in flatten([other])]
     except FusionError:

@@ -4,8 +4,8 @@
 r"""The diagonal of the curvature of a network's loss, from gradients of single examples.
 
 Each curvature is a sum over examples of :math:`J^\top R R^\top J`: J is the Jacobian of the output
-by the parameters, R what ``losses.py`` puts there. The diagonal is that of the squares of
-:math:`J^\top r` for each column r of R.
+by the parameters, R a root of the loss's curvature, from ``losses.py``. The diagonal is
+that of the squares of :math:`J^\top r` for each column r of R.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ _AT_ONCE, _AT_ONCE_ELSEWHERE = 2**22, 2**26
 
 @contextmanager
 def as_trained() -> Iterator[None]:
-    """Run attention in the form that gradients are taken through, of many examples at once: without
-    them torch has a shorter way, which gives padding other values."""
+    """Run attention as it runs when gradients are taken, of many examples at once: else torch takes
+    a shorter way, which gives padding other values."""
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -163,7 +163,7 @@ def diagonal(
     num_samples: int | None,
     at_once: int | None,
 ) -> tuple[dict[str, Tensor], int]:
-    """The diagonal of the curvature over the examples of a batch, and how many these are.
+    """The diagonal of the curvature over the examples of a batch, and the number of these.
 
     :raises ParameterError: for outputs that are not finite, not one for each example, or not of
         that example alone, and what does not fit.

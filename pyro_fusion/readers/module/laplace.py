@@ -3,7 +3,7 @@
 
 """Trained networks: a Laplace approximation around their parameters, and the way back.
 
-What happens to what a module holds:
+Parameters and buffers of a module:
 
 ===========================================  ======================================================
 trainable parameters                         one site each, called like the parameter; none for
@@ -91,8 +91,8 @@ def from_module(
     :param parameters: the names of those that get a site, the others being known; by default all
         that are trained.
     :param axes: labels of the parameters' axes, as of :class:`~pyro_fusion.Posterior`; ``"auto"``
-        finds those of hidden units, as :func:`~pyro_fusion.module_axes` does; not of such as have
-        running statistics, which the posterior does not.
+        finds those of hidden units, as :func:`~pyro_fusion.module_axes` does; not of units with
+        running statistics, which a posterior does not hold.
     :param outgoing: as of :class:`~pyro_fusion.Posterior`; ``axes="auto"`` does not set it, so that
         units are averaged as they are.
     :param floor: no precision is below it: the Fisher floor of Matena & Raffel, 1e-6 of the mean
@@ -250,7 +250,7 @@ def _check_numbers(curvature: str, floor: float, *counts: int | None) -> None:
 def _prior_precision(
     given: float | Tensor | Mapping[str, float | Tensor], parameters: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
-    """By name, float64, as the parameters or one number."""
+    """The prior precisions by name, float64, each of the parameter's shape or one number."""
     named = given if isinstance(given, Mapping) else dict.fromkeys(parameters, given)
     if set(named) != set(parameters):
         raise ParameterError(
@@ -319,7 +319,7 @@ def _batches(data: Any, device: torch.device, progress: bool) -> Iterator[tuple[
 
 
 def _size(batch: Any) -> int:
-    """How many examples there are.
+    """The number of examples.
 
     :raises ParameterError: if tensors differ in it.
     """

@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-r"""What a loss says of the outputs of a network: the R in curvatures :math:`J^\top R R^\top J`,
-J being the Jacobian of the output by the parameters.
+r"""Losses of a network's outputs, and roots of their curvatures: the R in
+:math:`J^\top R R^\top J`, J being the Jacobian of the output by the parameters.
 
 ================================  ==================================================================
 curvature                         columns of R, for each example

@@ -46,7 +46,7 @@ def to_tensor(x: Any) -> Tensor:
 
 
 def on_one_device(x: Any) -> Any:
-    """An array that lies on several devices, in parts or as often, on the first of them."""
+    """An array that lies on several devices, in parts or in copies, put on the first of them."""
     devices = x.sharding.device_set if isinstance(x, jax.Array) else ()
     if len(devices) < 2:
         return x
@@ -65,7 +65,7 @@ def _is_rounded(dtype: torch.dtype) -> bool:
 
 
 def check_precision(what: str, found: Mapping[str, torch.dtype]) -> None:
-    """Say so where JAX has no float64.
+    """Warn of float64 where JAX has none.
 
     :param found: name -> dtype, of what becomes JAX arrays.
     """
@@ -103,7 +103,7 @@ _FAMILIES: dict[type, tuple[Callable[..., Distribution], tuple[str, ...]]] = {
     ndist.CategoricalLogits: (dist.Categorical, ("logits",)),
     ndist.Wishart: (Wishart, ("df", "scale_tril")),
 }
-# What NumPyro calls a parameter, where it has another name.
+# NumPyro's names of parameters, where they differ.
 _THEIRS = {"df": "concentration"}
 
 # The way back, by the family's name.
@@ -120,7 +120,7 @@ _BUILDERS: dict[str, Callable[..., Any]] = {
     "Wishart": ndist.Wishart,
 }
 
-# Of the parameters of all of these, by name.
+# Constraints on the parameters of all of these, by name.
 _CONSTRAINTS: dict[str, Any] = {
     "loc": constraints.real,
     "logits": constraints.real,
@@ -133,14 +133,14 @@ _CONSTRAINTS: dict[str, Any] = {
 
 
 def constraint_of(f: Factor, name: str) -> Any:
-    """What a parameter of a factor has to satisfy, in NumPyro."""
+    """NumPyro's constraint on a parameter of a factor."""
     if name == "df":
         return constraints.greater_than(f.params["scale_tril"].shape[-1] - 1.0)
     return _CONSTRAINTS[name]
 
 
 def to_pyro_distribution(d: Any) -> Distribution:
-    """The same distribution in Pyro.
+    """A NumPyro distribution as Pyro's.
 
     :raises UnsupportedFamilyError: for one that Pyro, or this package, has not.
     """
@@ -173,7 +173,7 @@ def _parameter(x: Any) -> Tensor:
 
 
 def to_numpyro_distribution(f: Factor, params: Mapping[str, Any]) -> Any:
-    """A factor as NumPyro has it, at ``params`` in place of its own.
+    """A factor as a NumPyro distribution, at ``params`` in place of its own.
 
     :raises UnsupportedFamilyError: for a family or a transform that NumPyro has not.
     """
@@ -205,7 +205,7 @@ _PLAIN_BACK: dict[type[Transform], type] = {v: k for k, v in _PLAIN.items()}
 
 
 def to_pyro_transform(t: Any) -> Transform:
-    """The same bijection in Pyro.
+    """A NumPyro transform as Pyro's.
 
     :raises UnsupportedFamilyError: for one that Pyro has not.
     """
@@ -233,7 +233,7 @@ def to_pyro_transform(t: Any) -> Transform:
 
 
 def to_numpyro_transform(t: Transform) -> Any:
-    """The same bijection in NumPyro.
+    """A Pyro transform as NumPyro's.
 
     :raises UnsupportedFamilyError: for one that NumPyro has not.
     """

@@ -1,7 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading NumPyro guides, and the priors of NumPyro models.
+"""Reading NumPyro guides, exactly or by projection.
 
 =========================================================  ======================================
 guide                                                      read as
@@ -32,14 +32,12 @@ NumPyro has the same bijections onto supports as Pyro, so that parties of both c
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import torch
 from numpyro import handlers
 from numpyro.infer import autoguide as auto
@@ -50,14 +48,10 @@ from torch.distributions import Transform
 from pyro_fusion.errors import GuideError, ParameterError
 from pyro_fusion.posterior import Axes, Posterior
 from pyro_fusion.readers.joint import Joint, Piece, marginals
-from pyro_fusion.readers.numpyro.convert import (
-    check_precision,
-    on_one_device,
-    to_pyro_distribution,
-    to_tensor,
-)
+from pyro_fusion.readers.numpyro.convert import to_pyro_distribution, to_tensor
 from pyro_fusion.readers.numpyro.program import (
     Program,
+    arrays_of,
     bijection,
     data_plates,
     fit,
@@ -82,7 +76,7 @@ from pyro_fusion.readers.sites import (
     posterior_of,
 )
 
-__all__ = ["from_numpyro", "prior_from_numpyro"]
+__all__ = ["from_numpyro"]
 
 
 def from_numpyro(
@@ -101,11 +95,11 @@ def from_numpyro(
     Values are copied, on the device and in the dtype that they have in JAX.
 
     :param guide: an autoguide, or any callable with NumPyro statements. An autoguide that was
-        never called, as one whose parameters were loaded, is set up with ``args``. Not one that
-        was fitted inside of ``jax.jit``: there NumPyro puts the sites of a joint Normal in another
-        order than in a new guide, so give the guide that was fitted.
-    :param params: of the guide: ``svi.get_params(state)``, or ``params`` of what ``svi.run``
-        returned.
+        never called, as one whose parameters were loaded, is set up with ``args``. If it was
+        fitted inside of ``jax.jit``, give that very guide: there NumPyro puts the sites of a joint
+        Normal in another order than in a new one.
+    :param params: parameters of the guide: ``svi.get_params(state)``, or ``params`` of the result
+        of ``svi.run``.
     :param args: arguments of the guide.
     :param axes: site name -> a label or None for each axis of ``batch_shape + event_shape``. By
         default each plate labels its axis with its name; an entry here replaces the labels of its
@@ -137,7 +131,7 @@ def from_numpyro(
     """
     check_num_samples(num_samples)
     _check_is_numpyro(guide)
-    params = _checked_params(params)
+    params = arrays_of(params)
     if isinstance(axes, str):
         raise ParameterError(f"axes={axes!r} is for Pyro's guides: give a mapping, site -> labels")
     labels = labels_of(axes)
@@ -155,47 +149,8 @@ def from_numpyro(
     return posterior_of(sites, labels, outgoing, _context(program))
 
 
-def prior_from_numpyro(
-    model: Callable[..., Any],
-    *args: Any,
-    axes: Axes | None = None,
-    sites: Sequence[str] | None = None,
-    params: Mapping[str, Any] | None = None,
-    num_samples: int = 1000,
-    seed: int = 0,
-    **kwargs: Any,
-) -> Posterior:
-    """Read the prior of a NumPyro model's latent sites; plates label their axes. As
-    :func:`pyro_fusion.readers.pyro.prior_from_model`, with the same projections.
-
-    :param args: arguments of the model, as for inference: without data its observed sites count as
-        latent.
-    :param axes: site name -> labels, in place of those of the plates.
-    :param sites: the sites to read; by default all.
-    :param params: of the model, if it has any.
-    :raises GuideError: if the model fails with these arguments, or lacks one of ``sites``.
-    """
-    check_num_samples(num_samples)
-    labels = labels_of(axes)
-    program = Program(model, args, kwargs, _checked_params(params or {}), "model", seed)
-    with handlers.block():
-        there = set(program.run())
-        missing = set(sites or ()) - there
-        if missing:
-            raise GuideError(
-                f"the model has no latent sites {sorted(missing)}; its latent sites are "
-                f"{sorted(there)}"
-            )
-        found = read_program(program, Spread(None))
-        found = {k: v for k, v in found.items() if sites is None or k in sites}
-        if not found:
-            raise GuideError("the model has no latent site to read")
-        read = resolve(found, program.run, program.what, num_samples)
-    return posterior_of(read, labels)
-
-
 def _context(program: Program) -> Context:
-    """What the model of an autoguide tells, run with the arguments of the guide."""
+    """The plates of data and the likelihood of an autoguide's model, at the guide's arguments."""
     guide = program.fn
     while isinstance(guide, Messenger):
         guide = guide.fn
@@ -212,7 +167,7 @@ def _context(program: Program) -> Context:
 
 
 def _data_plates(program: Program) -> dict[str, str]:
-    """Plate -> an observed site in it, by the model of an autoguide; else nothing."""
+    """Plate -> an observed site in it, by the model of an autoguide; none for others."""
     guide = program.fn
     while isinstance(guide, Messenger):
         guide = guide.fn
@@ -232,29 +187,6 @@ def _check_is_numpyro(guide: Any) -> None:
         )
     if not callable(guide):
         raise GuideError(f"expected a NumPyro guide, got {type(guide).__name__}")
-
-
-def _checked_params(params: Any) -> dict[str, Any]:
-    if not isinstance(params, Mapping):
-        raise ParameterError(
-            "expected the parameters as a mapping, svi.get_params(state) or svi.run(...).params, "
-            f"got {type(params).__name__}"
-        )
-    rounded: dict[str, torch.dtype] = {}
-
-    def array(name: str, x: Any) -> Any:
-        if isinstance(x, np.ndarray | Tensor):
-            if x.dtype in (np.float64, torch.float64):
-                rounded[name] = torch.float64
-            return jnp.asarray(x.detach().cpu().numpy() if isinstance(x, Tensor) else x)
-        if isinstance(x, jax.Array) and x.is_deleted():
-            raise ParameterError(f"params['{name}'] was given away (donated), so it has no value")
-        return on_one_device(x)
-
-    # A module's parameters are a tree of arrays.
-    result = {k: jax.tree.map(functools.partial(array, k), v) for k, v in params.items()}
-    check_precision("params", rounded)
-    return result
 
 
 # -- one guide at a time ---------------------------------------------------------------------------
@@ -372,7 +304,7 @@ def _joint(guide: Any, program: Program) -> Joint | None:
 
 
 def _from_posterior(guide: Any, program: Program) -> Sites:
-    """Any other autoguide, from its draws."""
+    """Read any other autoguide from its draws."""
     cache: dict[int, Any] = {}
 
     def draws(n: int) -> Any:

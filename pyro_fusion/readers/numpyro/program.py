@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import numpyro.distributions as ndist
+import torch
 from numpyro import handlers
 from numpyro.distributions import biject_to
 from torch import Tensor
@@ -20,13 +23,20 @@ from torch.distributions import Transform
 from pyro_fusion.errors import FusionError, GuideError, ParameterError, Site, UnsupportedFamilyError
 from pyro_fusion.families import Factor
 from pyro_fusion.readers import program as common
-from pyro_fusion.readers.numpyro.convert import to_pyro_distribution, to_pyro_transform, to_tensor
+from pyro_fusion.readers.numpyro.convert import (
+    check_precision,
+    on_one_device,
+    to_pyro_distribution,
+    to_pyro_transform,
+    to_tensor,
+)
 from pyro_fusion.readers.program import COMPARED, Frame, Message, read_runs
 from pyro_fusion.readers.projection import constant_axes, factor_of
 from pyro_fusion.readers.sites import Sites, Spread
 
 __all__ = [
     "Program",
+    "arrays_of",
     "bijection",
     "data_plates",
     "fit",
@@ -58,12 +68,12 @@ class Program:
         self._compiled: Callable[[Any], Any] | None = None
 
     def next_key(self) -> Any:
-        """A new key."""
+        """A new random key."""
         self._key, key = jax.random.split(self._key)
         return key
 
     def trace(self, key: Any | None = None) -> dict[str, Any]:
-        """One run.
+        """The trace of one run.
 
         :raises GuideError: if it fails, or lacks a parameter.
         """
@@ -177,7 +187,7 @@ def _pyro_or_none(fn: Any) -> Any:
 
 
 def set_up_in_jit(what: str) -> GuideError:
-    """For a guide that keeps what has a value only inside of ``jax.jit``."""
+    """The error for a guide with arrays that have values only inside of ``jax.jit``."""
     return GuideError(
         f"the {what} was first called inside of jax.jit, with arguments that it depends on, and "
         "these have no values outside. Call svi.init outside of jax.jit, and fit from there"
@@ -208,7 +218,7 @@ def _full_sizes(trace: Mapping[str, Any]) -> dict[str, int]:
 
 
 def bijection(name: str, fn: Any) -> Transform:
-    """From unconstrained space onto the support, as Pyro has it."""
+    """Pyro's bijection from unconstrained space onto the support of a distribution."""
     try:
         return to_pyro_transform(biject_to(fn.support))
     except jax.errors.UnexpectedTracerError as e:
@@ -220,6 +230,33 @@ def bijection(name: str, fn: Any) -> Transform:
             "of the guide",
             site=name,
         ) from e
+
+
+def arrays_of(params: Any) -> dict[str, Any]:
+    """Parameters as JAX arrays, by name.
+
+    :raises ParameterError: for what is no mapping, or an array that was donated.
+    """
+    if not isinstance(params, Mapping):
+        raise ParameterError(
+            "expected the parameters as a mapping, svi.get_params(state) or svi.run(...).params, "
+            f"got {type(params).__name__}"
+        )
+    rounded: dict[str, torch.dtype] = {}
+
+    def array(name: str, x: Any) -> Any:
+        if isinstance(x, np.ndarray | Tensor):
+            if x.dtype in (np.float64, torch.float64):
+                rounded[name] = torch.float64
+            return jnp.asarray(x.detach().cpu().numpy() if isinstance(x, Tensor) else x)
+        if isinstance(x, jax.Array) and x.is_deleted():
+            raise ParameterError(f"params['{name}'] was given away (donated), so it has no value")
+        return on_one_device(x)
+
+    # A module's parameters are a tree of arrays.
+    result = {k: jax.tree.map(functools.partial(array, k), v) for k, v in params.items()}
+    check_precision("params", rounded)
+    return result
 
 
 def require(program: Program, names: Iterable[str]) -> None:
@@ -279,7 +316,7 @@ class _NumPyroMessage(Message):
         return _frames(self.site, self.batch_dim, self.sizes)
 
     def check(self) -> None:
-        """A mask bars all of the site."""
+        """Refuse a mask, with a factor or without."""
         _check_mask(self.name, self.site["fn"])
 
     def is_point(self) -> bool:
@@ -300,7 +337,7 @@ class _NumPyroMessage(Message):
 
 
 def _layers(fn: Any) -> Iterator[Any]:
-    """A distribution, and what is inside, but for transforms."""
+    """A distribution and those that it wraps, down to a transformed one."""
     yield fn
     while isinstance(fn, ndist.Independent | ndist.ExpandedDistribution | ndist.MaskedDistribution):
         fn = fn.base_dist

@@ -49,7 +49,8 @@ def find_axes(
     """The labels of a posterior over latent variables of ``model``.
 
     :param sites: the posterior, with elementwise factors.
-    :param args: of the model; if there are none and it needs some, a module gets random inputs.
+    :param args: arguments of the model; if there are none and it needs some, a module gets random
+        inputs.
     :raises GuideError: if the model cannot be run with these arguments, or has no data then.
     :raises StructureError: if the hidden units of consecutive layers are not exchangeable.
     """
@@ -120,7 +121,7 @@ def _on_the_line(f: Factor) -> bool:
 
 
 def _admits(f: Factor, labels: tuple[str | None, ...]) -> bool:
-    """Whether fusion can handle these labels of a site: one label on two axes, or on an axis of no
+    """True if fusion can handle these labels of a site: one label on two axes, or on an axis of no
     independent components, is for the rows and columns of Dirichlets."""
     try:
         with warnings.catch_warnings():
@@ -237,8 +238,8 @@ def _others(trace: Trace, values: Values) -> dict[str, Any]:
 
 
 def _hidden(program: Program, fn: Callable[..., Any], others: Mapping[str, Any]) -> set[str]:
-    """Discrete sites to sum out. Without data, observed sites look like them; but what is observed
-    is the end of what depends on what."""
+    """The discrete sites to sum out. Without data, observed sites look like them; but no other site
+    depends on an observed one."""
     discrete = {
         name
         for name, site in others.items()

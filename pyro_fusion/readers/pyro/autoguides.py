@@ -116,7 +116,7 @@ def read(program: Program, spread: Spread, labels: Labels) -> Sites:
 
 
 def _read_callable(program: Program, spread: Spread) -> Sites:
-    """Any other program, from its traces. Pyro's guides inside it know the supports of their
+    """Read any other program from its traces. Pyro's guides inside it know the supports of their
     point masses."""
     supports: dict[str, Any] = {}
     for root in modules_of(program.fn):
@@ -269,8 +269,8 @@ def _read_laplace(guide: AutoContinuous, loc: Tensor, spread: Spread) -> Sites:
 
 
 def _warn_hidden_discrete(guide: AutoMultivariateNormal, program: Program) -> None:
-    """A Laplace approximation samples the discrete sites that are blocked from its model, where
-    SVI had enumerated them, so its Hessian is that of one random configuration."""
+    """Warn of discrete sites that are blocked from the model of a Laplace approximation: it samples
+    them, where SVI had enumerated them, so its Hessian is that of one random configuration."""
     if guide._model is None:
         return
     _, model = peel(guide.model)

@@ -1,9 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Reading Pyro guides, and the priors of Pyro models.
-
-What is exact and what is projected:
+"""Reading Pyro guides, exactly or by projection.
 
 =====================================================  ==========================================
 guide                                                  read as
@@ -23,52 +21,38 @@ enumerated and auxiliary sites                         left out
 Two limits of Pyro itself. ``AutoLaplaceApproximation.laplace_approximation()`` samples a discrete
 site that is hidden from it, so its curvature is wrong where that site was meant to be enumerated;
 the reader warns if it can run the model. And guides that are fitted in one process share Pyro's
-parameter store by name, so that fitting the second moves the first; see :func:`check_not_shared`.
+parameter store by name, so that fitting the second moves the first: ``sharing.py``
+refuses such.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
-import pyro
-from pyro.contrib.easyguide import EasyGuide
-from pyro.infer.autoguide import AutoDiscreteParallel, AutoGuide, AutoGuideList
-from pyro.infer.autoguide.effect import AutoMessenger
 from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.poutine.block_messenger import BlockMessenger
-from pyro.poutine.guide import GuideMessenger
-from torch import Tensor, nn
+from torch import Tensor
 
-from pyro_fusion.errors import FusionError, GuideError, Party, at, warn_user
+from pyro_fusion.errors import GuideError
 from pyro_fusion.posterior import Axes, Posterior, PosteriorGuide
 from pyro_fusion.readers.axes.symmetries import FoundAxes
-from pyro_fusion.readers.projection import resolve
 from pyro_fusion.readers.pyro.auto import find_axes
-from pyro_fusion.readers.pyro.autoguides import prototype_sites, read, require_called
-from pyro_fusion.readers.pyro.program import Program, isolated, peel, without
-from pyro_fusion.readers.pyro.sites import context_of, latent_sites, plates_of
-from pyro_fusion.readers.pyro.trace import read_trace
+from pyro_fusion.readers.pyro.autoguides import read
+from pyro_fusion.readers.pyro.program import KNOW_THEIR_MODEL, Program, isolated, peel, without
+from pyro_fusion.readers.pyro.sites import context_of
+from pyro_fusion.readers.pyro.trace import resolved
 from pyro_fusion.readers.sites import (
     Labels,
     Read,
-    Sites,
     Spread,
     check_num_samples,
     labels_of,
     posterior_of,
 )
 
-__all__ = [
-    "check_is_pyro",
-    "check_not_shared",
-    "from_guide",
-    "prior_from_guide",
-    "prior_from_model",
-]
-
-_KNOWS_MODEL = (AutoGuide, EasyGuide, GuideMessenger)
+__all__ = ["check_is_pyro", "from_guide"]
 
 
 def from_guide(
@@ -119,12 +103,13 @@ def from_guide(
     Local latent variables, one for each row of a party's own data, get the label of the data plate
     like any other, and would be matched across parties as if they were exchangeable components.
     They belong to the party alone: hide them, ``poutine.block(guide, hide=["z"])``, or give them
-    other labels in ``axes``, as ``{"z": (None,)}``.
+    other labels in ``axes``, as ``{"z": (None,)}``. A warning says so, and of plates whose entries
+    have an order in the data, as coefficients, for guides that know their model.
 
     ``axes="auto"`` takes plates, and the units between the linear layers of a module, one of which
     takes what another makes (``hidden1``, ``hidden2``, ...), for proposals, and looks for the other
     axes that belong to them: mixture weights, both axes of a transition matrix, outgoing weights.
-    What decides is the model. It is run, with ``args`` (a module without any: with random inputs),
+    The model decides. It is run, with ``args`` (a module without any: with random inputs),
     at draws from the guide: its log-density must stay the same when components are permuted along
     all axes of a label at once. Of several sets of axes that do, the smallest is taken. In the same
     way it finds ``outgoing``. Components of a plate that are not exchangeable keep no label, and a
@@ -163,13 +148,9 @@ def _sites(
                 "the guide has no site to read: all of its sites are observed, enumerated, "
                 "auxiliary or hidden"
             )
-        sites = _resolve(found, program, num_samples)
+        sites = resolved(found, program, num_samples)
     given.check_used(set(sites))
     return sites
-
-
-def _resolve(found: Sites, program: Program, num_samples: int) -> dict[str, Read]:
-    return resolve(found, lambda: latent_sites(program.trace()), program.what, num_samples)
 
 
 def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> FoundAxes:
@@ -178,8 +159,8 @@ def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> Fo
     :raises GuideError: if it knows none.
     """
     inner = peel(program.fn)[1]
-    if not isinstance(inner, _KNOWS_MODEL) or inner._model is None:
-        lost = "has lost its model" if isinstance(inner, _KNOWS_MODEL) else "knows no model"
+    if not isinstance(inner, KNOW_THEIR_MODEL) or inner._model is None:
+        lost = "has lost its model" if isinstance(inner, KNOW_THEIR_MODEL) else "knows no model"
         raise GuideError(
             f'axes="auto" finds labels with the model, but this {type(inner).__name__} {lost}: '
             "give axes as a mapping, {'site': ('label', None)}"
@@ -194,222 +175,11 @@ def _find_axes(program: Program, spread: Any, num_samples: int, seed: int) -> Fo
     return find_axes(sites, model, program.args, program.kwargs, seed)
 
 
-def prior_from_guide(
-    guide: Callable[..., Any],
-    *args: Any,
-    axes: Axes | None = None,
-    num_samples: int = 1000,
-    seed: int = 0,
-    **kwargs: Any,
-) -> Posterior:
-    """Read the prior of the sites of an autoguide (or ``EasyGuide``, or effect-based guide), from
-    the model that the guide was made for.
-
-    :param args: arguments of the model. If it cannot be run with them, the distributions that
-        the guide recorded at its first call are taken, with a warning.
-    :raises GuideError: for a guide that was never called, that knows no model, or whose model is
-        lost and was not recorded: use :func:`prior_from_model`.
-
-    The other parameters and errors are those of :func:`from_guide` and :func:`prior_from_model`.
-    """
-    handlers, inner = peel(guide)
-    if not isinstance(inner, _KNOWS_MODEL):
-        raise GuideError(
-            f"a {type(inner).__name__} does not know its model; use prior_from_model(model, *args)"
-        )
-    labels = labels_of(axes)
-    check_num_samples(num_samples)
-    if isinstance(inner, AutoGuide | EasyGuide | AutoMessenger):
-        require_called(inner)
-    wanted = None if isinstance(inner, GuideMessenger) else _prototypes(inner)
-    if handlers:
-        with isolated(guide, seed):
-            visible = latent_sites(Program(guide, args, kwargs).trace())
-        wanted = {k: site for k, site in (wanted or visible).items() if k in visible}
-    failure = "saving the guide lost its model"
-    if inner._model is not None:
-        model = without(inner.model, InitMessenger)
-        try:
-            return _prior(model, args, kwargs, wanted, labels, num_samples, seed)
-        except GuideError as e:
-            if e.__cause__ is None or wanted is None:
-                raise
-            failure = f"its model failed: {e.__cause__}"
-    if not wanted or any("mask" not in site for site in wanted.values()):
-        raise GuideError(
-            f"the priors of this {type(inner).__name__} are not to be had ({failure}); use "
-            "prior_from_model(model, *args)"
-        )
-    warn_user(
-        f"{failure}. The prior is read as the guide recorded it at its first call: right, unless "
-        "a site's prior depends on another site. Pass the arguments of the model, or use "
-        "prior_from_model(model, *args)",
-    )
-    return posterior_of(_recorded(wanted, seed, num_samples), labels)
-
-
-def prior_from_model(
-    model: Callable[..., Any],
-    *args: Any,
-    axes: Axes | None = None,
-    sites: Sequence[str] | None = None,
-    num_samples: int = 1000,
-    seed: int = 0,
-    **kwargs: Any,
-) -> Posterior:
-    """Read the prior of a Pyro model's latent sites; plates label their axes.
-
-    Observed and enumerated sites are left out. A site whose prior depends on other sites is
-    projected onto its own family by moment matching, a prior of no exponential family (HalfCauchy,
-    Uniform) onto a Normal in unconstrained space; a warning says so. Components that have the same
-    prior keep the same: their draws are pooled.
-
-    :param args: arguments of the model, as for inference: without data its observed sites count
-        as latent.
-    :param axes: site name -> labels, in place of those of the plates; see :func:`from_guide`.
-    :param sites: the sites to read; by default all.
-    :raises GuideError: if the model fails with these arguments, or lacks one of ``sites``.
-    """
-    check_num_samples(num_samples)
-    wanted = None if sites is None else dict.fromkeys(sites)
-    return _prior(model, args, kwargs, wanted, labels_of(axes), num_samples, seed)
-
-
-def check_not_shared(
-    guides: Sequence[Callable[..., Any] | Posterior | None], *args: Any, **kwargs: Any
-) -> None:
-    """Refuse guides that have a parameter in common: fitting one has moved the other.
-
-    Two AutoNormals fitted one after the other in one process do, because Pyro's parameter store
-    knows parameters by name. What decides is whether the tensors are the same, not their names.
-    A function that cannot be run with ``args`` and ``kwargs`` is not checked.
-
-    :param guides: one guide a party; a :class:`~pyro_fusion.Posterior` among them holds copies,
-        and is passed over, as None is, for a party that handed over something else.
-    :raises GuideError: naming the two parties, the parameter and what to do.
-    """
-    owners: dict[tuple[Any, ...], tuple[int, str]] = {}
-    for party, guide in enumerate(guides):
-        if guide is None or isinstance(guide, Posterior):
-            continue
-        with at(party=party):
-            check_is_pyro(guide)
-        for earlier in range(party):
-            if guides[earlier] is guide:
-                raise GuideError(
-                    [
-                        Party(earlier),
-                        " and ",
-                        Party(party),
-                        " are the same guide. If it was fitted twice, read its posterior after "
-                        "each fit: from_guide(guide)",
-                    ]
-                )
-        for key, name in _parameters(guide, args, kwargs).items():
-            owner, _ = owners.setdefault(key, (party, name))
-            if owner != party:
-                raise GuideError(
-                    [
-                        Party(owner),
-                        " and ",
-                        Party(party),
-                        f" share the parameter '{name}': their guides were fitted in one parameter "
-                        "store, so fitting the second moved the first. Read each posterior right "
-                        "after its fit, from_guide(guide), and call pyro.clear_param_store() "
-                        "before the next; or fit each under `with "
-                        "pyro.get_param_store().scope():`, or set "
-                        "pyro.settings.set(module_local_params=True) before making the guides",
-                    ]
-                )
-
-
 def check_is_pyro(guide: Any) -> None:
-    """:raises GuideError: for a guide of NumPyro."""
+    """:raises GuideError: for a guide of NumPyro; says how to read it."""
     # Its own, or what to_numpyro made.
     if any("numpyro" in base.__module__.split(".") for base in type(guide).__mro__):
         raise GuideError(
             f"this {type(guide).__name__} is a NumPyro guide: read it with its parameters, "
             "from_numpyro(guide, params, *args)"
         )
-
-
-# -- pieces ----------------------------------------------------------------------------------------
-
-
-def _parameters(
-    guide: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[tuple[Any, ...], str]:
-    """Where each parameter of a guide lies in memory -> its name."""
-    result: dict[tuple[Any, ...], str] = {}
-
-    def add(name: str, value: Tensor) -> None:
-        if value.numel():
-            storage = value.untyped_storage().data_ptr()
-            result.setdefault((value.device, storage, value.storage_offset()), name)
-
-    inner = peel(guide)[1]
-    if isinstance(inner, nn.Module):
-        prefix = getattr(inner, "_pyro_name", "") or type(inner).__name__
-        for name, value in inner.named_parameters():
-            if value.requires_grad:  # nobody moved the others
-                add(f"{prefix}.{name.removesuffix('_unconstrained')}", value)
-        return result
-    with isolated(guide, 0):
-        try:
-            trace = Program(guide, args, kwargs).trace()
-        except FusionError:
-            return result
-        for name in trace.param_nodes:
-            node: Any = trace.nodes[name]
-            add(name, node["value"].unconstrained())
-    return result
-
-
-def _prior(
-    model: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    wanted: Mapping[str, Any] | None,
-    labels: Labels,
-    num_samples: int,
-    seed: int,
-) -> Posterior:
-    program = Program(model, args, kwargs, "model")
-    with isolated(model, seed):
-        there = set(latent_sites(program.trace()))
-        missing = set(wanted or ()) - there
-        if missing:
-            raise GuideError(
-                f"the model has no latent sites {sorted(missing)}; its latent sites are "
-                f"{sorted(there)}"
-            )
-        skip = frozenset() if wanted is None else frozenset(there - set(wanted))
-        found = read_trace(program, Spread(None), skip=skip, full=False)
-        if not found:
-            raise GuideError("the model has no latent site to read")
-        return posterior_of(_resolve(found, program, num_samples), labels)
-
-
-def _prototypes(guide: Any) -> dict[str, dict[str, Any]]:
-    if isinstance(guide, AutoGuideList):
-        return {k: v for part in guide for k, v in _prototypes(part).items()}
-    if isinstance(guide, AutoDiscreteParallel):
-        return {}
-    return dict(prototype_sites(guide))
-
-
-def _recorded(wanted: Mapping[str, dict[str, Any]], seed: int, num_samples: int) -> dict[str, Read]:
-    """The priors as they stand in a guide's prototype trace: a model without dependencies."""
-
-    def model() -> None:
-        for name, site in wanted.items():
-            pyro.sample(name, site["fn"])
-
-    program = Program(model, (), {}, "model")
-    with isolated(model, seed):
-        found: Sites = read_trace(program, Spread(None))
-        read = _resolve(found, program, num_samples)
-    return {
-        name: Read(s.factor, plates_of(name, wanted[name], len(s.plates)))
-        for name, s in read.items()
-    }

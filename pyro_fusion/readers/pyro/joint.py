@@ -17,7 +17,7 @@ __all__ = ["gaussian_joint", "structured_joint"]
 
 
 def gaussian_joint(guide: Any) -> Joint:
-    """The joint of a dense AutoGaussian: of its auxiliary values, scaled and shifted."""
+    """The joint Gaussian of a dense AutoGaussian: its auxiliary values, scaled and shifted."""
     auxiliary = guide._dense_get_mvn()
     names = list(guide._dense_shapes)
     loc = torch.cat([attrgetter(n)(guide.locs).detach().reshape(-1) for n in names])

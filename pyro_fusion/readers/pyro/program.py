@@ -1,8 +1,8 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Running a Pyro program without leaving a mark on anything: what it is made of, and a place apart
-to run it in."""
+"""Running a Pyro program without leaving a mark: its handlers, its modules, and runs isolated from
+all else."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from typing import Any
 import pyro
 import pyro.poutine as poutine
 import torch
-from pyro.infer.autoguide import AutoCallable
+from pyro.contrib.easyguide import EasyGuide
+from pyro.infer.autoguide import AutoCallable, AutoGuide
 from pyro.nn.module import PyroModule
 from pyro.params.param_store import normalize_param_name
 from pyro.poutine.guide import GuideMessenger
@@ -26,7 +27,10 @@ from torch import nn
 
 from pyro_fusion.errors import FusionError, GuideError
 
-__all__ = ["Program", "isolated", "modules_of", "peel", "without"]
+__all__ = ["KNOW_THEIR_MODEL", "Program", "isolated", "modules_of", "peel", "without"]
+
+# Guides that are made for a model, and keep it.
+KNOW_THEIR_MODEL = (AutoGuide, EasyGuide, GuideMessenger)
 
 
 def peel(fn: Callable[..., Any]) -> tuple[list[Messenger], Callable[..., Any]]:
@@ -80,7 +84,7 @@ def modules_of(fn: Callable[..., Any]) -> list[nn.Module]:
 
 
 def _own_names(modules: Sequence[nn.Module]) -> set[str]:
-    """What the parameters of PyroModules are called in the store, with dots only."""
+    """The names of PyroModules' parameters in the store, with dots only."""
     names = set()
     for root in modules:
         if not isinstance(root, PyroModule):
@@ -92,8 +96,8 @@ def _own_names(modules: Sequence[nn.Module]) -> set[str]:
 
 @contextmanager
 def isolated(fn: Callable[..., Any], seed: int) -> Iterator[None]:
-    """Run ``fn`` in here any number of times: parameter store, random states, modules, and the
-    handlers outside are as they were.
+    """Isolate any number of runs of ``fn``: parameter store, random states, modules and the
+    handlers outside are left as they were.
 
     Inside, the parameters of a PyroModule that has been called are its own. The store may have
     others under the same names, if it was cleared and another guide was fitted since; calling the

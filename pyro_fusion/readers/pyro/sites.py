@@ -102,8 +102,8 @@ def log_likelihood(program: Program, values: Mapping[str, Tensor]) -> float | No
 
 
 def context_of(guide: Any) -> Context:
-    """What the model of an autoguide tells, run with what it was first called with; nothing where
-    that cannot be done."""
+    """The plates of data and the likelihood of an autoguide's model, run with the arguments of its
+    first call; none where that cannot be done."""
     hide = "hide the site, poutine.block(guide, hide=['{site}'])"
     prototype = getattr(guide, "prototype_trace", None)
     called = {} if prototype is None else prototype.nodes.get("_INPUT", {})

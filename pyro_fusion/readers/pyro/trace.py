@@ -25,12 +25,18 @@ from torch.distributions import transforms as tt
 from pyro_fusion.families import Factor
 from pyro_fusion.families.transforms import flatten
 from pyro_fusion.readers.program import COMPARED, Frame, Message, read_runs
-from pyro_fusion.readers.projection import bare, constant_axes, factor_of, same_factors
+from pyro_fusion.readers.projection import (
+    bare,
+    constant_axes,
+    factor_of,
+    resolve,
+    same_factors,
+)
 from pyro_fusion.readers.pyro.program import Program
 from pyro_fusion.readers.pyro.sites import frames_of, latent_sites
-from pyro_fusion.readers.sites import Sites, Spread, normal_factor, transform_of
+from pyro_fusion.readers.sites import Read, Sites, Spread, normal_factor, transform_of
 
-__all__ = ["read_trace"]
+__all__ = ["read_trace", "resolved"]
 
 
 def _dependent(program: Program) -> set[str]:
@@ -83,6 +89,14 @@ def read_trace(
     return read_runs(runs, spread, program.what, full)
 
 
+def resolved(found: Sites, program: Program, num_samples: int) -> dict[str, Read]:
+    """Sites with a factor each: those still to be matched to draws get it from runs of the program.
+
+    :raises GuideError: if no member of the family matches the draws.
+    """
+    return resolve(found, lambda: latent_sites(program.trace()), program.what, num_samples)
+
+
 @dataclass(frozen=True)
 class _PyroMessage(Message):
     name: str
@@ -100,7 +114,7 @@ class _PyroMessage(Message):
         return frames_of(self.site, self.batch_dim)
 
     def check(self) -> None:
-        """Masks are looked at where there is a factor."""
+        """Refuse nothing: masks are checked with the factor."""
 
     def is_point(self) -> bool:
         return isinstance(bare(self.site["fn"]), dist.Delta)
@@ -149,7 +163,7 @@ def _constant_axes(fn: Distribution) -> set[int]:
 
 
 def _has_learned_map(site: Mapping[str, Any], factor: Factor, support: Callable[[], Any]) -> bool:
-    """Whether an effect-based guide put a map of its own, other than that onto the support,
+    """True if an effect-based guide put a map of its own, other than that onto the support,
     between the family and the value: no two guides have the same."""
     if site["infer"].get("prior") is None:
         return False
@@ -170,7 +184,7 @@ def _support(name: str, site: Mapping[str, Any], supports: Mapping[str, Any]) ->
 
 
 def _support_of(d: Distribution) -> Any:
-    """The support, where torch says "real" of whatever ends in an affine map."""
+    """The support, also behind an affine map, of which torch always says "real"."""
     if isinstance(d, torch.distributions.Independent):
         return _independent(_support_of(d.base_dist), d.reinterpreted_batch_ndims)
     if isinstance(d, ExpandedDistribution | MaskedDistribution):
@@ -193,7 +207,7 @@ def _is_affine(t: Transform) -> bool:
 
 
 def _affine_image(t: Transform, support: Any) -> Any:
-    """What an affine map makes of an interval, a half-line or the line."""
+    """The image of an interval, a half-line or the line under an affine map."""
     while isinstance(support, constraints.independent):
         support = support.base_constraint
     lower, upper = (getattr(support, f"{side}_bound", None) for side in ("lower", "upper"))
@@ -217,7 +231,7 @@ def _image_of(t: Transform, bound: Any) -> Any:
     return first.item() if bool((image == first).all()) else image
 
 
-# The supports that a value may be told to have by what maps its auxiliary value to it.
+# Supports whose bijection may be the map from an auxiliary value to the site's value.
 _CANDIDATES: tuple[Any, ...] = (
     constraints.real,
     constraints.positive,
