@@ -111,7 +111,8 @@ class Parties:
             warn_unlabelled_simplex(posteriors, roles)
             given: dict[str, Factor] = {}
             if pooling.needs_prior and (prior is not None or len(posteriors) > 1):
-                given = resolve_prior(prior, guides, sorted(posteriors[0].axes))
+                sites = sorted(posteriors[0].axes)
+                given = resolve_prior(prior, guides, sites, pooling.name)
         return cls(posteriors, w, pooling, given, roles, names)
 
     def priors(

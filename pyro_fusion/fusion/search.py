@@ -160,7 +160,7 @@ def _count(groups: Tensor) -> int:
 
 
 def _go_on(found: _Found) -> _Found:
-    """What was found, if no interrupt ended the search for it; else the interrupt goes on."""
+    """Pass on the end of a search, or the interrupt that ended it."""
     if found.stopped is StopReason.INTERRUPTED:
         raise KeyboardInterrupt
     return found
