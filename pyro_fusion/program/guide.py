@@ -46,6 +46,9 @@ class FusionGuide(PyroModule):
 
     A guide writes nothing into its model, which reads from the assignment itself how many atoms
     there are and whether it is relaxed: several guides of one model work side by side.
+    ``Predictive(model, guide=guide)`` runs the model by itself first, to know the shapes of its
+    sites: ``harden`` a relaxed guide before, and for ``product`` make the model with as many atoms,
+    ``FusionModel(..., assignment=guide.assignment)``. ``Predictive(guide)`` takes any.
 
     :param model: the model.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
