@@ -128,6 +128,17 @@ class FusionError(Exception):
         """Fill in the names of the parties that it numbers, if they are not known yet."""
         self._names = self._names or tuple(names)
 
+    def renumber(self, numbers: Sequence[int]) -> None:
+        """Number the parties anew: that which it numbers ``s`` becomes ``numbers[s]``."""
+
+        def anew(who: int | str) -> int | str:
+            return who if isinstance(who, str) else numbers[who]
+
+        self._parties = tuple(map(anew, self._parties))
+        self._pieces = tuple(
+            Party(anew(x.who)) if isinstance(x, Party) else x for x in self._pieces
+        )
+
     def _name(self, party: int | str) -> int | str:
         if isinstance(party, str) or party >= len(self._names):
             return party

@@ -5,6 +5,7 @@
 
 import copy
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,16 @@ import pytest
 import torch
 from pyro.infer.autoguide import AutoNormal
 
-from pyro_fusion import FixedAtoms, Posterior, fuse
+from pyro_fusion import (
+    FixedAtoms,
+    FusionEM,
+    FusionGibbs,
+    FusionGuide,
+    FusionModel,
+    Posterior,
+    fuse,
+)
+from pyro_fusion.assignment import coordinate
 from pyro_fusion.cli.command import main
 from pyro_fusion.errors import (
     DrawsError,
@@ -275,3 +285,57 @@ class TestFiles:
         assert main(["fuse", *paths, "-o", str(tmp_path / "x")]) == 1
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith(f"pyro-fusion: error: site '{site[:100]}")
+
+
+class TestWhoItIs:
+    """Wherever an error comes from, the party is that which was given."""
+
+    @staticmethod
+    def party(size: int, seed: int) -> Posterior:
+        g = torch.Generator().manual_seed(seed)
+        loc = 3 * torch.randn(size, generator=g, dtype=torch.float64)
+        x = dist.Normal(loc, torch.full_like(loc, 0.3))
+        return Posterior({"x": x, "y": dist.Normal(loc[0], 1.0)}, {"x": "component"})
+
+    @pytest.mark.parametrize("size", [2, 3, 4])
+    def test_of_a_solver_that_is_wrong_at_one_party(self, size: int) -> None:
+        """Solvers see the parties in an order of their own."""
+        names = {4: "south", 2: "west", 3: "north"}
+        given = {name: self.party(n, n) for n, name in names.items()}
+
+        def wrong(problem, prior, **settings):
+            result = coordinate(problem, prior, **settings)
+            atoms = [torch.zeros_like(a) if len(a) == size else a for a in result.atoms]
+            return replace(result, atoms=atoms)
+
+        with pytest.raises(ParameterError, match=f"{names[size]}.*at most once") as caught:
+            fuse(given, solver=wrong, dispersion=1.0)
+        assert caught.value.party == names[size]
+        model = FusionModel(given, dispersion=1.0)
+        with pytest.raises(ParameterError) as caught:
+            FusionEM(model, FusionGuide(model), solver=wrong).step()
+        assert caught.value.party == names[size]
+
+    def test_of_the_program(self) -> None:
+        given = {"south": self.party(3, 0), "west": self.party(2, 1)}
+        bad = {"component": torch.tensor([0, 1, 2, 1, 1])}
+        model = FusionModel(given, dispersion=1.0)
+        for make in (
+            lambda: FusionModel(given, dispersion=1.0, assignment=bad),
+            lambda: FusionGuide(model, bad),
+        ):
+            with pytest.raises(StructureError, match=r"party 1 \(west\)") as caught:
+                make()
+            assert caught.value.party == "west"
+        prior = {"x": dist.Normal(0.0, 9.0), "y": dist.Normal(0.0, 0.01)}
+        model = FusionModel(given, "product", prior=prior, dispersion=1.0)
+        for use in (FusionGuide, FusionGibbs):
+            with pytest.raises(ParameterError, match="improper") as caught:
+                use(model)
+            assert (caught.value.party, caught.value.site) == ("south", "y")
+
+    def test_of_more_components_than_atoms(self) -> None:
+        given = {"1": self.party(3, 0), "0": self.party(2, 1)}
+        with pytest.raises(StructureError, match=r"party 0 \(1\) has 3 components") as caught:
+            fuse(given, assignment_prior=FixedAtoms(2))
+        assert caught.value.party == "1"

@@ -206,6 +206,8 @@ def _fuse(arguments: argparse.Namespace) -> None:
         solver=arguments.solver,
         progress=not arguments.quiet and sys.stderr.isatty(),
     )
+    if fusion.interrupted:  # half a search is no result to write
+        raise KeyboardInterrupt
     fusion.posterior.save(output)
     if not arguments.quiet:
         _print(fusion.summary())

@@ -291,6 +291,8 @@ def _run(
             start = time.perf_counter()
             fusion = fuse(posteriors, pooling=pooling, prior=prior, seed=seed)
             seconds = time.perf_counter() - start
+            if fusion.interrupted:  # here not its best so far is wanted, but an end
+                raise KeyboardInterrupt
             fusions[pooling] = fusion
             fused_rows[pooling] = row(f"fused, {pooling}", fusion.posterior, seconds)
             bar.update()

@@ -84,22 +84,24 @@ Prior = Posterior | Mapping[str, Distribution] | Callable[..., Any]
 
 
 def resolve_prior(
-    prior: Prior | None, guides: Sequence[Any], sites: Sequence[str]
+    prior: Prior | None, guides: Sequence[Any], sites: Sequence[str], pooling: str = "product"
 ) -> dict[str, Factor]:
     """The prior that ``product`` divides out: as given, else that of the guides' own models.
+
+    :param pooling: the name of the pooling that needs it.
 
     :raises StructureError: if the guides' models have different priors.
     :raises ParameterError: if there is none.
     """
     if prior is not None:
-        return _as_factors(prior, sites)
+        return _as_factors(prior, sites, pooling)
     if guides:
         priors = [prior_from_guide(g) for g in guides]
         for s, p in enumerate(priors[1:], 1):
             _check_same_prior(priors[0], p, s)
         return dict(priors[0].decomposed)
     raise ParameterError(
-        "pooling 'product' divides out the prior of the local models: give it as `prior` "
+        f"pooling '{pooling}' divides out the prior of the local models: give it as `prior` "
         "(site -> distribution, or the Pyro model)"
     )
 
@@ -140,14 +142,16 @@ def _same_prior(f: Factor, g: Factor) -> bool:
 
 
 def _as_factors(
-    prior: Posterior | Mapping[str, Distribution] | Callable[..., Any], sites: Sequence[str]
+    prior: Posterior | Mapping[str, Distribution] | Callable[..., Any],
+    sites: Sequence[str],
+    pooling: str,
 ) -> dict[str, Factor]:
     """The prior of ``sites`` as factors: from a posterior, a mapping, or a Pyro model that needs
     no arguments."""
     if isinstance(prior, Posterior | Mapping):
         given = prior.decomposed if isinstance(prior, Posterior) else prior
         for site in sites:
-            check_has(given, site)
+            check_has(given, site, pooling)
         return {site: _prior_factor(site, given[site]) for site in sites}
     if not callable(prior):
         raise ParameterError(
@@ -157,11 +161,11 @@ def _as_factors(
     return dict(prior_from_model(prior, sites=sites).decomposed)
 
 
-def check_has(prior: Mapping[str, Any], site: str) -> None:
+def check_has(prior: Mapping[str, Any], site: str, pooling: str = "product") -> None:
     if site not in prior:
         raise StructureError(
             [
-                "pooling 'product' needs the prior of ",
+                f"pooling '{pooling}' needs the prior of ",
                 Site(site),
                 f"; `prior` has {sorted(map(str, prior))}",
             ]

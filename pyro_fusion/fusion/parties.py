@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment.priors import AssignmentPrior, assignment_priors, check_penalty
-from pyro_fusion.errors import ParameterError, Party, Site, StructureError, naming
+from pyro_fusion.errors import FusionError, ParameterError, Party, Site, StructureError, naming
 from pyro_fusion.families import Factor
 from pyro_fusion.families.masked import Masked
 from pyro_fusion.fusion.arguments import (
@@ -37,7 +37,7 @@ from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
 from pyro_fusion.pooling.pooling import Pooling
 from pyro_fusion.posterior import Axes, Posterior
 
-__all__ = ["LabelProblem", "Parties", "locating"]
+__all__ = ["LabelProblem", "Parties", "locating", "searching"]
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,8 @@ class Parties:
             warn_unlabelled_simplex(posteriors, roles)
             given: dict[str, Factor] = {}
             if pooling.needs_prior and (prior is not None or len(posteriors) > 1):
-                given = resolve_prior(prior, guides, sorted(posteriors[0].axes))
+                sites = sorted(posteriors[0].axes)
+                given = resolve_prior(prior, guides, sites, pooling.name)
         return cls(posteriors, w, pooling, given, roles, names)
 
     def priors(
@@ -131,9 +132,9 @@ class Parties:
                 if one.num_atoms is not None and p.components(label) > one.num_atoms:
                     raise StructureError(
                         [
-                            Party(self.names[s]),
-                            f" has {p.components(label)} components along '{label}', but the prior "
-                            f"allows only {one.num_atoms} atoms",
+                            Party(s),
+                            f" has {p.components(label)} components along '{label}', but the "
+                            f"assignment prior allows only {one.num_atoms} atoms",
                         ]
                     )
         return result
@@ -334,6 +335,20 @@ def locating(problem: Components) -> Iterator[None]:
         if error is e:
             raise
         raise error from e
+
+
+@contextmanager
+def searching(part: LabelProblem) -> Iterator[None]:
+    """A context of work on the components in :attr:`LabelProblem.ordered`: an error from there
+    numbers the parties in the order in which they were given, and is located."""
+    with locating(part.messages):
+        try:
+            yield
+        except FusionError as e:
+            sizes = torch.tensor(part.ordered.sizes)
+            first = part.order.cpu()[sizes.cumsum(0) - sizes]
+            e.renumber(part.messages.party[first].tolist())
+            raise
 
 
 def _unsqueeze(f: Factor) -> Factor:

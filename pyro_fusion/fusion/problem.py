@@ -22,7 +22,7 @@ from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.fusion.checks import Weights, check_dispersion, warn_identical
 from pyro_fusion.fusion.links import LinkedSite
-from pyro_fusion.fusion.parties import LabelProblem, Parties, locating
+from pyro_fusion.fusion.parties import LabelProblem, Parties, locating, searching
 from pyro_fusion.fusion.seeding import starts
 from pyro_fusion.pooling import Pooling, pooling_named
 from pyro_fusion.pooling.components import Components, compact
@@ -112,8 +112,9 @@ class FusionProblem:
         """An assignment to begin with, label -> LongTensor ``[N]``: the parties join one after the
         other."""
         result: dict[str, Tensor] = {}
-        for label in self.parts:
-            result[label] = _start(self.given(label, result), seed)
+        with naming(self.parties.names):
+            for label in self.parts:
+                result[label] = _start(self.given(label, result), seed)
         return result
 
     def linked_objective(self, group: Sequence[str], assignment: Mapping[str, Tensor]) -> float:
@@ -146,7 +147,7 @@ class FusionProblem:
         """
         result: dict[str, Factor] = {}
         for problem in self.shared.values():
-            with locating(problem):
+            with naming(self.parties.names), locating(problem):
                 result.update(problem.barycenter(self.everyone, 1))
         return result
 
@@ -169,7 +170,7 @@ class FusionProblem:
         groups, counts = {}, {}
         for label, part in self.parts.items():
             groups[label], counts[label] = compact(assignment[label])
-            with locating(part.messages):
+            with naming(self.parties.names), locating(part.messages):
                 factors.update(part.problem.barycenter(groups[label], counts[label]))
         factors.update(self.linked_atoms(groups, counts))
         return factors | self.shared_atoms, counts
@@ -181,7 +182,7 @@ class FusionProblem:
         ``[N]`` to ``counts`` atoms."""
         result = {}
         for site, link in self.links.items():
-            with locating(link.messages):
+            with naming(self.parties.names), locating(link.messages):
                 result[site] = link.atoms(link.problem, groups, counts)
         return result
 
@@ -193,25 +194,33 @@ class FusionProblem:
         :param counts: label -> K.
         """
         parties, first = self.parties, self.parties.posteriors[0]
-        factors = {site: parties.unbatched(site, atom) for site, atom in self.shared_atoms.items()}
-        for label, part in self.parts.items():
-            factors.update(parties.pool(part, groups[label], counts[label]))
-        for site, link in self.links.items():
-            with locating(link.messages):
-                factors[site] = link.pooled(first, groups, counts)
-        for site, label in parties.roles.carried.items():
-            own = groups[label].split(self.parts[label].problem.sizes)
-            factors[site] = parties.carry(site, own, counts[label])
-        ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
-        return Posterior(ordered, first.axes, plates=first.plates, outgoing=first.outgoing)
+        with naming(parties.names):
+            factors = {
+                site: parties.unbatched(site, atom) for site, atom in self.shared_atoms.items()
+            }
+            for label, part in self.parts.items():
+                factors.update(parties.pool(part, groups[label], counts[label]))
+            for site, link in self.links.items():
+                with locating(link.messages):
+                    factors[site] = link.pooled(first, groups, counts)
+            for site, label in parties.roles.carried.items():
+                own = groups[label].split(self.parts[label].problem.sizes)
+                factors[site] = parties.carry(site, own, counts[label])
+            ordered = {k: factors[k].to(dtype=f.dtype) for k, f in first.decomposed.items()}
+            return Posterior(ordered, first.axes, plates=first.plates, outgoing=first.outgoing)
 
 
-def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, LabelProblem]) -> None:
+def check_assignment(assignment: Mapping[str, Tensor], problem: FusionProblem) -> None:
     """Check that each label has an atom for each component, no two of a party the same, and no
     more than its assignment prior allows.
 
     :raises StructureError: naming the label, and the party where it can.
     """
+    with naming(problem.parties.names):
+        _check_assignment(assignment, problem.parts)
+
+
+def _check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, LabelProblem]) -> None:
     if set(assignment) != set(parts):
         raise StructureError(
             f"expected an assignment for {sorted(parts)}, got one for {sorted(assignment)}"
@@ -235,12 +244,12 @@ def check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Label
         count = len(a.unique())
         if limit is not None and count > limit:
             raise StructureError(
-                f"assignment of '{label}': the prior allows {limit} atoms, got {count}"
+                f"assignment of '{label}': the assignment prior allows {limit} atoms, got {count}"
             )
 
 
 def _start(part: LabelProblem, seed: int) -> Tensor:
-    with locating(part.messages):
+    with searching(part):
         return part.as_given(next(starts(part.ordered, part.assignment_prior, 0, seed)))
 
 
@@ -258,7 +267,7 @@ def _parts(
     for label in group:
         part = parties.labelled(label, priors[label], dispersion, found)
         start = _start(part, seed=0)[part.order]
-        with locating(part.messages):
+        with searching(part):
             end = expectation_maximization(
                 part.ordered, part.assignment_prior, start, collapsed=False
             )

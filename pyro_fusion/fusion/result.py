@@ -106,7 +106,7 @@ class Fusion:
         return PosteriorGuide(self.posterior)
 
     def only_label(self) -> FusedLabel:
-        """The matching, if there is one label.
+        """The result of the label, if there is one.
 
         :raises StructureError: if there is none, or several.
         """
@@ -146,6 +146,11 @@ class Fusion:
     def converged(self) -> bool:
         """True if the assignment along every label converged."""
         return all(m.converged for m in self.labels.values())
+
+    @property
+    def interrupted(self) -> bool:
+        """True if an interrupt (Ctrl-C) ended the search: the result is the best so far."""
+        return any(m.stopped is StopReason.INTERRUPTED for m in self.labels.values())
 
     def summary(self) -> str:
         """A table to print: one block per label, one row per atom."""

@@ -20,7 +20,7 @@ from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNorm
 from pyro_fusion.errors import ParameterError, naming
 from pyro_fusion.fusion.annealing import annealed
 from pyro_fusion.fusion.ascent import EMResult, expectation_maximization
-from pyro_fusion.fusion.parties import LabelProblem, locating
+from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.fusion.roles import turns
@@ -73,13 +73,13 @@ def search(
     that are best for it.
 
     An interrupt (Ctrl-C) ends the search where it is, once a start has come to its end: the result
-    is the best so far, and says so.
+    is the best so far, labels that were not reached are where they began, and it says so.
 
     :param start: label -> the atom of each component, LongTensor ``[N]``, for the first start; by
         default that of :meth:`~pyro_fusion.FusionProblem.start`.
     :param restarts, max_iterations, seed, solver, progress: as for :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for arguments out of range, a solver that is unknown or not for its
-        prior or pooling, and where ``product`` is improper.
+        assignment prior or pooling, and where ``product`` is improper.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
@@ -154,6 +154,18 @@ def _same(a: float, b: float) -> bool:
     return abs(a - b) <= 1e-9 * max(abs(a), abs(b))
 
 
+def _count(groups: Tensor) -> int:
+    """The number of atoms of an assignment."""
+    return len(groups.unique())
+
+
+def _go_on(found: _Found) -> _Found:
+    """Pass on the end of a search, or the interrupt that ended it."""
+    if found.stopped is StopReason.INTERRUPTED:
+        raise KeyboardInterrupt
+    return found
+
+
 @dataclass(frozen=True)
 class _Search:
     """The settings of one search; see :func:`search`."""
@@ -168,35 +180,69 @@ class _Search:
     def run(self, start: dict[str, Tensor]) -> Fusion:
         traces: list[list[float]] = []
         found: dict[str, _Found] = {}
+        stopped = False
         for group in self.problem.groups:
-            if len(group) == 1:
-                (label,) = group
-                part = self.problem.parts[label]
-                found[label] = self.along(part, start[label][part.order])
-                traces.append(found[label].best.objective)
-            else:
-                own, trace = self.in_turn(group, start)
-                found.update(own)
-                traces.append(trace)
+            try:
+                own, trace = self._begun(group, start) if stopped else self._over(group, start)
+            except KeyboardInterrupt:
+                if not found:
+                    raise
+                own, trace = self._begun(group, start)
+            found.update(own)
+            traces.append(trace)
+            stopped = any(f.stopped is StopReason.INTERRUPTED for f in own.values())
         return self.result(found, traces)
 
-    def along(self, part: LabelProblem, first: Tensor | None) -> _Found:
+    def _over(
+        self, group: tuple[str, ...], start: Mapping[str, Tensor]
+    ) -> tuple[dict[str, _Found], list[float]]:
+        """The search along labels that are linked, or along one that is not, and its trace."""
+        if len(group) > 1:
+            return self.in_turn(group, start)
+        (label,) = group
+        part = self.problem.parts[label]
+        found = self.along(part, start[label][part.order], _count(start[label]))
+        return {label: found}, found.best.objective
+
+    def _begun(
+        self, group: tuple[str, ...], groups: Mapping[str, Tensor]
+    ) -> tuple[dict[str, _Found], list[float]]:
+        """Labels where they stand when an interrupt comes, and their objective."""
+        found = {}
+        for label in group:
+            part = self.problem.given(label, groups)
+            with searching(part):
+                best = expectation_maximization(
+                    part.ordered, part.assignment_prior, groups[label][part.order], 0
+                )
+            found[label] = _Found(
+                groups=part.as_given(best.groups),
+                best=best,
+                ends=list(best.objective),
+                stopped=StopReason.INTERRUPTED,
+            )
+        if len(group) == 1:
+            return found, found[group[0]].best.objective
+        return found, [self.problem.linked_objective(group, groups)]
+
+    def along(self, part: LabelProblem, first: Tensor | None, num_atoms: int) -> _Found:
         """Coordinate ascent along one label from every start, the best few then on the collapsed
         objective, which takes longer.
 
         :param first: the first start, ``[N]`` in the order of ``part.ordered``; None to make one.
+        :param num_atoms: K of the search's own start, for a solver that reads the prior before the
+            first M-step.
         """
         from tqdm import tqdm
 
-        problem, belief = part.ordered, part.assignment_prior
-        if first is not None:  # for a solver that reads the prior before the first M-step
-            belief = belief.update(len(first.unique()), problem.num_parties)
+        problem = part.ordered
+        belief = part.assignment_prior.update(num_atoms, problem.num_parties)
         begin = starts(problem, belief, self.restarts, self.seed, first)
         bar = tqdm(begin, total=self.restarts + 1, desc="fusing", disable=not self.progress)
         results: list[EMResult] = []
         ends: list[float] = []
         stopped = StopReason.EXHAUSTED
-        with locating(part.messages):
+        with searching(part):
             try:
                 for x in bar:
                     if self.solver is sinkhorn:
@@ -215,7 +261,7 @@ class _Search:
                 if not ends:
                     raise
                 stopped = StopReason.INTERRUPTED
-                best = results[min(range(len(results)), key=lambda i: results[i].objective[-1])]
+                best = min(results, key=lambda result: result.objective[-1])
         if stopped is not StopReason.INTERRUPTED and not best.converged:
             stopped = StopReason.ITERATION_LIMIT
         return _Found(groups=part.as_given(best.groups), best=best, ends=ends, stopped=stopped)
@@ -227,8 +273,8 @@ class _Search:
         results: list[EMResult],
         ends: list[float],
     ) -> EMResult:
-        """The best of the best few results, gone on from on the collapsed objective; writes where
-        they end to ``ends``."""
+        """The best of the best few results, gone on from on the collapsed objective; writes what
+        they come to, and where they end, to ``results`` and ``ends``."""
         order: list[int] = []
         for i in sorted(range(len(ends)), key=ends.__getitem__):
             if not any(_same(ends[i], ends[k]) for k in order):
@@ -239,9 +285,9 @@ class _Search:
                 problem, belief, results[i].groups, self.max_iterations, solver=self.solver
             )
             ends[i] = result.objective[-1]
-            if best is None or result.objective[-1] < best.objective[-1]:
-                trace = results[i].objective + result.objective[1:]
-                best = replace(result, objective=trace)
+            results[i] = replace(result, objective=results[i].objective + result.objective[1:])
+            if best is None or ends[i] < best.objective[-1]:
+                best = results[i]
         assert best is not None
         return best
 
@@ -253,32 +299,48 @@ class _Search:
         problem, parties = self.problem, self.problem.parties
         objective = partial(problem.linked_objective, group)
         begin = [{x: start[x] for x in group}]
-        # Or from nothing, each given those before it. What is wrong at first misleads the others,
-        # which then leave it wrong: any may be the first.
-        for first in group:
-            if parties.roles.matched[first]:
-                fresh: dict[str, Tensor] = {}
-                for label in turns(parties.posteriors[0], parties.roles, first):
-                    fresh[label] = self.along(problem.given(label, fresh), None).groups
-                begin.append(fresh)
-        groups = min(begin, key=objective)
-        trace = [objective(groups)]
+        groups: dict[str, Tensor] | None = None
+        trace: list[float] = []
         found: dict[str, _Found] = {}
-        while len(trace) <= self.max_iterations:
-            for label in group:
-                part = problem.given(label, groups)
-                found[label] = self._again(part, groups[label][part.order], found.get(label))
-                groups[label] = found[label].groups
-            trace.append(objective(groups))
-            if _same(trace[-1], trace[-2]):
-                return found, trace
+        try:
+            # Or from nothing, each given those before it. What is wrong at first misleads the
+            # others, which then leave it wrong: any may be the first.
+            for first in group:
+                if parties.roles.matched[first]:
+                    fresh: dict[str, Tensor] = {}
+                    for label in turns(parties.posteriors[0], parties.roles, first):
+                        part = problem.given(label, fresh)
+                        one = self.along(part, None, _count(start[label]))
+                        fresh[label] = _go_on(one).groups
+                    begin.append(fresh)
+            groups = min(begin, key=objective)
+            trace = [objective(groups)]
+            while len(trace) <= self.max_iterations:
+                for label in group:
+                    part = problem.given(label, groups)
+                    found[label] = self._again(
+                        part, groups[label][part.order], _count(start[label]), found.get(label)
+                    )
+                    groups[label] = found[label].groups
+                    _go_on(found[label])
+                trace.append(objective(groups))
+                if _same(trace[-1], trace[-2]):
+                    return found, trace
+        except KeyboardInterrupt:
+            if groups is None and len(begin) == 1:
+                raise
+            own, last = self._begun(group, groups or min(begin, key=objective))
+            own.update({x: replace(f, stopped=StopReason.INTERRUPTED) for x, f in found.items()})
+            return own, trace + last
         limit = StopReason.ITERATION_LIMIT
         return {x: replace(f, stopped=limit) for x, f in found.items()}, trace
 
-    def _again(self, part: LabelProblem, start: Tensor, before: _Found | None) -> _Found:
+    def _again(
+        self, part: LabelProblem, start: Tensor, num_atoms: int, before: _Found | None
+    ) -> _Found:
         """A label once more, from where it is; in the light of all others for the first time, from
         other starts too."""
-        with locating(part.messages):
+        with searching(part):
             best = expectation_maximization(
                 part.ordered,
                 part.assignment_prior,
@@ -287,11 +349,13 @@ class _Search:
                 solver=self.solver,
             )
         if before is None:
-            other = self.along(part, start)
+            other = self.along(part, start, num_atoms)
             if not best.objective[-1] <= other.best.objective[-1]:
                 return other
             before = other
-        stopped = before.stopped if best.converged else StopReason.ITERATION_LIMIT
+        stopped = before.stopped
+        if stopped is not StopReason.INTERRUPTED and not best.converged:
+            stopped = StopReason.ITERATION_LIMIT
         return replace(before, groups=part.as_given(best.groups), best=best, stopped=stopped)
 
     def result(self, found: Mapping[str, _Found], traces: list[list[float]]) -> Fusion:

@@ -63,6 +63,8 @@ def unit_orders(posteriors: Sequence[Posterior], axes: Axes, seed: int) -> list[
         )
     priors = {label: FixedAtoms(first.components(label)) for label in first.labels}
     fusion = fuse(means, assignment_prior=priors, dispersion=1.0, seed=seed, restarts=_RESTARTS)
+    if fusion.interrupted:  # networks that are half aligned are not to be merged
+        raise KeyboardInterrupt
     return [
         {label: found.assignment[s].argsort().cpu() for label, found in fusion.labels.items()}
         for s in range(len(posteriors))

@@ -19,9 +19,15 @@ _POOLINGS: dict[str, Pooling] = {p.name: p for p in (Inclusive(), Exclusive(), P
 def pooling_named(pooling: str | Pooling) -> Pooling:
     """Look up a pooling by name.
 
-    :raises ParameterError: for an unknown name.
+    :raises ParameterError: for an unknown name, or a pooling whose attributes do not fit together.
     """
     if isinstance(pooling, Pooling):
+        if not pooling.needs_prior and (pooling.tempers or pooling.draws_from == "prior"):
+            why = "`tempers` is set" if pooling.tempers else "`draws_from` is 'prior'"
+            raise ParameterError(
+                f"pooling {pooling.name!r}: {why}, which needs the prior of the local models: set "
+                "`needs_prior`"
+            )
         return pooling
     if not isinstance(pooling, str) or pooling not in _POOLINGS:
         shown = repr(pooling) if isinstance(pooling, str) else type(pooling).__name__

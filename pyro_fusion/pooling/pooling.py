@@ -43,6 +43,7 @@ class Pooling(ABC):
         posteriors, with the atoms in the guide; of the ``"atoms"``, with the local posteriors in
         the guide; or of the ``"prior"``, with the local posteriors as factors. None where there is
         no such program: :func:`~pyro_fusion.fuse` works, and ``FusionModel`` says that it does not.
+        A subclass with a divergence or costs of its own has none until it says so.
     :ivar normalised: whether only the ratios of weights in a group matter.
     :ivar convex: whether the cost of an assignment to given atoms is a sum over its pairs alone,
         without :meth:`opening`, as the relaxed solver needs it.
@@ -61,6 +62,13 @@ class Pooling(ABC):
     averages_outgoing: bool = True
     tempers: bool = False
     failure: str = "is singular"
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # The program of the base class is that of another objective.
+        changed = {"divergence", "cost", "pair_cost", "opening"} & set(cls.__dict__)
+        if changed and "draws_from" not in cls.__dict__:
+            cls.draws_from = None
 
     # -- the divergence and its barycentre -------------------------------------------------------
 

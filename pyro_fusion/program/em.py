@@ -11,9 +11,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pyro_fusion.errors import naming
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.ascent import Ascent, State
-from pyro_fusion.fusion.parties import LabelProblem, locating
+from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.fusion.search import Solver, search, solver_for
 from pyro_fusion.pooling.components import Components
@@ -32,7 +33,8 @@ class FusionEM:
     :param guide: its guide; begins where that is.
     :param solver: of the E-steps, as for :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for a model that overrides these methods, a guide that is relaxed or of
-        another model, or a solver that is unknown or not for its prior or pooling.
+        another model, or a solver that is unknown or not for its assignment prior
+        or pooling.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
@@ -58,7 +60,7 @@ class FusionEM:
         for group in problem.groups:
             for label in group:
                 part = problem.given(label, guide.assignment)
-                with locating(part.messages):
+                with naming(problem.parties.names), searching(part):
                     x = self._step(part)
                 own = {site: f for site, f in x.atoms.items() if site not in problem.links}
                 self._move({label: part.as_given(x.groups)}, own)

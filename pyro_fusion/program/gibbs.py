@@ -39,7 +39,7 @@ from pyro_fusion.assignment.indian_buffet import harmonic_number
 from pyro_fusion.assignment.markov_kernels import match_anew, slice_sample
 from pyro_fusion.assignment.matching import MAX_EXACT
 from pyro_fusion.assignment.priors import IndianBuffetPrior
-from pyro_fusion.errors import ParameterError, StructureError
+from pyro_fusion.errors import ParameterError, StructureError, naming
 from pyro_fusion.fusion.parties import LabelProblem, locating
 from pyro_fusion.fusion.problem import check_assignment
 from pyro_fusion.pooling.collapsed import Sums, log_evidence, log_evidence_of_joining
@@ -184,7 +184,7 @@ class FusionGibbs:
         self.model = model
         self._state = torch.Generator().manual_seed(seed).get_state()
         if assignment is not None:
-            check_assignment(assignment, model.problem.parts)
+            check_assignment(assignment, model.problem)
         start = model.problem.start(seed) if assignment is None else assignment
         self._chains = {
             label: _Chain(part, start[label], learn_dispersion, block)
@@ -203,7 +203,7 @@ class FusionGibbs:
 
         :raises ParameterError: where a product is improper.
         """
-        with self._own_generator():
+        with self._own_generator(), naming(self.model.problem.parties.names):
             for chain in self._chains.values():
                 with locating(chain.part.messages):
                     chain.sweep()
@@ -359,7 +359,8 @@ def _check_model(model: FusionModel) -> None:
         weights = x.assignment_prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
         if bool((weights != 1).any()):
             raise ParameterError(
-                f"FusionGibbs needs a prior without rank weights, got {x.assignment_prior!r}"
+                f"FusionGibbs needs an assignment prior without rank weights, got "
+                f"{x.assignment_prior!r}"
             )
 
 

@@ -46,6 +46,9 @@ class FusionGuide(PyroModule):
 
     A guide writes nothing into its model, which reads from the assignment itself how many atoms
     there are and whether it is relaxed: several guides of one model work side by side.
+    ``Predictive(model, guide=guide)`` runs the model by itself first, to know the shapes of its
+    sites: ``harden`` a relaxed guide before, and for ``product`` make the model with as many atoms,
+    ``FusionModel(..., assignment=guide.assignment)``. ``Predictive(guide)`` takes any.
 
     :param model: the model.
     :param assignment: label -> the atom of each component, LongTensor ``[N]``, to begin with; by
@@ -71,7 +74,7 @@ class FusionGuide(PyroModule):
             raise ParameterError(f"expected a FusionModel, got {type(model).__name__}")
         problem = model.problem
         if assignment is not None:
-            check_assignment(assignment, problem.parts)
+            check_assignment(assignment, problem)
         start = model.assignment if assignment is None else assignment
         self.assignment = {label: compact(start[label].cpu())[0] for label in problem.parts}
         self.num_atoms = {label: int(a.max()) + 1 for label, a in self.assignment.items()}
@@ -222,7 +225,7 @@ class FusionGuide(PyroModule):
 
     def set_extra_state(self, state: dict[str, Any]) -> None:
         """:raises StructureError: if the assignment does not fit."""
-        check_assignment(state["assignment"], self.model.problem.parts)
+        check_assignment(state["assignment"], self.model.problem)
         for label, assignment in state["assignment"].items():
             self.assignment[label] = assignment.cpu()
         self.num_atoms.update(state["num_atoms"])

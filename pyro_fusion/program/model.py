@@ -133,7 +133,7 @@ class FusionModel(PyroModule):
         if assignment is None:
             assignment = self.problem.start()
         else:
-            check_assignment(assignment, self.problem.parts)
+            check_assignment(assignment, self.problem)
         self.assignment = {label: compact(a.cpu())[0] for label, a in assignment.items()}
         if how.draws_from == "atoms":
             self.atoms = AtomParams(self.problem.atoms(self.assignment)[0])

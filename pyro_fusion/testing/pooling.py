@@ -131,6 +131,10 @@ class _Check:
             f", got {p.draws_from!r}",
         )
         self.holds(
+            "with `tempers` set, or `draws_from` 'prior', `needs_prior` must be set",
+            p.needs_prior or not (p.tempers or p.draws_from == "prior"),
+        )
+        self.holds(
             "atoms are of another structure than the components",
             self.atoms.structure() == self.local.structure()
             and self.atoms.shape == (2, *self.local.shape[1:]),
@@ -151,6 +155,8 @@ class _Check:
                 pairs,
                 program.reshape(2, -1),
             )
+        if p.draws_from == "prior":
+            self.of_shared_draws(pairs)
         divergence = p.divergence(atoms, local)
         self.holds("a divergence is negative", bool((divergence >= 0).all()))
         itself = p.divergence(self.local, self.local)
@@ -163,6 +169,24 @@ class _Check:
         self.holds(
             "with `convex` set an atom may cost nothing by itself",
             not p.convex or bool((opening == 0).all()),
+        )
+
+    def of_shared_draws(self, pairs: Tensor) -> None:
+        """The objective of the program that draws each atom once, from the prior."""
+        prior = self.pooling.given(self.prior)
+        opening = kl(self.atoms, prior.expand_batch(self.atoms.batch_shape))
+        k, n = torch.cartesian_prod(torch.arange(2), torch.arange(self.count)).T
+        own = kl(self.atoms.index_select(0, k), self.local.index_select(0, n)).reshape(2, -1)
+        what = "with `draws_from` 'prior' the cost of FusionModel is "
+        self.close(
+            what + "KL(atom ‖ local) - KL(atom ‖ prior), and `pair_cost` is another",
+            pairs,
+            own - opening.unsqueeze(1),
+        )
+        self.close(
+            what + "KL(atom ‖ prior) for an atom by itself, and `opening` is another",
+            self.pooling.opening(self.atoms, self.prior),
+            opening,
         )
 
     def barycenter(self) -> None:

@@ -4,6 +4,7 @@
 """The command: what it prints, what it writes, and what it says when something is wrong."""
 
 import configparser
+import importlib
 import os
 import subprocess
 import sys
@@ -399,6 +400,30 @@ def test_interrupted(
     monkeypatch.setattr(Posterior, "load", stop)
     assert main(["show", files[0]]) == 130
     assert capsys.readouterr() == ("", "pyro-fusion: interrupted\n")
+
+
+@pytest.mark.parametrize("quiet", [[], ["-q"]])
+def test_an_interrupted_search_writes_nothing(
+    quiet: list[str],
+    files: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """``fuse`` returns the best so far; a file would not tell that it is half a search."""
+    module = importlib.import_module("pyro_fusion.fusion.search")
+    real, calls = module.expectation_maximization, 0
+
+    def impatient(*args: object, **kwargs: object) -> object:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(module, "expectation_maximization", impatient)
+    assert main([*FUSE, *files, "-o", "out.safetensors", *quiet]) == 130
+    assert capsys.readouterr() == ("", "pyro-fusion: interrupted\n")
+    assert calls == 2 and not Path("out.safetensors").exists()
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -699,7 +699,7 @@ class TestNames:
         named = self.named() | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)})}
         with pytest.raises(StructureError, match=r"party 1 \(east\) .*, party 0 \(north\)"):
             fuse(named)
-        with pytest.raises(StructureError, match="party north has 3 "):
+        with pytest.raises(StructureError, match=r"party 0 \(north\) has 3 "):
             fuse(
                 {"north": Posterior({"z": dist.Normal(torch.zeros(3), 1.0)}, {"z": "k"})}
                 | {"east": Posterior({"z": dist.Normal(torch.zeros(2), 1.0)}, {"z": "k"})},

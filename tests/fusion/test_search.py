@@ -5,17 +5,29 @@
 
 import ast
 import importlib
+import itertools
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import pyro_fusion
-from pyro_fusion import FixedAtoms, FusionProblem, ParameterError, StopReason, fuse
+from pyro_fusion import (
+    FixedAtoms,
+    FusionProblem,
+    IndianBuffetPrior,
+    ParameterError,
+    Posterior,
+    StopReason,
+    fuse,
+)
 from pyro_fusion.assignment import coordinate
 from pyro_fusion.fusion import search
+from pyro_fusion.fusion.ascent import EMResult
 from pyro_fusion.pooling.components import Components
+from tests.fusion import networks
 from tests.fusion.parties import BASE, parties
 
 
@@ -111,6 +123,55 @@ class TestStopped:
         with pytest.raises(KeyboardInterrupt):
             search(problem, start=start)
 
+    @pytest.mark.parametrize("linked", [False, True])
+    def test_interrupted_where_there_are_several_labels(
+        self, linked: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Wherever it comes: nothing more is searched, and the result says so and is whole."""
+        if linked:
+            given = networks.parties(sizes=((3, 2), (2, 3), (3, 2)), num_units=(4, 3))[0]
+        else:
+            given = [
+                Posterior(
+                    {"x": p.factors["loc"], "y": q.factors["loc"]},
+                    {"x": ("first", None), "y": ("second", None)},
+                )
+                for p, q in zip(parties(1.5), parties(0.5), strict=True)
+            ]
+        problem = FusionProblem.of(given, dispersion=2.0)
+        module = importlib.import_module("pyro_fusion.fusion.search")
+        real, calls, last = module.expectation_maximization, 0, 0
+
+        def impatient(*args: Any, **kwargs: Any) -> EMResult:
+            nonlocal calls
+            calls += 1
+            if calls == last:
+                raise KeyboardInterrupt
+            assert calls < last or args[3] == 0  # only F where it stands
+            result: EMResult = real(*args, **kwargs)
+            return result
+
+        last = 10**6
+        monkeypatch.setattr(module, "expectation_maximization", impatient)
+        whole = search(problem, restarts=1, max_iterations=10)
+        every, seen = calls, set()
+        for there in {*range(1, every + 1, 4), every}:
+            calls, last = 0, there
+            try:
+                fusion = search(problem, restarts=1, max_iterations=10)
+            except KeyboardInterrupt:
+                seen.add("nothing yet")
+                continue
+            seen.add("something")
+            assert fusion.interrupted and not fusion.converged
+            assert "run it again to go on" in fusion.summary()
+            assert fusion.objective[-1] >= whole.objective[-1] - 1e-9
+            assert all(b <= a + 1e-9 for a, b in itertools.pairwise(fusion.objective))
+            for label, m in fusion.labels.items():
+                assert [len(a) for a in m.assignment] == [p.components(label) for p in given]
+                assert fusion.posterior.components(label) == m.num_atoms
+        assert seen == {"nothing yet", "something"} and not whole.interrupted
+
 
 @pytest.mark.parametrize(
     ("settings", "match"),
@@ -144,3 +205,26 @@ def test_a_start_is_the_first() -> None:
     again = search(problem, start=start, restarts=0, solver=coordinate)
     assert again.objective == pytest.approx([best.objective[-1]], rel=1e-12)
     assert again.only_label().restarts == pytest.approx(again.only_label().objective, rel=1e-12)
+
+
+def test_a_solver_that_reads_the_prior_first_is_given_that_of_the_start(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where labels are linked and a start is made anew."""
+    module = importlib.import_module("pyro_fusion.fusion.search")
+    real, seen = module.annealed, set()
+
+    def annealed(problem: Components, prior: IndianBuffetPrior, start: torch.Tensor) -> object:
+        seen.add(prior.mass)
+        return real(problem, prior, start)
+
+    monkeypatch.setattr(module, "annealed", annealed)
+    problem = FusionProblem.of(
+        networks.parties(sizes=((3, 2), (2, 3), (3, 2)), num_units=(4, 3))[0],
+        assignment_prior=IndianBuffetPrior(),
+        dispersion=2.0,
+    )
+    start = {label: torch.arange(sum(p.problem.sizes)) for label, p in problem.parts.items()}
+    search(problem, solver="sinkhorn", restarts=0, start=start)
+    prior = IndianBuffetPrior()
+    assert seen == {float(prior.update(len(a), 3).mass) for a in start.values()}

@@ -5,6 +5,7 @@
 
 import copy
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,13 +15,14 @@ from torch.distributions import Gamma, LogNormal, Normal
 from pyro_fusion import (
     ParameterError,
     Posterior,
+    StopReason,
     StructureError,
     fuse,
     merge_modules,
     search_weights,
     to_module,
 )
-from pyro_fusion.nn import align
+from pyro_fusion.nn import align, alignment
 
 SIZES = (5, 7, 4, 3)
 
@@ -372,6 +374,21 @@ class TestErrors:
         part = Posterior({k: f for k, f in good.decomposed.items() if k != "0.bias"})
         with pytest.raises(StructureError, match=r"0\.bias"):
             merge_modules(modules, [good, part])
+
+    def test_an_interrupted_search_merges_nothing(self, monkeypatch):
+        real = alignment.fuse
+
+        def impatient(*args, **kwargs):
+            fusion = real(*args, **kwargs)
+            labels = {
+                label: replace(m, stopped=StopReason.INTERRUPTED)
+                for label, m in fusion.labels.items()
+            }
+            return replace(fusion, labels=labels)
+
+        monkeypatch.setattr(alignment, "fuse", impatient)
+        with pytest.raises(KeyboardInterrupt):
+            merge_modules([network(), network()], axes="auto")
 
     @pytest.mark.parametrize(
         "kwargs, match",

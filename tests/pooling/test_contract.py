@@ -152,6 +152,29 @@ class SwappedProgram(Exclusive):
     draws_from = "atoms"
 
 
+class Cheap(Product):
+    """Of half the price that the program asks for an atom by itself."""
+
+    draws_from = "prior"
+
+    def opening(self, atoms, prior=None):
+        return super().opening(atoms, prior) / 2
+
+
+class Half(Product):
+    draws_from = "prior"
+
+    def cost(self, atoms, local, prior=None):
+        return super().cost(atoms, local, prior) / 2
+
+    def pair_cost(self, atoms, local, prior=None):
+        return super().pair_cost(atoms, local, prior) / 2
+
+
+class NoPrior(BuresWasserstein):
+    draws_from = "prior"
+
+
 class NoName(BuresWasserstein):
     name = ""
 
@@ -193,6 +216,9 @@ class OneForAll(Exclusive):
             r"`draws_from` 'local' the cost of FusionModel is KL\(atom ‖ local\), and",
         ),
         (SwappedProgram(), r"`draws_from` 'atoms' the cost of FusionModel is KL\(local ‖ atom\)"),
+        (Cheap(), "KL.atom ‖ prior. for an atom by itself, and `opening` is another"),
+        (Half(), r"- KL.atom ‖ prior., and `pair_cost` is another"),
+        (NoPrior(), "`draws_from` 'prior', `needs_prior` must be set"),
         (NoName(), "pooling NoName: `name` must be a string"),
         (NoTensor(), "`divergence` must be a tensor .* got 0.0"),
         (Hot(), "tempered by nothing"),

@@ -18,6 +18,7 @@ from pyro_fusion import (
     GroupNormPrior,
     ParameterError,
     Posterior,
+    StructureError,
     fuse,
 )
 from pyro_fusion.families import Factor
@@ -26,6 +27,7 @@ from pyro_fusion.fusion.moves import regroup
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.collapsed import group_costs
 from pyro_fusion.pooling.components import Components, compact
+from pyro_fusion.pooling.kl import Exclusive
 from tests.pooling.own import BuresWasserstein, Wasserstein
 
 AXES = {"x": ("component", None)}
@@ -334,6 +336,40 @@ class TestBuresWasserstein:
         p = w / w.sum()
         torch.testing.assert_close(atom.params["loc"][0, 0], p @ loc[:, 0])
         torch.testing.assert_close(atom.params["scale_tril"][0, 0, 0], p @ scale)
+
+
+class TestPrograms:
+    """A pooling has the program of its own objective or none."""
+
+    def test_that_of_the_base_class_is_not_inherited_by_another_divergence(self):
+        class Half(Exclusive):
+            def divergence(self, atoms, local):
+                return super().divergence(atoms, local) / 2
+
+            def cost(self, atoms, local, prior=None):
+                return super().cost(atoms, local) / 2
+
+        class Renamed(Exclusive):
+            name = "renamed"
+
+        posteriors = parties(Wasserstein(), MEMBERS)
+        with pytest.raises(ParameterError, match="no Pyro program"):
+            FusionModel(posteriors, Half())
+        assert FusionModel(posteriors, Renamed()).problem.pooling.draws_from == "local"
+
+    @pytest.mark.parametrize(("name", "value"), [("draws_from", "prior"), ("tempers", True)])
+    def test_what_needs_the_prior_must_say_so(self, name, value):
+        odd = type("Odd", (BuresWasserstein,), {name: value})()
+        with pytest.raises(ParameterError, match=f"bures-wasserstein.*`{name}`.*set `needs_prior`"):
+            fuse(parties(odd, MEMBERS), odd)
+
+    def test_errors_of_the_prior_name_the_pooling(self):
+        odd = type("Odd", (BuresWasserstein,), {"needs_prior": True, "name": "odd"})()
+        posteriors = parties(odd, MEMBERS)
+        with pytest.raises(ParameterError, match="pooling 'odd' divides out the prior"):
+            fuse(posteriors, odd)
+        with pytest.raises(StructureError, match="pooling 'odd' needs the prior of site 'x'"):
+            fuse(posteriors, odd, prior={"y": dist.Normal(0.0, 1.0)})
 
 
 def test_a_pooling_is_named_by_itself(pooling):

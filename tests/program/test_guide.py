@@ -166,7 +166,7 @@ def test_labels_that_are_no_attributes(label):
 
 def test_no_more_atoms_than_the_prior_allows():
     model = FusionModel(parties(normal), assignment_prior=FixedAtoms(6))
-    with pytest.raises(StructureError, match="the prior allows 6 atoms, got 18"):
+    with pytest.raises(StructureError, match="the assignment prior allows 6 atoms, got 18"):
         FusionGuide(model, {"component": torch.arange(18)})
 
 
@@ -280,6 +280,21 @@ class TestBatches:
         assert many["x.y"].shape == one["x.y"].shape == (100, number, 2)
         error = one["x.y"].std(0) / 10
         assert bool(((one["x.y"].mean(0) - many["x.y"].mean(0)).abs() < 6 * error).all())
+
+    @pytest.mark.parametrize("parallel", [False, True])
+    def test_predictive_of_other_forms_than_the_models(self, pooling, parallel):
+        model, guide = pair(pooling, relaxed=True)
+        draws = Predictive(guide, num_samples=3, parallel=parallel)()
+        assert draws["component_assignment"].shape == (3, 1, guide.num_atoms["component"], 8)
+        guide.harden()
+        draws = Predictive(model, guide=guide, num_samples=3, parallel=parallel)()
+        assert draws["component_assignment"].shape == (3, 1, 8)
+        if pooling == "product":
+            other = {"component": torch.arange(8)}
+            guide = FusionGuide(model, other)
+            model = FusionModel(model.problem, assignment=guide.assignment)
+            draws = Predictive(model, guide=guide, num_samples=3, parallel=parallel)()
+            assert draws["x.y"].shape == (3, 8, 2)
 
     def test_plates_around_the_program(self, pooling):
         _, guide = pair(pooling)
