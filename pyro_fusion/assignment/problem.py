@@ -146,7 +146,7 @@ class AssignmentProblem:
         same = torch.equal(penalty, self.penalty) and torch.equal(weights, self.weights)
         if not same or (assignment_prior.num_atoms is None) != self.new_atoms:
             raise ParameterError(
-                f"the problem was checked with another prior than {assignment_prior}"
+                f"the problem was checked with another assignment prior than {assignment_prior}"
             )
 
     @property

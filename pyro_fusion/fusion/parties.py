@@ -133,8 +133,8 @@ class Parties:
                     raise StructureError(
                         [
                             Party(s),
-                            f" has {p.components(label)} components along '{label}', but the prior "
-                            f"allows only {one.num_atoms} atoms",
+                            f" has {p.components(label)} components along '{label}', but the "
+                            f"assignment prior allows only {one.num_atoms} atoms",
                         ]
                     )
         return result

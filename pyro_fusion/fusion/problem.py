@@ -244,7 +244,7 @@ def _check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Labe
         count = len(a.unique())
         if limit is not None and count > limit:
             raise StructureError(
-                f"assignment of '{label}': the prior allows {limit} atoms, got {count}"
+                f"assignment of '{label}': the assignment prior allows {limit} atoms, got {count}"
             )
 
 

@@ -106,7 +106,7 @@ class Fusion:
         return PosteriorGuide(self.posterior)
 
     def only_label(self) -> FusedLabel:
-        """The matching, if there is one label.
+        """The result of the label, if there is one.
 
         :raises StructureError: if there is none, or several.
         """

@@ -79,7 +79,7 @@ def search(
         default that of :meth:`~pyro_fusion.FusionProblem.start`.
     :param restarts, max_iterations, seed, solver, progress: as for :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for arguments out of range, a solver that is unknown or not for its
-        prior or pooling, and where ``product`` is improper.
+        assignment prior or pooling, and where ``product`` is improper.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.

@@ -33,7 +33,8 @@ class FusionEM:
     :param guide: its guide; begins where that is.
     :param solver: of the E-steps, as for :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for a model that overrides these methods, a guide that is relaxed or of
-        another model, or a solver that is unknown or not for its prior or pooling.
+        another model, or a solver that is unknown or not for its assignment prior
+        or pooling.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.

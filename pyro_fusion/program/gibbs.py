@@ -359,7 +359,8 @@ def _check_model(model: FusionModel) -> None:
         weights = x.assignment_prior.rank_weights(sum(x.problem.sizes), max(x.problem.sizes))
         if bool((weights != 1).any()):
             raise ParameterError(
-                f"FusionGibbs needs a prior without rank weights, got {x.assignment_prior!r}"
+                f"FusionGibbs needs an assignment prior without rank weights, got "
+                f"{x.assignment_prior!r}"
             )
 
 

@@ -169,7 +169,7 @@ class TestErrors:
         given = read()
         given.priors(FixedAtoms(3))
         given.priors({"component": GroupNormPrior()})
-        match = "party 0 has 3 components along 'component', but the prior allows only 2 atoms"
+        match = "party 0 has 3 components along 'component', but the assignment prior allows only 2"
         with pytest.raises(StructureError, match=match):
             given.priors({"component": FixedAtoms(2)})
 

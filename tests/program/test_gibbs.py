@@ -529,7 +529,7 @@ class TestErrors:
         [
             ([0, 0, 1, 2, 3, 0, 1], r"'component', party 0: .* got \[0, 0"),
             ([0, 1, 2], r"'component': expected a LongTensor of shape \[7\]"),
-            ([0, 1, 2, 3, 4, 5, 6], "the prior allows 5 atoms, got 7"),
+            ([0, 1, 2, 3, 4, 5, 6], "the assignment prior allows 5 atoms, got 7"),
         ],
     )
     def test_start(self, groups, match):

@@ -166,7 +166,7 @@ def test_labels_that_are_no_attributes(label):
 
 def test_no_more_atoms_than_the_prior_allows():
     model = FusionModel(parties(normal), assignment_prior=FixedAtoms(6))
-    with pytest.raises(StructureError, match="the prior allows 6 atoms, got 18"):
+    with pytest.raises(StructureError, match="the assignment prior allows 6 atoms, got 18"):
         FusionGuide(model, {"component": torch.arange(18)})
 
 
