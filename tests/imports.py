@@ -4,7 +4,8 @@
 """The imports of a source tree, read off its text: nothing is imported to find them.
 
 Every statement counts, also in functions and under ``TYPE_CHECKING``, and so does
-``import_module`` of a name that is written out. ``from package import name`` leads to
+``import_module`` of a name that is written out, or begins so, under whatever name it was imported.
+``from package import name`` leads to
 ``package.name`` where that is a module, else to the package's own ``__init__``.
 """
 
@@ -34,6 +35,10 @@ def _literal(node: ast.expr) -> str:
 def named(tree: ast.AST, within: str) -> Iterator[tuple[str, str, int]]:
     """Each import of a module that lies in the package ``within``: the module that it names, a name
     taken from it or ``""``, and the line."""
+    importers = {"import_module", "__import__"}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "importlib":
+            importers |= {a.asname for a in node.names if a.asname and a.name in importers}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
@@ -44,11 +49,15 @@ def named(tree: ast.AST, within: str) -> Iterator[tuple[str, str, int]]:
             source = ".".join([*above, *([node.module] if node.module else [])])
             for alias in node.names:
                 yield source, alias.name, node.lineno
-        elif isinstance(node, ast.Call) and node.args:
+        elif isinstance(node, ast.Call):
             called = node.func.attr if isinstance(node.func, ast.Attribute) else ""
             called = node.func.id if isinstance(node.func, ast.Name) else called
-            if called in ("import_module", "__import__"):
-                yield _literal(node.args[0]).rstrip("."), "", node.lineno
+            given = [*node.args[:1], *(k.value for k in node.keywords if k.arg == "name")]
+            if called in importers and given:
+                name = _literal(given[0])
+                level = len(name) - len(name.lstrip("."))
+                above = within.split(".")[: len(within.split(".")) + 1 - level] if level else []
+                yield ".".join([*above, name.strip(".")]), "", node.lineno
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:

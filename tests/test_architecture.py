@@ -97,6 +97,14 @@ UNSOUND = {
         {"low/a.py": "import importlib\nimportlib.import_module('p.low.b')\n"},
         "circle of modules: p.low.a, p.low.b",
     ),
+    "by a relative name": (
+        {"low/a.py": "from importlib import import_module as f\nf('..high.c', __package__)\n"},
+        "p.low.a imports p.high.c, which is not below it",
+    ),
+    "by keyword": (
+        {"low/a.py": "import importlib\nimportlib.import_module(name='p.high.c')\n"},
+        "p.low.a imports p.high.c, which is not below it",
+    ),
     "upward": ({"low/f.py": "from p.high.c import b\n"}, "p.low.f imports p.high.c, which is not"),
     "upward in a function": (
         {"low/f.py": "def f():\n    from p.high import c\n"},

@@ -87,7 +87,7 @@ class TestBadInput:
         problem = AssignmentProblem.of([torch.zeros(2, 2)], GroupNormPrior())
         solver = SOLVERS[name]
         if not (name == "relaxed" and isinstance(prior, IndianBuffetPrior)):
-            with pytest.raises(ParameterError, match="checked with another prior"):
+            with pytest.raises(ParameterError, match="checked with another assignment prior"):
                 solver(problem, prior)
         with pytest.raises(ParameterError, match="has its own opening costs"):
             solver(problem, GroupNormPrior(), opening=torch.zeros(2))

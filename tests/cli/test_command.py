@@ -283,7 +283,7 @@ def test_parties_that_do_not_fit_are_named_by_their_files(
         ),
         (["--assignment-prior", "fixed-atoms"], "--assignment-prior fixed-atoms needs --num-atoms"),
         (["--assignment-prior", "fixed-atoms", "--num-atoms", "0"], "num_atoms must be positive"),
-        (["--assignment-prior", "fixed-atoms", "--num-atoms", "2"], "party north has 3"),
+        (["--assignment-prior", "fixed-atoms", "--num-atoms", "2"], "party 0 (north) has 3"),
         (["--alpha", "-1"], "alpha must be positive"),
         (["--alpha", "nan"], "alpha must be positive"),
         (["--pooling", "product"], "--pooling product needs --prior"),
