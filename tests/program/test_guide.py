@@ -233,6 +233,7 @@ class TestState:
 
     def test_guides_side_by_side(self, pooling):
         model, guide = pair(pooling, assignment={"component": torch.arange(8)})
+        start, held = dict(model.assignment), dict(vars(model))
         before = loss(model, guide, best_elbo(pooling))
         mixed = {"component": torch.tensor([0, 1, 2, 0, 1, 0, 1, 2])}
         if pooling == "inclusive":  # whose atoms are the model's: eight of them
@@ -249,7 +250,12 @@ class TestState:
         relaxed = FusionGuide(model, relaxed=True)
         assert loss(model, relaxed) < float("inf")
         assert loss(model, guide, best_elbo(pooling)) == pytest.approx(before, rel=1e-9)
+        relaxed.harden()
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+        assert vars(model).keys() == held.keys()
+        assert all(vars(model)[name] is value for name, value in held.items())
+        assert model.assignment.keys() == start.keys()
+        assert all(model.assignment[label] is value for label, value in start.items())
 
 
 @pytest.mark.parametrize("pooling", POOLINGS)
