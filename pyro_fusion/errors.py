@@ -149,7 +149,7 @@ class FusionError(Exception):
             return piece
         if isinstance(piece, Site):
             return f"site '{_shown(piece.name)}'"
-        number, name = str(piece.who), str(self._name(piece.who))
+        number, name = _shown(str(piece.who)), _shown(str(self._name(piece.who)))
         return f"party {number}" if name == number else f"party {number} ({name})"
 
     def __str__(self) -> str:

@@ -339,3 +339,10 @@ class TestWhoItIs:
         with pytest.raises(StructureError, match=r"party 0 \(1\) has 3 components") as caught:
             fuse(given, assignment_prior=FixedAtoms(2))
         assert caught.value.party == "1"
+
+
+def test_long_names_of_parties_are_shown_short() -> None:
+    error = StructureError("expected one", party=1)
+    error.name_parties(["a", "b" * 5000])
+    assert error.party == "b" * 5000
+    assert str(error) == f"party 1 ({'b' * 100}…): expected one"

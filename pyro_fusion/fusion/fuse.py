@@ -13,7 +13,8 @@ from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.checks import Weights
 from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import Fusion
-from pyro_fusion.fusion.search import Solver, check_run, search
+from pyro_fusion.fusion.search import check_run, search
+from pyro_fusion.fusion.solvers import Solver
 from pyro_fusion.pooling import Pooling
 from pyro_fusion.posterior import Axes
 

@@ -6,17 +6,17 @@ few refined, and labels that share sites in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from operator import index
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from pyro_fusion.assignment import Assignment, AssignmentProblem, coordinate, relaxed, sinkhorn
-from pyro_fusion.assignment.priors import AssignmentPrior, FixedAtoms, GroupNormPrior
+from pyro_fusion.assignment import sinkhorn
+from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import ParameterError, naming
 from pyro_fusion.fusion.annealing import annealed
 from pyro_fusion.fusion.ascent import EMResult, expectation_maximization
@@ -25,16 +25,11 @@ from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.fusion.roles import turns
 from pyro_fusion.fusion.seeding import starts
+from pyro_fusion.fusion.solvers import Solver, solver_for
 from pyro_fusion.pooling.components import Components, by_popularity
 
-__all__ = ["Solver", "check_run", "search", "solver_for"]
+__all__ = ["check_run", "search"]
 
-Solver = Callable[..., Assignment]
-_SOLVERS: dict[str, Solver] = {
-    "coordinate": coordinate,
-    "relaxed": relaxed,
-    "sinkhorn": sinkhorn,
-}
 
 # So many of the starts' results are refined on the collapsed objective.
 _REFINED = 3
@@ -108,45 +103,6 @@ def check_run(restarts: int, max_iterations: int, seed: int) -> None:
         )
     if not -(2**63) <= int(seed) < 2**64:
         raise ParameterError(f"seed must fit 64 bits, got {seed}")
-
-
-def solver_for(problem: FusionProblem, solver: str | Solver) -> Solver:
-    """The solver of that name, or the user's own, whose assignments are checked.
-
-    :raises ParameterError: for one that is unknown, or not for the problem's pooling or priors.
-    """
-    if callable(solver):
-        chosen = solver if solver in _SOLVERS.values() else _checked(solver)
-    elif not isinstance(solver, str) or solver not in _SOLVERS:
-        raise ParameterError(
-            f"solver must be one of {sorted(_SOLVERS)} or a function, got {solver!r}"
-        )
-    else:
-        chosen = _SOLVERS[solver]
-    for part in problem.parts.values():
-        convex = isinstance(part.assignment_prior, (GroupNormPrior, FixedAtoms))
-        if chosen is relaxed and not (problem.pooling.convex and convex):
-            raise ParameterError(
-                "solver 'relaxed' needs GroupNormPrior or FixedAtoms and pooling 'inclusive' "
-                f"or 'exclusive', got {part.assignment_prior!r} and {problem.pooling.name!r}"
-            )
-    return chosen
-
-
-def _checked(solver: Solver) -> Solver:
-    """A solver of the user's own, whose assignments are checked."""
-
-    def checked(
-        problem: AssignmentProblem, assignment_prior: AssignmentPrior, **settings: Any
-    ) -> Assignment:
-        result = solver(problem, assignment_prior, **settings)
-        if not isinstance(result, Assignment):
-            raise ParameterError(
-                f"expected an Assignment from the solver, got {type(result).__name__}"
-            )
-        return replace(result, atoms=problem.split(problem.join(result.atoms)))
-
-    return checked
 
 
 def _same(a: float, b: float) -> bool:

@@ -16,7 +16,8 @@ from pyro_fusion.families import Factor
 from pyro_fusion.fusion.ascent import Ascent, State
 from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.result import Fusion
-from pyro_fusion.fusion.search import Solver, search, solver_for
+from pyro_fusion.fusion.search import search
+from pyro_fusion.fusion.solvers import Solver, solver_for
 from pyro_fusion.pooling.components import Components
 from pyro_fusion.program.guide import FusionGuide, check_own
 from pyro_fusion.program.model import FusionModel

@@ -286,7 +286,7 @@ def _read_file(path: str | os.PathLike[str]) -> Posterior:
     except FileFormatError as e:
         for ends, remedy in _FILES.items():
             if os.fspath(path).endswith(ends):
-                raise FileFormatError(f"{e}. {remedy[0].upper()}{remedy[1:]}") from e
+                raise FileFormatError([*e.pieces, f". {remedy[0].upper()}{remedy[1:]}"]) from e
         raise
 
 
