@@ -20,7 +20,7 @@ demo: $(STAMP) ## fuse a few posteriors and show the result
 	$(BIN)/pyro-fusion demo
 
 test: $(STAMP) ## run the tests
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: $(STAMP) ## check style and format
 	$(BIN)/ruff check .
