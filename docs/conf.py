@@ -51,7 +51,7 @@ nitpick_ignore_regex = [
     # Parameters that share a line.
     ("py:class", r"concentration|local|max_iterations|p|prior|restarts|seed|solver|weights"),
     ("py:class", r"pyro_fusion\.([\w.]+\._\w+|readers\.registry\.R)"),
-    ("py:class", r"pyro_fusion\.families\.(member\.Member|factor\.Side)"),
+    ("py:class", r"pyro_fusion\.families\.(member\.Member|factor\.Side|masked\.Masked)"),
     ("py:class", r"pyro_fusion\.fusion\.(links\.LinkedSite|parties\.(LabelProblem|Parties))"),
     ("py:class", r"pyro_fusion\.(pooling\.components\.Components|posterior\.guide\.FactorParams)"),
 ]
