@@ -50,7 +50,8 @@ class FusionEM:
     ) -> None:
         check_own(model, guide)
         self.model, self.guide = model, guide
-        self.solver = solver_for(model.problem, solver)
+        self.solver = solver
+        self._solver = solver_for(model.problem, solver)
         self._states: dict[str, tuple[Components, State]] = {}
 
     def step(self) -> float:
@@ -77,7 +78,7 @@ class FusionEM:
         """The state after a step along a label, from that of the last one unless the guide has been
         moved since."""
         start = self.guide.assignment[part.label][part.order]
-        ascent = Ascent(part.ordered, solver=self.solver)
+        ascent = Ascent(part.ordered, solver=self._solver)
         problem, state = self._states.get(part.label, (None, None))
         if state is None or problem is not part.ordered or not torch.equal(state.groups, start):
             state = ascent.init(part.assignment_prior, start)

@@ -6,13 +6,13 @@
 import pyro.distributions as dist
 import pytest
 import torch
-import torch.nn.functional as F
 from torch.distributions import kl_divergence
 
 from pyro_fusion.errors import UnsupportedFamilyError
-from pyro_fusion.families import Factor, Family, kl, pairwise_kl, register_family
+from pyro_fusion.families import Factor, kl, pairwise_kl, register_family
 from pyro_fusion.families import family as base
 from pyro_fusion.posterior.posterior import Posterior
+from tests.families.geometric import GeometricFamily
 
 
 @pytest.fixture
@@ -20,36 +20,7 @@ def geometric(monkeypatch):
     """Registered for one test only."""
     monkeypatch.setattr(base, "_BY_TYPE", dict(base._BY_TYPE))
 
-    @register_family(torch.distributions.Geometric)
-    class GeometricFamily(Family):
-        """``T(x) = x``, ``η = log(1 - probs)``."""
-
-        distribution = dist.Geometric
-        event_dim = 0
-        parameters = {"logits": 0}
-
-        def event_shape(self, params):
-            return torch.Size()
-
-        def statistics(self, value):
-            return value.unsqueeze(-1)
-
-        def natural(self, params):
-            return F.logsigmoid(-params["logits"]).unsqueeze(-1)
-
-        def mean(self, params):
-            return torch.exp(-params["logits"]).unsqueeze(-1)
-
-        def log_normalizer(self, params):
-            return -F.logsigmoid(params["logits"])
-
-        def from_natural(self, eta, event_shape):
-            return {"logits": torch.log(-torch.expm1(eta[..., 0])) - eta[..., 0]}
-
-        def from_mean(self, mu, event_shape):
-            return {"logits": -mu[..., 0].log()}
-
-    return GeometricFamily
+    return register_family(torch.distributions.Geometric)(GeometricFamily)
 
 
 def make(*probs):

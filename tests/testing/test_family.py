@@ -14,39 +14,11 @@ from torch.distributions import kl_divergence
 
 from pyro_fusion.families import Family, family, register_family
 from pyro_fusion.testing import check_family
+from tests.families.geometric import GeometricFamily as Right
 from tests.families.members import BARE
 
 LOGITS = torch.tensor([-1.0, 0.3, 1.5], dtype=torch.float64)
 OTHERS = torch.tensor([0.0, -0.7], dtype=torch.float64)
-
-
-class Right(Family):
-    """T(x) = x, η = log(1 - p), A(η) = -log p, E[x] = (1 - p) / p."""
-
-    distribution = dist.Geometric
-    event_dim = 0
-    parameters = {"logits": 0}
-
-    def event_shape(self, params):
-        return torch.Size()
-
-    def statistics(self, value):
-        return value.unsqueeze(-1)
-
-    def natural(self, params):
-        return F.logsigmoid(-params["logits"]).unsqueeze(-1)
-
-    def mean(self, params):
-        return torch.exp(-params["logits"]).unsqueeze(-1)
-
-    def log_normalizer(self, params):
-        return -F.logsigmoid(params["logits"])
-
-    def from_natural(self, eta, event_shape):
-        return {"logits": torch.log(-torch.expm1(eta[..., 0])) - eta[..., 0]}
-
-    def from_mean(self, mu, event_shape):
-        return {"logits": -mu[..., 0].log()}
 
 
 class WrongMean(Right):
