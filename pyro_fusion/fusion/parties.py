@@ -31,13 +31,17 @@ from pyro_fusion.fusion.arguments import (
 from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
+from pyro_fusion.fusion.persistence import DispersionPath, follow
 from pyro_fusion.fusion.roles import Roles, site_roles
-from pyro_fusion.pooling.components import Atoms, Components, canonical_order, compact
-from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
+from pyro_fusion.pooling.components import Components, canonical_order, compact
+from pyro_fusion.pooling.merges import pairwise_spread
 from pyro_fusion.pooling.pooling import Pooling
 from pyro_fusion.posterior import Axes, Posterior
 
 __all__ = ["LabelProblem", "Parties", "locating", "searching"]
+
+# T is estimated from so many parties at most: it does not depend on how many there are.
+_MAX_PARTIES = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class LabelProblem:
     :ivar dispersion: T.
     :ivar price: by what the prior is multiplied in the objective: T over that of its group of
         labels, one if it is linked to no other.
+    :ivar path: what T was estimated from, None if it was given.
     :ivar ordered: the problem in an order that depends on the contents of the parties only, so that
         what is found there is the same for any order of the parties.
     :ivar order: which component each of ``ordered`` is, LongTensor ``[N]``.
@@ -65,6 +70,7 @@ class LabelProblem:
     ordered: Components
     order: Tensor
     price: float = 1.0
+    path: DispersionPath | None = None
 
     def as_given(self, groups: Tensor) -> Tensor:
         """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
@@ -182,17 +188,18 @@ class Parties:
                     prior[link.site] = one
         messages = replace(self._problem(local, sizes, prior), masked=masked)
         order, ordered_sizes = canonical_order(messages.sites, sizes, self.weights)
-        voting = _voting(messages.in_order(order, ordered_sizes))
-        scale = dispersion or 1.0
+        scale, path = dispersion or 1.0, None
+        some, rows = _some_parties(messages.in_order(order, ordered_sizes))
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
-                scale = estimate_dispersion(*voting, self.pooling, prior)
+                path = follow(label, some, order[rows], messages.party[order[rows]])
+                scale = path.estimate
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()
-        calibrated = assignment_prior.calibrated(lambda: pairwise_spread(*voting) / scale)
+        calibrated = assignment_prior.calibrated(lambda: pairwise_spread(some.sites) / scale)
         check_penalty(calibrated, len(sizes))
         ordered = problem.in_order(order, ordered_sizes)
-        return LabelProblem(label, problem, messages, calibrated, scale, ordered, order)
+        return LabelProblem(label, problem, messages, calibrated, scale, ordered, order, path=path)
 
     def in_one_unit(
         self, parts: Mapping[str, LabelProblem]
@@ -372,11 +379,14 @@ def _rolled(f: Factor, places: Tensor) -> Factor:
     return f.map(turn)
 
 
-def _voting(problem: Components) -> tuple[Atoms, tuple[int, ...]]:
-    """Components and sizes of the parties whose weight is not zero, if these are two at least."""
-    party = problem.party
-    counts = torch.bincount(party[(problem.weights > 0).cpu()], minlength=problem.num_parties)
-    kept = tuple(int(n) for n in counts if n)
-    if len(kept) in (1, problem.num_parties):
-        return problem.sites, problem.sizes
-    return problem.take((problem.weights > 0).nonzero().squeeze(-1)).sites, kept
+def _some_parties(problem: Components) -> tuple[Components, Tensor]:
+    """The parties whose weight is not zero, if these are two at least, and of many a random
+    selection; and which components these are, LongTensor ``[n]``."""
+    first = torch.tensor(problem.sizes).cumsum(0) - torch.tensor(problem.sizes)
+    voting = (problem.weights.cpu()[first] > 0).nonzero().squeeze(-1)
+    if len(voting) < 2:
+        voting = torch.arange(problem.num_parties)
+    generator = torch.Generator().manual_seed(0)
+    kept = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]].sort().values
+    rows = torch.isin(problem.party, kept).nonzero().squeeze(-1)
+    return problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist())), rows

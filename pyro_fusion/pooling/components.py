@@ -21,7 +21,15 @@ from pyro_fusion.families import Factor
 from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.pooling import Pooling
 
-__all__ = ["Atoms", "Factors", "Components", "by_popularity", "canonical_order", "compact"]
+__all__ = [
+    "Atoms",
+    "Components",
+    "Factors",
+    "by_appearance",
+    "by_popularity",
+    "canonical_order",
+    "compact",
+]
 
 Factors = Mapping[str, Factor]
 
@@ -193,6 +201,14 @@ def compact(groups: Tensor) -> tuple[Tensor, int]:
     fresh = groups.max().clamp(min=0) + 1 + torch.arange(len(groups), device=groups.device)
     _, result = torch.where(new, fresh, groups).unique(return_inverse=True)
     return result, int(result.max()) + 1
+
+
+def by_appearance(groups: Tensor) -> Tensor:
+    """Number the groups ``0, 1, ...`` as they first appear: LongTensor ``[N]``."""
+    groups, num_atoms = compact(groups)
+    first = torch.full((num_atoms,), len(groups))
+    first = first.scatter_reduce(0, groups, torch.arange(len(groups)), "amin")
+    return first.argsort().argsort()[groups]
 
 
 def canonical_order(

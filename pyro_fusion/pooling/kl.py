@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -105,5 +106,8 @@ class Exclusive(_KL):
         precision, as barycentres do, which a party that is overconfident would rule."""
         return local.precision.sqrt()
 
-    def dispersion(self, merges: Merges) -> float:
-        return merges.limit  # prices are in its units
+    def dispersion(self, merges: Merges, limit: float) -> float:
+        return limit  # prices are in its units
+
+    def limit(self, merges: Merges) -> Callable[[float], float]:
+        return lambda dispersion: dispersion

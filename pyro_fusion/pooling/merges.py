@@ -1,24 +1,34 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Pairs of components and what it costs to merge them: what a pooling reads the dispersion off."""
+"""Pairs of components that are near each other, and the price of merging them: what tells how far
+apart two components may be and still be the same."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from pyro_fusion.families import Factor
+from pyro_fusion.assignment.problem import party_of
+from pyro_fusion.families import Factor, pairwise_kl
+from pyro_fusion.families.masked import Masked
 
-__all__ = ["WRONG", "Merges"]
+__all__ = ["WRONG", "Merges", "pairwise_spread", "quantile"]
 
-# The quantile of merges within a party that counts.
+# Quantiles need no more pairs than this. Of large components (topics of many words) there are
+# fewer: so many numbers in the atoms of all pairs.
+_MAX_PAIRS = 6000
+_MAX_NUMBERS = 1 << 24
+
+# The quantile of the prices within a party that the rule of two prices takes: a fit that gave one
+# atom two components has a low one.
 WRONG = 0.75
 
 # `GroupNormPrior` asks one T of two lone components that share an atom, and up to 1.7 of one that
@@ -28,13 +38,22 @@ _MIDDLE = (2 - 2**0.5) ** -0.5
 
 @dataclass(frozen=True)
 class Merges:
-    """Pairs of components that are near, of one party or of two, and the price of their merges.
+    """The cheapest merges of each component, with one of its own party and with one of each other
+    party, in nats: ``min_q KL(q ‖ first) + KL(q ‖ second)`` over all sites.
+
+    Two components of one party are known to be different, so what their merge costs is the price of
+    a wrong one. Quantiles count parties: a component of a party of L counts ``1 / L``.
 
     :ivar local, prior: the components ``[N]`` and the prior of one atom by site.
-    :ivar first, second: the pairs, LongTensors ``[M]``.
-    :ivar price: ``min_q KL(q ‖ first) + KL(q ‖ second)`` over all sites, in nats: ``[M]``.
-    :ivar limit: the price up to which two components may be the same.
-    :ivar wrong: which pairs are of one party, so known to be different: LongTensor.
+    :ivar first, second: the pairs, LongTensors ``[M]``; of each component the nearest in each
+        party, or in many parties of a random selection of components.
+    :ivar price: of these pairs, float64 ``[M]``.
+    :ivar wrong: which of them are of one party, LongTensor.
+    :ivar own: of each component the price of the cheapest merge within its party, ``[N]``; infinite
+        where it is alone there, and where it was not selected.
+    :ivar other: of each component the price of the cheapest merge with another party, ``[N]``.
+    :ivar share: what each component counts, ``[N]``.
+    :ivar dimensions: D, the mean count of numbers in a component.
     :ivar num_parties: S.
     """
 
@@ -43,16 +62,148 @@ class Merges:
     first: Tensor
     second: Tensor
     price: Tensor
-    limit: float
     wrong: Tensor
+    own: Tensor
+    other: Tensor
+    share: Tensor
+    dimensions: float
     num_parties: int
 
-    def translated(self, other: Tensor) -> float:
-        """The limit in units of other prices ``[M]`` of the same merges: as many are below it."""
-        limit = _MIDDLE * self.limit
-        floor = 1e-12 * limit
-        x, y = (torch.sort(v.clamp(min=floor)).values.log().numpy() for v in (self.price, other))
-        level = math.log(limit)
-        if level > x[-1]:  # beyond all that was seen, as far as the last is below
-            return limit * math.exp(y[-1] - x[-1]) / _MIDDLE
-        return math.exp(np.interp(level, x, y)) / _MIDDLE
+    @classmethod
+    def of(
+        cls,
+        local: Mapping[str, Any],
+        sizes: tuple[int, ...],
+        prior: Mapping[str, Factor],
+        costs: Callable[[Mapping[str, Any], Tensor, Tensor], Tensor],
+    ) -> Merges:
+        """The cheapest merges of components, the parties in turn.
+
+        :param costs: the price of the pairs of two LongTensors ``[M]``.
+        """
+        party, dimensions = party_of(sizes), sum(map(_dimensions, local.values()))
+        divergence = _pairwise(local)
+        symmetric = (divergence + divergence.mT).fill_diagonal_(torch.inf)
+        blocks = [block.min(1) for block in symmetric.split(list(sizes), 1)]
+        offsets = torch.tensor([0, *sizes[:-1]]).cumsum(0)
+        values = torch.stack([b.values for b in blocks], 1)
+        first, with_party = _selection(values.isfinite(), dimensions)
+        second = (torch.stack([b.indices for b in blocks], 1) + offsets)[first, with_party]
+        price = costs(local, first, second)
+        is_own = party[first] == with_party
+        infinite = torch.full((len(party),), torch.inf, dtype=torch.float64)
+        return cls(
+            local=local,
+            prior=prior,
+            first=first,
+            second=second,
+            price=price,
+            wrong=is_own.nonzero().squeeze(-1),
+            own=infinite.scatter_reduce(0, first[is_own], price[is_own], "amin"),
+            other=infinite.scatter_reduce(0, first[~is_own], price[~is_own], "amin"),
+            share=1 / torch.tensor(sizes, dtype=torch.float64)[party],
+            dimensions=dimensions,
+            num_parties=len(sizes),
+        )
+
+    @property
+    def known_different(self) -> bool:
+        """True if some party has two components."""
+        return len(self.wrong) > 0
+
+    def wrong_price(self, q: float = WRONG) -> float:
+        """The quantile of the prices of merges within a party; infinite if no party has two
+        components."""
+        return quantile(self.own, self.share, q)
+
+    def right_price(self, q: float = 0.5) -> float:
+        """The quantile of the prices of the cheapest merges with another party."""
+        return quantile(self.other, self.share, q)
+
+    @property
+    def price_ratio(self) -> float:
+        """The price of a wrong merge (upper quartile) over that of the cheapest with another party
+        (median): the larger, the better the posteriors tell components apart. Infinite where no
+        party has two components."""
+        right = max(self.right_price(), 1e-300)
+        return self.wrong_price() / right if self.known_different else math.inf
+
+    def nothing_shared(self) -> bool:
+        """True if other parties' components are no nearer than those of one's own.
+
+        The median price of the cheapest merge with any of ``S - 1`` other parties is compared with
+        the median of the least of ``S - 1`` prices within a party: no less than half of it.
+        """
+        if not self.known_different:
+            return False
+        return self.right_price() >= self.wrong_price(1 - 2 ** (-1 / (self.num_parties - 1))) / 5
+
+    def translated(self, other: Tensor, limit: float) -> float:
+        """A price in nats in units of other prices ``[M]`` of the same merges: as many are below
+        it."""
+        at = math.log(_MIDDLE * limit)
+        return math.exp(_interpolated(at, _levels(self.price), _levels(other))) / _MIDDLE
+
+    def translated_back(self, other: Tensor, value: float) -> float:
+        """A price in units of other prices ``[M]`` in nats: the inverse of :meth:`translated`."""
+        at = math.log(_MIDDLE * value)
+        return math.exp(_interpolated(at, _levels(other), _levels(self.price))) / _MIDDLE
+
+
+def _levels(prices: Tensor) -> NDArray[np.float64]:
+    """The logarithms of prices, sorted; zero is far below all others."""
+    floor = max(1e-12 * float(prices.max()), 1e-300)
+    levels: NDArray[np.float64] = prices.clamp(min=floor).sort().values.log().numpy()
+    return levels
+
+
+def _interpolated(at: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    """A rising curve through points; beyond its ends it goes on at slope one."""
+    if at > x[-1]:
+        return float(y[-1] + at - x[-1])
+    if at < x[0]:
+        return float(y[0] + at - x[0])
+    return float(np.interp(at, x, y))
+
+
+def quantile(x: Tensor, weights: Tensor, q: float) -> float:
+    """The quantile of the finite numbers of ``x``, of which each counts by its weight; that of
+    :func:`torch.quantile` where all count alike, infinite if there are none."""
+    known = x.isfinite()
+    if not bool(known.any()):
+        return math.inf
+    value, order = x[known].sort()
+    w = weights[known][order]
+    middle = w.cumsum(0) - w / 2
+    place = (middle - middle[0]) / (middle[-1] - middle[0]).clamp(min=1e-300)
+    return float(np.interp(q, place.numpy(), value.numpy()))
+
+
+def pairwise_spread(local: Mapping[str, Any]) -> float:
+    """The standard deviation of the divergences between all pairs of different components."""
+    divergence = _pairwise(local)
+    different = ~torch.eye(len(divergence), dtype=torch.bool)
+    return float(divergence[different].std()) if len(divergence) > 1 else 0.0
+
+
+def _pairwise(local: Mapping[str, Any]) -> Tensor:
+    """All divergences, summed over sites: ``[N, N]`` on the CPU."""
+    return torch.stack([pairwise_kl(f, f) for f in local.values()]).sum(0).cpu()
+
+
+def _dimensions(f: Factor | Masked) -> float:
+    """The mean count of numbers in a component."""
+    return f.dimensions if isinstance(f, Masked) else float(f.event_shape.numel())
+
+
+def _selection(mask: Tensor, dimensions: float) -> tuple[Tensor, Tensor]:
+    """The places that are set, of a random selection of rows if there are many."""
+    count, num_columns = mask.shape
+    keep = max(1, min(_MAX_PAIRS, int(_MAX_NUMBERS / dimensions)) // num_columns)
+    if count > keep:
+        generator = torch.Generator().manual_seed(0)
+        selected = torch.zeros(count, dtype=torch.bool)
+        selected[torch.randperm(count, generator=generator)[:keep]] = True
+        mask = mask & selected.unsqueeze(1)
+    first, second = mask.nonzero().unbind(1)
+    return first, second

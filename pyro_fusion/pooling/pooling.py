@@ -8,7 +8,7 @@ that they always lower the same objective; and all that is otherwise asked of it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -208,11 +208,19 @@ class Pooling(ABC):
             return prior
         return self.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
 
-    def dispersion(self, merges: Merges) -> float:
-        """T, given the price up to which two components may be the same. By default what a merge at
-        that price costs in this pooling."""
-        costs = self.merge_costs(merges.local, merges.first, merges.second, merges.prior)
-        return merges.translated(costs)
+    def dispersion(self, merges: Merges, limit: float) -> float:
+        """T, given the price up to which two components may be the same, in nats. By default what a
+        merge at that price costs in this pooling."""
+        return merges.translated(self._costs_of(merges), limit)
+
+    def limit(self, merges: Merges) -> Callable[[float], float]:
+        """A rising function of T: the price in nats up to which two lone components share an atom
+        at that T. By default that of merges that cost T in this pooling."""
+        costs = self._costs_of(merges)
+        return lambda dispersion: merges.translated_back(costs, dispersion)
+
+    def _costs_of(self, merges: Merges) -> Tensor:
+        return self.merge_costs(merges.local, merges.first, merges.second, merges.prior)
 
     def merge_costs(
         self,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -98,47 +99,67 @@ class Product(AdditivePooling):
             tempered.check()
         return tempered.shift(origin, sign=1.0)
 
-    def dispersion(self, merges: Merges) -> float:
+    def dispersion(self, merges: Merges, limit: float) -> float:
         """The T at which tempered messages at the limit are as well merged as not, or, if it is
-        less, that at which those of pairs of one party are, by bisection."""
-        limit, prior = merges.limit, merges.prior
-        cheapest = merges.price.argsort(stable=True)[:_MAX_EVIDENCE]
+        less, that at which those of pairs of one party are, by bisection; at least 1."""
+        at = self.limit(merges)
         wrong = merges.wrong[:: math.ceil(len(merges.wrong) / _MAX_EVIDENCE) or 1]
-        pairs = torch.cat([cheapest, wrong])
-        both = torch.cat([merges.first[pairs], merges.second[pairs]])
-        groups = torch.arange(len(pairs)).repeat(2)
-        # Halfway between two lone components (nothing) and one that joins half of all parties.
-        new_atom = math.log(merges.num_parties) / 2
 
-        def excess(dispersion: float) -> float:
-            cost = torch.zeros(len(pairs), dtype=torch.float64)  # minus the evidence of each merge
-            for site, f in merges.local.items():
-                part = f.index_select(0, both)
-                index, one = groups.to(part.device), prior[site]
-                weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
-                how = self.suited(part)
-                part = how.temper(part, one, weights, dispersion)
-                atoms = how.barycenter(part, index, len(pairs), weights, one)
-                value = how.pair_cost(atoms.index_select(0, index), part, one)
-                cost += (value.reshape(2, -1).sum(0) + how.opening(atoms, one)).double().cpu()
-            beyond, own = cost.split([len(cheapest), len(wrong)])
-            # For what the merge costs beyond its price, the sign is that of the evidence for it.
-            beyond = beyond - merges.price[cheapest] / dispersion
-            result = limit / dispersion + float(beyond.median())
-            if len(wrong):
-                result = min(result, float(own.quantile(WRONG)))
-            return result - new_atom
+        def too_low(dispersion: float) -> bool:
+            """True if a merge at the limit, and wrong ones, do not pay yet."""
+            if at(dispersion) >= limit:
+                return False
+            own = self._disbelief(merges, wrong, dispersion)
+            return not len(own) or float(own.quantile(WRONG)) > _new_atom(merges)
 
         low, high = 1.0, max(limit, 1.0)
         try:
-            if excess(low) <= 0:
+            if not too_low(low):
                 return low
             for _ in range(_BISECTIONS):
                 middle = (low * high) ** 0.5
-                low, high = (middle, high) if excess(middle) > 0 else (low, middle)
+                low, high = (middle, high) if too_low(middle) else (low, middle)
         except ParameterError:  # improper: fusion itself will say which and why
             return 1.0
         return low
+
+    def limit(self, merges: Merges) -> Callable[[float], float]:
+        """A function of T: the price at which tempered messages are as well merged as not. For what
+        a merge costs beyond its price over T, the sign is that of the evidence for it."""
+        cheapest = merges.price.argsort(stable=True)[:_MAX_EVIDENCE]
+
+        def at(dispersion: float) -> float:
+            beyond = self._disbelief(merges, cheapest, dispersion)
+            beyond = beyond - merges.price[cheapest] / dispersion
+            return dispersion * max(_new_atom(merges) - float(beyond.median()), 1e-300)
+
+        return at
+
+    def _disbelief(self, merges: Merges, pairs: Tensor, dispersion: float) -> Tensor:
+        """Minus the log evidence that each of some pairs shares an atom, tempered: ``[len(pairs)]``
+        on the CPU.
+
+        :raises ParameterError: where a message is improper.
+        """
+        both = torch.cat([merges.first[pairs], merges.second[pairs]])
+        groups = torch.arange(len(pairs)).repeat(2)
+        cost = torch.zeros(len(pairs), dtype=torch.float64)
+        for site, f in merges.local.items():
+            part = f.index_select(0, both)
+            index, one = groups.to(part.device), merges.prior[site]
+            weights = torch.ones(len(both), dtype=torch.float64, device=part.device)
+            how = self.suited(part)
+            part = how.temper(part, one, weights, dispersion)
+            atoms = how.barycenter(part, index, len(pairs), weights, one)
+            value = how.pair_cost(atoms.index_select(0, index), part, one)
+            cost += (value.reshape(2, -1).sum(0) + how.opening(atoms, one)).double().cpu()
+        return cost
+
+
+def _new_atom(merges: Merges) -> float:
+    """What the assignment prior asks for one more atom, halfway between two lone components
+    (nothing) and one that joins half of all parties."""
+    return math.log(merges.num_parties) / 2
 
 
 def _from_prior(atoms: Factor, prior: Factor) -> Tensor:

@@ -1,0 +1,295 @@
+# Copyright Contributors to the pyro_fusion project.
+# SPDX-License-Identifier: Apache-2.0
+
+"""The dispersion ``T`` by persistence: the assignment is followed along a path of T, and T is taken
+from the middle of the longest stretch on which it does not change."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pyro_fusion.errors import ParameterError
+from pyro_fusion.fusion.ascent import expectation_maximization
+from pyro_fusion.pooling.collapsed import group_costs
+from pyro_fusion.pooling.components import Components, by_appearance
+from pyro_fusion.pooling.dispersion import two_prices
+from pyro_fusion.pooling.kl import Exclusive
+from pyro_fusion.pooling.merges import Merges
+
+__all__ = ["DispersionPath", "Plateau", "follow"]
+
+# T is taken from a plateau on which the price up to which components merge grows so many times.
+LONG = 5.0
+
+# It ends at this quantile of what merges within a party cost.
+_CAP = 0.25
+
+# Prices on a path are so many times those before, and so many at most.
+_STEP, _MAX_STEPS = 2.2, 64
+
+
+@dataclass(frozen=True)
+class Plateau:
+    """A stretch of T on which the assignment does not change.
+
+    :ivar low, high: the T at which it begins and ends.
+    :ivar num_atoms: K on it.
+    :ivar length: how many times the price up to which two lone components share an atom grows on
+        it, from face value (half a nat per dimension, what two posteriors of one truth that admit
+        their errors are apart in the mean) to what the cheapest quarter of merges within a party
+        cost; 1 if it lies outside of these.
+    :ivar counts: whether T may be taken from it: not if every component is alone on it although
+        other parties' components are nearer than those of the same party.
+    """
+
+    low: float
+    high: float
+    num_atoms: int
+    length: float
+    counts: bool = True
+
+
+@dataclass(frozen=True)
+class DispersionPath:
+    """The assignment along one label as the dispersion T grows.
+
+    :ivar label: the label.
+    :ivar dispersion: values of T, rising, float64 ``[M]``.
+    :ivar assignment: the atom of each component at each T, the parties in turn, atoms numbered by
+        first appearance: LongTensor ``[M, N]``.
+    :ivar num_atoms: K at each T, LongTensor ``[M]``.
+    :ivar objective: F at each T, with the pooling's default assignment prior, float64 ``[M]``.
+    :ivar plateaus: the stretches between the T at which the assignment changes, rising.
+    :ivar chosen: the plateau that T was taken from, None if none is long enough.
+    :ivar estimate: T, from the middle of the chosen plateau, else by the rule of two prices.
+    :ivar cap: the T at which the cheapest quarter of merges within a party would be made; infinite
+        where no party has two components.
+    :ivar price_ratio: the price of a wrong merge (within a party, upper quartile) over that of the
+        cheapest with another party (median).
+    :ivar parties: the numbers of the parties it was followed on, LongTensor: all, or of many a
+        random selection.
+    :ivar sizes: ``L_s`` of each of these; they add up to ``N``.
+
+    Source: Leung, Zhang & Xu, *Clustering by scale-space filtering* (IEEE PAMI 2000), for the
+    lifetime criterion.
+    """
+
+    label: str
+    dispersion: Tensor
+    assignment: Tensor
+    num_atoms: Tensor
+    objective: Tensor
+    plateaus: tuple[Plateau, ...]
+    chosen: Plateau | None
+    estimate: float
+    cap: float
+    price_ratio: float
+    parties: Tensor
+    sizes: tuple[int, ...]
+
+
+def follow(label: str, problem: Components, order: Tensor, party: Tensor) -> DispersionPath:
+    """The path of the assignment of components, and the estimate of T.
+
+    :param problem: the components at ``T = 1``, as they were handed over.
+    :param order: the place of each component in the order of the parties, LongTensor ``[N]``.
+    :param party: the party of each component, LongTensor ``[N]``.
+    :raises ParameterError: if the posteriors are degenerate.
+    """
+    merges = Merges.of(
+        problem.sites, problem.sizes, problem.prior, partial(Exclusive().merge_costs, prior={})
+    )
+    limit = two_prices(merges)
+    floor, cap = merges.dimensions / 2, merges.wrong_price(_CAP)
+    top = max(merges.wrong_price() if merges.known_different else limit, _STEP * floor)
+    scale = _Scale.of(problem.pooling.limit(merges), floor, top)
+    count = min(_MAX_STEPS, math.ceil(math.log(top / floor) / math.log(_STEP)) + 1)
+    prices = np.geomspace(floor, top, count).tolist()
+    follower = _Follower(problem)
+    path = follower.run([scale.dispersion(x) for x in prices])
+    plateaus, middles = [], []
+    for groups, low, high in follower.stretches(path):
+        ends = max(scale.price(low), floor), min(scale.price(high), cap)
+        alone = len(groups) == int(groups.max()) + 1
+        plateaus.append(
+            Plateau(
+                low=low,
+                high=high,
+                num_atoms=int(groups.max()) + 1,
+                length=max(1.0, ends[1] / ends[0]),
+                counts=not alone or merges.nothing_shared(),
+            )
+        )
+        middles.append(math.sqrt(scale.dispersion(ends[0]) * scale.dispersion(ends[1])))
+    chosen = None
+    if merges.known_different:
+        long = [i for i, x in enumerate(plateaus) if x.counts and x.length >= LONG]
+        chosen = max(long, key=lambda i: plateaus[i].length, default=None)
+    if chosen is None:
+        estimate = problem.pooling.dispersion(merges, limit)
+    else:
+        estimate = middles[chosen]
+        if problem.pooling.tempers:
+            estimate = max(estimate, 1.0)  # messages are never made surer than they came
+    place = order.argsort()
+    assignment = torch.stack([by_appearance(groups[place]) for _, groups in path])
+    parties, own = party[place].unique_consecutive(return_counts=True)
+    return DispersionPath(
+        label=label,
+        dispersion=torch.tensor([t for t, _ in path], dtype=torch.float64),
+        assignment=assignment,
+        num_atoms=assignment.amax(1) + 1,
+        objective=torch.tensor([follower.objective(t, x) for t, x in path], dtype=torch.float64),
+        plateaus=tuple(plateaus),
+        chosen=None if chosen is None else plateaus[chosen],
+        estimate=estimate,
+        cap=scale.dispersion(cap),
+        price_ratio=merges.price_ratio,
+        parties=parties,
+        sizes=tuple(own.tolist()),
+    )
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """The price in nats up to which two lone components share an atom, as a rising function of T
+    and back: points between which logarithms are interpolated.
+
+    :ivar dispersions, prices: logarithms, rising.
+    """
+
+    dispersions: list[float]
+    prices: list[float]
+
+    @classmethod
+    def of(cls, price: Callable[[float], float], floor: float, top: float) -> _Scale:
+        """The scale of a pooling, from at most ``floor`` to at least ``top``."""
+        points = [(1.0, price(1.0))]
+        while points[-1][1] < top and len(points) < _MAX_STEPS:
+            t = points[-1][0] * _STEP
+            points.append((t, price(t)))
+        while points[0][1] > floor and len(points) < 2 * _MAX_STEPS:
+            t = points[0][0] / _STEP
+            points.insert(0, (t, price(t)))
+        # Only one point at or beyond either end.
+        first = max([i for i, p in enumerate(points) if p[1] <= floor], default=0)
+        last = min([i for i, p in enumerate(points) if p[1] >= top], default=len(points) - 1)
+        points = points[first : last + 1]
+        # Prices that grow with the exponential of T, as those of `inclusive`, need more points.
+        i = 0
+        while i + 1 < len(points) < 4 * _MAX_STEPS:
+            (a, x), (b, y) = points[i], points[i + 1]
+            if y > 3 * x and b > 1.001 * a:
+                t = math.sqrt(a * b)
+                points.insert(i + 1, (t, price(t)))
+            else:
+                i += 1
+        t, p = zip(*points, strict=True)
+        return cls(
+            [math.log(x) for x in t],
+            np.maximum.accumulate([math.log(x) for x in p]).tolist(),
+        )
+
+    def price(self, dispersion: float) -> float:
+        """The price at a dispersion."""
+        return _interpolated(dispersion, self.dispersions, self.prices)
+
+    def dispersion(self, price: float) -> float:
+        """The dispersion at a price."""
+        return _interpolated(price, self.prices, self.dispersions)
+
+
+def _interpolated(x: float, at: list[float], y: list[float]) -> float:
+    """A rising curve through points, all in logarithms; beyond its ends it has slope one."""
+    if not math.isfinite(x):
+        return x
+    v = math.log(max(x, 1e-300))
+    inside = min(max(v, at[0]), at[-1])
+    return math.exp(float(np.interp(inside, at, y)) + v - inside)
+
+
+class _Follower:
+    """Assignments at a rising series of T, each found from the one before."""
+
+    def __init__(self, problem: Components) -> None:
+        self.problem = problem
+        self.assignment_prior = problem.pooling.default_assignment_prior()
+        self._costs: dict[tuple[float, bytes], float] = {}
+        self._scored: dict[float, Components] = {}
+
+    def run(self, grid: list[float]) -> list[tuple[float, Tensor]]:
+        """The T at which the atoms are proper, and the best assignment found for each.
+
+        :raises ParameterError: if there is none.
+        """
+        found: list[tuple[float, Tensor]] = []
+        groups, error = torch.arange(sum(self.problem.sizes)), None
+        for t in grid:
+            try:
+                result = expectation_maximization(
+                    self._at(t), self.assignment_prior, groups, collapsed=False
+                )
+            except ParameterError as e:  # messages to so high a power may be improper
+                error = e
+                continue
+            groups = by_appearance(result.groups)
+            found.append((t, groups))
+        if error is not None and not found:
+            raise error
+        # Several that merge at once pay earlier than two of them: atoms come together late.
+        for i in reversed(range(len(found) - 1)):
+            t, groups = found[i]
+            after = found[i + 1][1]
+            if not torch.equal(groups, after):
+                now = self.objective(t, groups)
+                if self.objective(t, after) < now - 1e-12 * abs(now):
+                    found[i] = (t, after)
+        return found
+
+    def objective(self, dispersion: float, groups: Tensor) -> float:
+        """F of an assignment ``[N]``, numbered by first appearance, at its best atoms."""
+        num_atoms, num_parties = int(groups.max()) + 1, self.problem.num_parties
+        prior = self.assignment_prior.update(num_atoms, num_parties)
+        penalty = prior.penalty(num_parties)[torch.bincount(groups)]
+        total = float(penalty.sum()) + float(prior.constant(num_parties))
+        if self.problem.pooling.tempers:
+            return total + self._cost(dispersion, groups)
+        return total + self._cost(1.0, groups) / dispersion
+
+    def _cost(self, dispersion: float, groups: Tensor) -> float:
+        key = (dispersion, groups.numpy().tobytes())
+        if key not in self._costs:
+            every = torch.arange(int(groups.max()) + 1)
+            sums = group_costs(self._at(dispersion), groups, len(every))
+            self._costs[key] = float(sums.values(every).sum())
+        return self._costs[key]
+
+    def _at(self, dispersion: float) -> Components:
+        if dispersion not in self._scored:
+            self._scored[dispersion] = replace(self.problem, dispersion=dispersion).scored()
+        return self._scored[dispersion]
+
+    def stretches(self, found: list[tuple[float, Tensor]]) -> list[tuple[Tensor, float, float]]:
+        """Each assignment with the T at which it becomes the best, and ceases to be: where two
+        have the same F, which between two values of T is nearly linear in 1/T, and exactly where
+        messages are not tempered."""
+        result = []
+        low = found[0][0]
+        for (t, groups), (u, after) in pairwise(found):
+            if torch.equal(groups, after):
+                continue
+            here = self.objective(t, after) - self.objective(t, groups)
+            there = self.objective(u, groups) - self.objective(u, after)
+            share = here / (here + there) if here > 0 and there > 0 else float(here > 0)
+            high = 1 / ((1 - share) / t + share / u)
+            result.append((groups, low, high))
+            low = high
+        return [*result, (found[-1][1], low, found[-1][0])]
