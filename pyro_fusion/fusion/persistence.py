@@ -107,55 +107,106 @@ def follow(label: str, problem: Components, order: Tensor, party: Tensor) -> Dis
     merges = Merges.of(
         problem.sites, problem.sizes, problem.prior, partial(Exclusive().merge_costs, prior={})
     )
-    limit = two_prices(merges)
-    floor, cap = merges.dimensions / 2, merges.wrong_price(_CAP)
-    top = max(merges.wrong_price() if merges.known_different else limit, _STEP * floor)
-    scale = _Scale.of(problem.pooling.limit(merges), floor, top)
-    count = min(_MAX_STEPS, math.ceil(math.log(top / floor) / math.log(_STEP)) + 1)
-    prices = np.geomspace(floor, top, count).tolist()
-    follower = _Follower(problem)
-    path = follower.run([scale.dispersion(x) for x in prices])
-    plateaus, middles = [], []
-    for groups, low, high in follower.stretches(path):
-        ends = max(scale.price(low), floor), min(scale.price(high), cap)
-        alone = len(groups) == int(groups.max()) + 1
-        plateaus.append(
-            Plateau(
-                low=low,
-                high=high,
-                num_atoms=int(groups.max()) + 1,
-                length=max(1.0, ends[1] / ends[0]),
-                counts=not alone or merges.nothing_shared(),
-            )
-        )
-        middles.append(math.sqrt(scale.dispersion(ends[0]) * scale.dispersion(ends[1])))
-    chosen = None
-    if merges.known_different:
-        long = [i for i, x in enumerate(plateaus) if x.counts and x.length >= LONG]
-        chosen = max(long, key=lambda i: plateaus[i].length, default=None)
-    if chosen is None:
-        estimate = problem.pooling.dispersion(merges, limit)
+    limit, pooling = two_prices(merges), problem.pooling
+    walk = _Walk.along(problem, merges, limit)
+    chosen = walk.longest(LONG) if merges.known_different else None
+    if chosen is not None:
+        estimate = walk.middle(chosen)
     else:
-        estimate = middles[chosen]
-        if problem.pooling.tempers:
-            estimate = max(estimate, 1.0)  # messages are never made surer than they came
+        if merges.known_different:
+            limit = _without_plateau(walk, merges, limit)
+        estimate = pooling.dispersion(merges, limit)
+    if pooling.tempers:
+        estimate = max(estimate, 1.0)  # messages are never made surer than they came
     place = order.argsort()
-    assignment = torch.stack([by_appearance(groups[place]) for _, groups in path])
+    assignment = torch.stack([by_appearance(groups[place]) for groups in walk.groups])
     parties, own = party[place].unique_consecutive(return_counts=True)
     return DispersionPath(
         label=label,
-        dispersion=torch.tensor([t for t, _ in path], dtype=torch.float64),
+        dispersion=torch.tensor(walk.dispersion, dtype=torch.float64),
         assignment=assignment,
         num_atoms=assignment.amax(1) + 1,
-        objective=torch.tensor([follower.objective(t, x) for t, x in path], dtype=torch.float64),
-        plateaus=tuple(plateaus),
-        chosen=None if chosen is None else plateaus[chosen],
+        objective=torch.tensor(walk.objective, dtype=torch.float64),
+        plateaus=tuple(walk.plateaus),
+        chosen=chosen,
         estimate=estimate,
-        cap=scale.dispersion(cap),
+        cap=walk.scale.dispersion(merges.wrong_price(_CAP)),
         price_ratio=merges.price_ratio,
         parties=parties,
         sizes=tuple(own.tolist()),
     )
+
+
+def _without_plateau(walk: _Walk, merges: Merges, limit: float) -> float:
+    """The price up to which components may be the same, where no plateau in the pooling's own units
+    is long enough: from one in those of the log-linear pool, in which distances are less distorted;
+    else by the rule of two prices, if that means anything, and if not from the longest plateau."""
+    pool = Exclusive()
+    if not walk.problem.pooling.log_linear:
+        walk = _Walk.along(replace(walk.problem, pooling=pool, prior={}), merges, limit)
+        if (chosen := walk.longest(LONG)) is not None:
+            return walk.middle(chosen)
+    # The rule takes the median of the cheapest merges for right, which here are wrong ones.
+    mostly_wrong = merges.right_price() > merges.wrong_price(0.5) / LONG
+    if mostly_wrong and (chosen := walk.longest(1.0)) is not None:
+        return walk.middle(chosen)
+    return limit
+
+
+@dataclass(frozen=True)
+class _Walk:
+    """A walk along the path of T.
+
+    :ivar problem: the components at ``T = 1``.
+    :ivar scale: T in units of prices.
+    :ivar floor, cap: prices between which plateaus count.
+    :ivar dispersion: values of T, rising.
+    :ivar groups: the assignment at each, LongTensors ``[N]``.
+    :ivar objective: F at each.
+    :ivar plateaus: the stretches on which it does not change.
+    """
+
+    problem: Components
+    scale: _Scale
+    floor: float
+    cap: float
+    dispersion: list[float]
+    groups: list[Tensor]
+    objective: list[float]
+    plateaus: list[Plateau]
+
+    @classmethod
+    def along(cls, problem: Components, merges: Merges, limit: float) -> _Walk:
+        """The walk from face value to the price of a wrong merge, or, where none is known to be
+        wrong, to ``limit``."""
+        floor, cap = merges.dimensions / 2, merges.wrong_price(_CAP)
+        top = max(merges.wrong_price() if merges.known_different else limit, _STEP * floor)
+        scale = _Scale.of(problem.pooling.limit(merges), floor, top)
+        count = min(_MAX_STEPS, math.ceil(math.log(top / floor) / math.log(_STEP)) + 1)
+        follower = _Follower(problem)
+        path = follower.run([scale.dispersion(x) for x in np.geomspace(floor, top, count).tolist()])
+        plateaus = []
+        for groups, low, high in follower.stretches(path):
+            first, last = max(scale.price(low), floor), min(scale.price(high), cap)
+            num_atoms = int(groups.max()) + 1
+            counts = num_atoms < len(groups) or merges.nothing_shared()
+            length = max(1.0, last / first)
+            plateaus.append(Plateau(low, high, num_atoms, length, counts))
+        objective = [follower.objective(t, groups) for t, groups in path]
+        dispersions, assignments = zip(*path, strict=True)
+        return cls(
+            problem, scale, floor, cap, list(dispersions), list(assignments), objective, plateaus
+        )
+
+    def longest(self, least: float) -> Plateau | None:
+        """The longest plateau that counts, if it is longer than ``least``."""
+        long = [x for x in self.plateaus if x.counts and x.length > least]
+        return max(long, key=lambda x: x.length, default=None)
+
+    def middle(self, plateau: Plateau) -> float:
+        """The geometric middle of the part of a plateau that counts."""
+        low = max(plateau.low, self.scale.dispersion(self.floor))
+        return math.sqrt(low * min(plateau.high, self.scale.dispersion(self.cap)))
 
 
 @dataclass(frozen=True)
@@ -192,11 +243,8 @@ class _Scale:
                 points.insert(i + 1, (t, price(t)))
             else:
                 i += 1
-        t, p = zip(*points, strict=True)
-        return cls(
-            [math.log(x) for x in t],
-            np.maximum.accumulate([math.log(x) for x in p]).tolist(),
-        )
+        dispersions, prices = np.log(points).T
+        return cls(dispersions.tolist(), np.maximum.accumulate(prices).tolist())
 
     def price(self, dispersion: float) -> float:
         """The price at a dispersion."""

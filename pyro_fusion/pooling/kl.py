@@ -80,6 +80,7 @@ class Exclusive(_KL):
 
     name = "exclusive"
     draws_from = "local"
+    log_linear = True
 
     def divergence(self, atoms: Factor, local: Factor) -> Tensor:
         return kl(atoms, local)

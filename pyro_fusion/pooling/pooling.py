@@ -51,6 +51,7 @@ class Pooling(ABC):
         averages over all parties, by :meth:`outgoing_weights`.
     :ivar tempers: whether weights and dispersion are moved into the components, by :meth:`temper`,
         before an assignment is scored.
+    :ivar log_linear: whether it is the log-linear pool, in whose units the prices of merges are.
     :ivar failure: what is wrong where sums of members of the family are no member.
     """
 
@@ -61,6 +62,7 @@ class Pooling(ABC):
     convex: bool = True
     averages_outgoing: bool = True
     tempers: bool = False
+    log_linear: bool = False
     failure: str = "is singular"
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
