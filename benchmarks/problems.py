@@ -80,10 +80,16 @@ class Problem:
         """The number of components of the party that has most."""
         return max(map(len, self.means))
 
-    def fusion(self, pooling: str, prior: AssignmentPrior | None = None) -> Fusion:
-        """The parties fused by a pooling, T estimated."""
+    def fusion(
+        self,
+        pooling: str,
+        assignment_prior: AssignmentPrior | None = None,
+        dispersion: float | None = None,
+    ) -> Fusion:
+        """The parties fused by a pooling."""
         parties = self.messages if pooling == "product" else self.parties
-        return fuse(parties, pooling, prior, prior={"atom": self.base})
+        given = {"atom": self.base}
+        return fuse(parties, pooling, assignment_prior, prior=given, dispersion=dispersion)
 
 
 def locations(atoms: Factor) -> Array:

@@ -86,12 +86,15 @@ def solve(task: Task, cache: Path | None, rows: Sequence[str]) -> dict[str, dict
 
 def scores(problem: Problem, rows: Sequence[str]) -> dict[str, Score]:
     """Row -> score."""
-    result, fusions = {}, {}
+    result: dict[str, Score] = {}
+    fusions: dict[str, Fusion] = {}
     for name in rows:
         start = time.perf_counter()
         if name in FUSIONS:
             pooling, prior = FUSIONS[name]
-            fusions[name] = problem.fusion(pooling, prior(problem))
+            # T is that of the pooling, whatever the assignment prior.
+            t = fusions[pooling].dispersion if pooling in fusions else None
+            fusions[name] = problem.fusion(pooling, prior(problem), t)
             found = of_fusion(fusions[name])
         elif problem.gaussians:
             first, go_on = BEYOND[name]
@@ -237,14 +240,14 @@ atoms against their true ones; of points: that of all points, each put where its
 party's fit is. K - truth, ARI, Hausdorff and OT (1-Wasserstein distance between uniform measures on
 the atoms' means, fused and true): means over the problems. seconds: to fuse, one thread. ratio,
 worst: Hausdorff over that of the average of the true matches, mean and largest. inclusive,
-exclusive, product: the defaults. ranked, auto: GroupNormPrior(ranked=True),
-GroupNormPrior(scale="auto"); true K: FixedAtoms, told the number, as k-means on all points is;
-largest party's K: FixedAtoms, told the number of components of the party that has most, which looks
-at no posterior, at the default T. The best single party is the one whose OT is the least, which
-nobody knows but the oracle. Nobody else knows the true matches either: each party's components one
-to one with the Gaussians that its points are from, by symmetric KL divergence (by distance in
-simulation 2). Pooled, they show the error that is not the assignment's, but that of the local fits,
-of what parties differ in, and of the pooling."""
+exclusive, product: the defaults; the rows below are at their T, and do not count the seconds of its
+estimate. ranked, auto: GroupNormPrior(ranked=True), GroupNormPrior(scale="auto"); true K:
+FixedAtoms, told the number, as k-means on all points is; largest party's K: FixedAtoms, told the
+number of components of the party that has most, a rule that looks at no posterior. The best single
+party is the one whose OT is the least, which nobody knows but the oracle. Nobody else knows the
+true matches either: each party's components one to one with the Gaussians that its points are from,
+by symmetric KL divergence (by distance in simulation 2). Pooled, they show the error that is not
+the assignment's, but that of the local fits, of what parties differ in, and of the pooling."""
 
 
 # -- the whole -------------------------------------------------------------------------------------
