@@ -127,6 +127,7 @@ def overlapping(f: Fits, drawn: Draw) -> dict[str, Problem]:
     own = Factor.of(_normal_wishart(f, "prior_"))
     local = Factor.of(_normal_wishart(f))
     base = _common_prior(f)
+    points = f["concentration"] - np.repeat(f["prior_concentration"], f["sizes"])
     party = torch.arange(NUM_PARTIES).repeat_interleave(torch.as_tensor(f["sizes"]))
     natural = local.natural - own.natural[party] + Factor.of(base).natural
     matches = true_matches(f, drawn)
@@ -138,7 +139,7 @@ def overlapping(f: Fits, drawn: Draw) -> dict[str, Problem]:
         drawn=drawn,
         means=_split(f, "loc"),
         matches=matches,
-        members=predicted(f, drawn.data),
+        members=predicted(f, points, drawn.data),
         parties=_parties(local, f),
         messages=_parties(local.from_natural(natural), f),
         base=base,
@@ -188,16 +189,17 @@ def true_matches(f: Fits, drawn: Draw) -> NDArray[np.intp]:
     return np.concatenate(groups)
 
 
-def predicted(f: Fits, data: Sequence[Array]) -> NDArray[np.intp]:
+def predicted(f: Fits, points: Array, data: Sequence[Array]) -> NDArray[np.intp]:
     """The component of each point by its party's mixture, as scikit-learn's ``predict`` finds it:
     the greatest expected log density, weights included. Components are numbered over all parties,
     points are in the order of the parties.
 
-    :param f: "sizes", "loc", "concentration", "df", "precision" and "prior_concentration" of fits.
+    :param f: "sizes", "loc", "concentration", "df" and "precision" of fits.
+    :param points: of each component, ``[N]``, which make its weight.
+    :param data: each party's points.
     """
     sizes = f["sizes"]
     size = np.repeat(sizes, sizes)  # of the party, for each component
-    points = f["concentration"] - np.repeat(f["prior_concentration"], sizes)
     dim = f["loc"].shape[1]
     half = digamma((f["df"][:, None] - np.arange(dim)) / 2).sum(1)
     # Up to what is the same for all components of a party.

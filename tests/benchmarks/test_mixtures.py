@@ -96,17 +96,15 @@ def test_points_are_where_scikit_learn_puts_them(
         BayesianGaussianMixture(n_components=size, random_state=s, max_iter=500, **settings).fit(x)
         for s, (size, x) in enumerate(zip((4, 3), drawn.data[:2], strict=True))
     ]
-    fits = {
-        "sizes": np.array([4, 3]),
-        "prior_concentration": np.array([m.mean_precision_prior_ for m in models]),
-    }
+    fits = {"sizes": np.array([4, 3])}
     names = {"loc": "means_", "concentration": "mean_precision_", "df": "degrees_of_freedom_"}
     for name, theirs in names.items():
         fits[name] = np.concatenate([getattr(m, theirs) for m in models])
     fits["precision"] = fits["df"][:, None, None] * np.concatenate([m.covariances_ for m in models])
     expected = [m.predict(x) for m, x in zip(models, drawn.data, strict=False)]
     assert all(len(np.unique(x)) > 1 for x in expected)
-    found = problems.predicted(fits, drawn.data[:2])
+    points = np.concatenate([m.mean_precision_ - m.mean_precision_prior_ for m in models])
+    found = problems.predicted(fits, points, drawn.data[:2])
     np.testing.assert_array_equal(found, np.concatenate([expected[0], 4 + expected[1]]))
 
 
