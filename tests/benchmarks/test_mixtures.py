@@ -102,10 +102,11 @@ def test_points_are_where_scikit_learn_puts_them(
     for name, theirs in names.items():
         fits[name] = np.concatenate([getattr(m, theirs) for m in models])
     fits["precision"] = fits["df"][:, None, None] * np.concatenate([m.covariances_ for m in models])
-    expected = [m.predict(x) for m, x in zip(models, data, strict=True)]
+    everywhere = np.stack(np.meshgrid(*[np.linspace(-6, 6, 100)] * 2), -1).reshape(-1, 2)
+    expected = [m.predict(everywhere) for m in models]
     assert all(len(np.unique(x)) > 1 for x in expected)
     points = np.concatenate([m.mean_precision_ - m.mean_precision_prior_ for m in models])
-    found = problems.predicted(fits, points, data)
+    found = problems.predicted(fits, points, [everywhere] * 2)
     np.testing.assert_array_equal(found, np.concatenate([expected[0], 4 + expected[1]]))
 
 
