@@ -31,10 +31,10 @@ from pyro_fusion.fusion.arguments import (
 from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
-from pyro_fusion.fusion.persistence import DispersionPath, follow
+from pyro_fusion.fusion.persistence import DispersionPath, follow, merges_of
 from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.components import Components, canonical_order, compact
-from pyro_fusion.pooling.merges import pairwise_spread
+from pyro_fusion.pooling.merges import Merges, pairwise_spread
 from pyro_fusion.pooling.pooling import Pooling
 from pyro_fusion.posterior import Axes, Posterior
 
@@ -56,7 +56,7 @@ class LabelProblem:
     :ivar dispersion: T.
     :ivar price: by what the prior is multiplied in the objective: T over that of its group of
         labels, one if it is linked to no other.
-    :ivar path: what T was estimated from, None if it was given.
+    :ivar path, found_merges: what T was estimated from; None if it was given.
     :ivar ordered: the problem in an order that depends on the contents of the parties only, so that
         what is found there is the same for any order of the parties.
     :ivar order: which component each of ``ordered`` is, LongTensor ``[N]``.
@@ -71,6 +71,16 @@ class LabelProblem:
     order: Tensor
     price: float = 1.0
     path: DispersionPath | None = None
+    found_merges: Merges | None = None
+
+    @property
+    def merges(self) -> Merges:
+        """The prices of the cheapest merges of the components, or of those of a random selection of
+        many parties."""
+        if self.found_merges is not None:
+            return self.found_merges
+        messages = replace(self.messages, dispersion=1.0)
+        return merges_of(_some_parties(messages.in_order(self.order, self.ordered.sizes))[0])
 
     def as_given(self, groups: Tensor) -> Tensor:
         """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
@@ -188,18 +198,24 @@ class Parties:
                     prior[link.site] = one
         messages = replace(self._problem(local, sizes, prior), masked=masked)
         order, ordered_sizes = canonical_order(messages.sites, sizes, self.weights)
-        scale, path = dispersion or 1.0, None
+        scale, path, merges = dispersion or 1.0, None, None
         some, rows = _some_parties(messages.in_order(order, ordered_sizes))
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
-                path = follow(label, some, order[rows], messages.party[order[rows]])
+                merges = merges_of(some)
+                path = follow(label, some, merges, order[rows], messages.party[order[rows]])
                 scale = path.estimate
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()
         calibrated = assignment_prior.calibrated(lambda: pairwise_spread(some.sites) / scale)
         check_penalty(calibrated, len(sizes))
         ordered = problem.in_order(order, ordered_sizes)
-        return LabelProblem(label, problem, messages, calibrated, scale, ordered, order, path=path)
+        result = LabelProblem(
+            label, problem, messages, calibrated, scale, ordered, order, path=path
+        )
+        if merges is not None:
+            result.__dict__["merges"] = merges
+        return result
 
     def in_one_unit(
         self, parts: Mapping[str, LabelProblem]

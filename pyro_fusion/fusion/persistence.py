@@ -24,7 +24,7 @@ from pyro_fusion.pooling.dispersion import two_prices
 from pyro_fusion.pooling.kl import Exclusive
 from pyro_fusion.pooling.merges import Merges
 
-__all__ = ["DispersionPath", "Plateau", "follow"]
+__all__ = ["DispersionPath", "Plateau", "follow", "merges_of"]
 
 # T is taken from a plateau on which the price up to which components merge grows so many times.
 LONG = 5.0
@@ -72,8 +72,6 @@ class DispersionPath:
     :ivar estimate: T, from the middle of the chosen plateau, else by the rule of two prices.
     :ivar cap: the T at which the cheapest quarter of merges within a party would be made; infinite
         where no party has two components.
-    :ivar price_ratio: the price of a wrong merge (within a party, upper quartile) over that of the
-        cheapest with another party (median).
     :ivar parties: the numbers of the parties it was followed on, LongTensor: all, or of many a
         random selection.
     :ivar sizes: ``L_s`` of each of these; they add up to ``N``.
@@ -91,22 +89,59 @@ class DispersionPath:
     chosen: Plateau | None
     estimate: float
     cap: float
-    price_ratio: float
     parties: Tensor
     sizes: tuple[int, ...]
 
+    @property
+    def plateau(self) -> Plateau | None:
+        """The plateau that the estimate lies on; None if it is below or above the path."""
+        on = [x for x in self.plateaus if x.low <= self.estimate <= x.high]
+        return on[0] if on else None
 
-def follow(label: str, problem: Components, order: Tensor, party: Tensor) -> DispersionPath:
+    @property
+    def identified(self) -> bool:
+        """True if the estimate lies on a long plateau: over a factor of five in the price of a
+        merge T does not matter."""
+        return self.plateau is not None and self.plateau.length >= LONG
+
+    def doubt(self) -> str:
+        """What is to be said of T where the posteriors do not tell it; empty where they do."""
+        if self.identified:
+            return ""
+        first, last = self.plateaus[0], self.plateaus[-1]
+        longest = max(x.length for x in self.plateaus)
+        text = (
+            f"the posteriors do not tell how far apart two components along '{self.label}' may be "
+            f"and still be the same: from dispersion T = {first.low:.3g} to {last.high:.3g} there "
+            f"are {first.num_atoms} to {last.num_atoms} atoms, and on no stretch longer than a "
+            f"factor of {max(longest, 1.0):.2g} in the price of a merge is it one assignment. "
+            f"T = {self.estimate:.4g} is a rule of thumb"
+        )
+        if self.estimate > self.cap:
+            text += (
+                f", and above {self.cap:.3g}, at which a quarter of the components would be the "
+                "same as another one of their own party"
+            )
+        return f"{text}. Look at `fusion.dispersion_path`, and give `dispersion` if you know better"
+
+
+def merges_of(problem: Components) -> Merges:
+    """The cheapest merges of components, priced by the log-linear pool in every pooling."""
+    prices = partial(Exclusive().merge_costs, prior={})
+    return Merges.of(problem.sites, problem.sizes, problem.prior, prices)
+
+
+def follow(
+    label: str, problem: Components, merges: Merges, order: Tensor, party: Tensor
+) -> DispersionPath:
     """The path of the assignment of components, and the estimate of T.
 
     :param problem: the components at ``T = 1``, as they were handed over.
+    :param merges: theirs.
     :param order: the place of each component in the order of the parties, LongTensor ``[N]``.
     :param party: the party of each component, LongTensor ``[N]``.
     :raises ParameterError: if the posteriors are degenerate.
     """
-    merges = Merges.of(
-        problem.sites, problem.sizes, problem.prior, partial(Exclusive().merge_costs, prior={})
-    )
     limit, pooling = two_prices(merges), problem.pooling
     walk = _Walk.along(problem, merges, limit)
     chosen = walk.longest(LONG) if merges.known_different else None
@@ -131,7 +166,6 @@ def follow(label: str, problem: Components, order: Tensor, party: Tensor) -> Dis
         chosen=chosen,
         estimate=estimate,
         cap=walk.scale.dispersion(merges.wrong_price(_CAP)),
-        price_ratio=merges.price_ratio,
         parties=parties,
         sizes=tuple(own.tolist()),
     )

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import AssignmentPrior, AssignmentProblem
-from pyro_fusion.errors import Party, StructureError, naming
+from pyro_fusion.errors import Party, StructureError, naming, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.ascent import expectation_maximization
@@ -74,6 +74,9 @@ class FusionProblem:
                 own, between = _parts(parties, group, priors, given)
                 parts.update(own)
                 links.update(between)
+            for part in parts.values():
+                if part.path is not None and (doubt := part.path.doubt()):
+                    warn_user(doubt)
             shared = {site: parties.shared(site) for site in parties.roles.shared}
         return cls(parties=parties, parts=parts, links=links, shared=shared)
 

@@ -7,18 +7,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
 
+import torch
 from torch import Tensor
 
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.assignment.problem import relative_gap
 from pyro_fusion.errors import StructureError
+from pyro_fusion.fusion.margins import margins
+from pyro_fusion.fusion.parties import LabelProblem
+from pyro_fusion.fusion.persistence import DispersionPath
+from pyro_fusion.pooling.merges import Merges
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 
 __all__ = ["FusedLabel", "Fusion", "StopReason"]
+
+# A component of which the margin in F is smaller is called doubtful in the summary.
+DOUBTFUL = 0.5
 
 
 class StopReason(Enum):
@@ -48,6 +56,8 @@ class FusedLabel:
     :ivar stopped: why the search ended, with what to do about it as its text.
     :ivar restarts: the objective that each start ended in.
     :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
+    :ivar dispersion_path: what T was estimated from; None if it was given.
+    :ivar problem: the components that were assigned, in the light of the other labels.
     """
 
     label: str
@@ -60,11 +70,47 @@ class FusedLabel:
     stopped: StopReason
     restarts: list[float]
     bound: float = -math.inf
+    dispersion_path: DispersionPath | None = field(default=None, repr=False)
+    problem: LabelProblem | None = field(default=None, repr=False, compare=False)
 
     @property
     def converged(self) -> bool:
         """True if coordinate ascent stopped by itself."""
         return self.stopped not in (StopReason.ITERATION_LIMIT, StopReason.INTERRUPTED)
+
+    @property
+    def price_ratio(self) -> float:
+        """How well the posteriors tell components apart: what it costs to merge two components of
+        one party (upper quartile), over what it costs to merge a component with its counterpart in
+        another party (median of the estimated share that has one). Below 20 they hardly do; NaN for
+        one party, infinite where no party has two components."""
+        return math.nan if self._merges is None else self._merges.price_ratio
+
+    @property
+    def shared(self) -> float:
+        """The estimated share of components that have a counterpart in another party, read off the
+        prices of merges and not off the assignment; NaN for one party, or where no party has two
+        components."""
+        return math.nan if self._merges is None else self._merges.shared
+
+    @cached_property
+    def _merges(self) -> Merges | None:
+        if self.problem is None or len(self.assignment) == 1:
+            return None
+        return self.problem.merges
+
+    @cached_property
+    def margins(self) -> list[Tensor]:
+        """Per party by how much F would rise if a component went to its next best place, ``[L_s]``
+        float64 (see :func:`~pyro_fusion.fusion.margins.margins`): where it is small, the component
+        is doubtful. A difference of ``log 20`` is odds of 20 to 1 where F is minus a log
+        probability, as for ``product``."""
+        sizes = [len(a) for a in self.assignment]
+        if self.problem is None or len(sizes) == 1:
+            return [torch.full((n,), math.inf, dtype=torch.float64) for n in sizes]
+        groups = torch.cat(self.assignment)
+        own = margins(self.problem.problem, self.assignment_prior, groups)
+        return list(own.split(sizes))
 
     @property
     def gap(self) -> float:
@@ -143,6 +189,18 @@ class Fusion:
         return self.only_label().dispersion
 
     @property
+    def dispersion_path(self) -> DispersionPath | None:
+        """The assignment as the dispersion T grows, from which T was estimated; None if T was
+        given."""
+        return self.only_label().dispersion_path
+
+    @property
+    def margins(self) -> list[Tensor]:
+        """Per party by how much F would rise if a component went to its next best place,
+        ``[L_s]``."""
+        return self.only_label().margins
+
+    @property
     def converged(self) -> bool:
         """True if the assignment along every label converged."""
         return all(m.converged for m in self.labels.values())
@@ -171,6 +229,7 @@ class Fusion:
                 f"({m.assignment_prior}, dispersion {m.dispersion:.4g})",
                 f"objective {m.objective[-1]:.6g}, {state} {after}, best of {len(m.restarts)} "
                 f"starts{known}",
+                *self._certainty(m),
                 "",
                 "  atom  parties  from (party:component)",
             ]
@@ -183,6 +242,40 @@ class Fusion:
                 shown = " ".join(members[:12]) + (" …" if len(members) > 12 else "")
                 lines.append(f"  {k:4d}  {int(m.popularity[k]):7d}  {shown}")
         return "\n".join(lines)
+
+    def _certainty(self, m: FusedLabel) -> list[str]:
+        """Lines that say how sure the assignment is."""
+        if m.problem is None or len(self.parties) == 1:
+            return []
+        lines = []
+        path = m.dispersion_path
+        if path is not None and path.plateau is not None and path.identified:
+            on = path.plateau
+            lines.append(
+                f"the assignment is the same from T = {on.low:.3g} to {on.high:.3g}, a factor of "
+                f"{on.length:.3g} in the price of a merge"
+            )
+        elif path is not None:
+            lines.append(f"NOT SURE: {path.doubt()}")
+        if math.isfinite(m.price_ratio):
+            lines.append(
+                f"about {100 * m.shared:.0f} % of components have a counterpart in another party; "
+                f"a merge within a party costs {m.price_ratio:.3g} times as much as one with it"
+                + ("" if m.price_ratio >= 20 else ": the posteriors hardly tell them apart")
+            )
+        doubtful = [
+            (float(x), f"{name}:{i}")
+            for name, own in zip(self.party_names, m.margins, strict=True)
+            for i, x in enumerate(own)
+            if x < DOUBTFUL
+        ]
+        if doubtful:
+            shown = " ".join(who for _, who in sorted(doubtful)[:8])
+            lines.append(
+                f"in doubt, with another place for less than {DOUBTFUL:g} of F: {shown}"
+                + (" …" if len(doubtful) > 8 else "")
+            )
+        return lines
 
     def __repr__(self) -> str:
         what = ", ".join(f"{m.num_atoms} atoms along '{m.label}'" for m in self.labels.values())

@@ -331,6 +331,8 @@ class _Search:
                 stopped=f.stopped,
                 restarts=f.ends,
                 bound=f.best.bound,
+                dispersion_path=part.path,
+                problem=problem.given(label, {x: one.groups for x, one in found.items()}),
             )
         trace = [problem.shared_objective]
         for own in traces:

@@ -247,6 +247,30 @@ class Sums(GroupCosts):
             s.total = torch.cat([s.total, s.total.new_zeros(count, s.total.shape[1])])
             s.potentials = torch.cat([s.potentials, s.potentials.new_zeros(count)])
 
+    def exchanged(self, groups: Tensor, without: Tensor, with_: Tensor) -> Tensor:
+        """The objective over T of groups ``[M]`` without one component each and with another, -1
+        for none; zero where nothing is left: on the CPU."""
+        device = self.weights.device
+        k = groups.to(device)
+        pairs = [(x.to(device), sign) for x, sign in ((without, -1.0), (with_, 1.0))]
+        weight = self.weight[k]
+        changes = []
+        for n, sign in pairs:
+            w = torch.where(n < 0, 0.0, sign * self.weights[n])
+            changes.append((n, w))
+            weight = weight + w
+        keep = (weight > 1e-9 * self.weight[k]).nonzero().squeeze(-1)
+        result = torch.zeros_like(weight)
+        part = max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
+        for rows in keep.split(part):
+            for s in self.sites:
+                total, potential = s.total[k[rows]], s.potentials[k[rows]]
+                for n, w in changes:
+                    total = total + s.statistics[n[rows]] * w[rows].unsqueeze(1)
+                    potential = potential + s.potential[n[rows]] * w[rows]
+                result[rows] += s.value(total, potential, weight[rows])
+        return (result / self.dispersion).cpu()
+
     def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
         """The growth of the objective of each group, over T, with the component (or without it): on
         the CPU, for each pair; NaN where a group would be left empty."""

@@ -122,18 +122,46 @@ class Merges:
 
     @property
     def price_ratio(self) -> float:
-        """The price of a wrong merge (upper quartile) over that of the cheapest with another party
-        (median): the larger, the better the posteriors tell components apart. Infinite where no
-        party has two components."""
-        right = max(self.right_price(), 1e-300)
-        return self.wrong_price() / right if self.known_different else math.inf
+        """The price of a wrong merge (upper quartile) over that of the cheapest merge with another
+        party (median of the estimated share that has a counterpart there, of all if none has): the
+        larger, the better the posteriors tell components apart. Infinite where no party has two
+        components."""
+        if not self.known_different:
+            return math.inf
+        right = self.right_price(self.shared / 2 or 0.5)
+        return self.wrong_price() / max(right, 1e-300)
+
+    @property
+    def shared(self) -> float:
+        """The estimated share of components that have a counterpart in another party; NaN where no
+        party has two components.
+
+        Cheapest merges with other parties are those of a share of right pairs, and for the others
+        as cheap as the least of as many merges within a party: the least share for which there are
+        as many cheap ones as are found.
+        """
+        known = self.own.isfinite() & self.other.isfinite()
+        if not bool(known.any()):
+            return math.nan
+        share = self.share[known] / self.share[known].sum()
+        level = self.other[known].sort().values
+        cheap = (self.other[known].unsqueeze(1) <= level).double().T @ share
+        wrong = (self.own[known].unsqueeze(1) <= level).double().T @ share
+        # How many components of other parties there are for each other one of one's own.
+        count = 1 / self.share[known]
+        rivals = (len(self.share) - count) / (count - 1)
+        by_chance = 1 - ((1 - wrong).unsqueeze(1) ** rivals) @ share
+        tells = by_chance < 0.6
+        # The largest of many differences is too large: each is less one standard error.
+        by_chance = by_chance.clamp(0, 1)  # up to rounding it is
+        error = (by_chance * (1 - by_chance) / len(share)).sqrt()
+        excess = (cheap - by_chance - error) / (1 - by_chance)
+        return float(excess[tells].max().clamp(0, 1)) if bool(tells.any()) else 0.0
 
     def nothing_shared(self) -> bool:
-        """True if other parties' components are no nearer than those of one's own.
-
-        The median price of the cheapest merge with any of ``S - 1`` other parties is compared with
-        the median of the least of ``S - 1`` prices within a party: no less than half of it.
-        """
+        """True if other parties' components are hardly nearer than those of one's own: the median
+        of the cheapest merges with any of ``S - 1`` other parties is no less than a fifth of the
+        median of the least of ``S - 1`` merges within a party."""
         if not self.known_different:
             return False
         return self.right_price() >= self.wrong_price(1 - 2 ** (-1 / (self.num_parties - 1))) / 5

@@ -157,8 +157,8 @@ class Product(AdditivePooling):
 
 
 def _new_atom(merges: Merges) -> float:
-    """What the assignment prior asks for one more atom, halfway between two lone components
-    (nothing) and one that joins half of all parties."""
+    """The price that the assignment prior puts on one more atom: halfway between that of two lone
+    components (nothing) and that of one that joins half of all parties."""
     return math.log(merges.num_parties) / 2
 
 
