@@ -18,7 +18,8 @@ from pyro_fusion.errors import (
 )
 from pyro_fusion.families import NormalGamma, NormalWishart, pairwise_kl, register_family
 from pyro_fusion.fusion.fuse import fuse
-from pyro_fusion.fusion.problem import FusionProblem
+from pyro_fusion.fusion.persistence import DispersionPath, Plateau
+from pyro_fusion.fusion.problem import FusionProblem, dispersion_path
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.nn import WeightSearch, merge_modules, search_weights
 from pyro_fusion.posterior import Posterior, PosteriorGuide
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DispersionPath",
     "DrawsError",
     "FileFormatError",
     "FixedAtoms",
@@ -56,6 +58,7 @@ __all__ = [
     "NormalGamma",
     "NormalWishart",
     "ParameterError",
+    "Plateau",
     "Posterior",
     "PosteriorGuide",
     "StopReason",
@@ -63,6 +66,7 @@ __all__ = [
     "UnsupportedFamilyError",
     "WeightSearch",
     "__version__",
+    "dispersion_path",
     "from_draws",
     "from_guide",
     "from_module",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment import NEW, match
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.pooling.collapsed import Sums, group_costs
+from pyro_fusion.pooling.collapsed import GroupCosts, Sums, group_costs
 from pyro_fusion.pooling.components import Components
 
 __all__ = ["regroup", "rematch"]
@@ -47,7 +47,7 @@ def regroup(
     taken = torch.zeros(num_atoms, dtype=torch.bool)
     first, second = _near_pairs(problem, groups, num_atoms, cost)
     if len(first):
-        both = costs.values(first, second) + penalty[popularity[first] + popularity[second]]
+        both = _values(costs, first, second) + penalty[popularity[first] + popularity[second]]
         gain = alone[first] + alone[second] - both
         order = gain.argsort(descending=True, stable=True)
         for i in order[gain[order] > 0].tolist():
@@ -76,6 +76,18 @@ def regroup(
     chosen = torch.zeros(num_atoms, dtype=torch.bool)
     chosen[splits] = True
     return torch.where(part & chosen[groups], num_atoms + groups, groups)
+
+
+def _values(costs: GroupCosts, first: Tensor, second: Tensor) -> Tensor:
+    """The objective of unions of groups; infinite where one is improper, or lost its digits."""
+    try:
+        return costs.values(first, second)
+    except (torch.linalg.LinAlgError, ValueError):
+        if len(first) == 1:
+            return torch.full((1,), torch.inf, dtype=torch.float64)
+    half = len(first) // 2
+    sides = (slice(half), slice(half, None))
+    return torch.cat([_values(costs, first[i], second[i]) for i in sides])
 
 
 def _near_pairs(

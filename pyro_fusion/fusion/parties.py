@@ -31,7 +31,7 @@ from pyro_fusion.fusion.arguments import (
 from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
-from pyro_fusion.fusion.persistence import DispersionPath, follow, merges_of
+from pyro_fusion.fusion.persistence import STEP, DispersionPath, follow, merges_of
 from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.components import Components, canonical_order, compact
 from pyro_fusion.pooling.merges import Merges, pairwise_spread
@@ -173,12 +173,14 @@ class Parties:
         assignment_prior: AssignmentPrior,
         dispersion: float | None,
         given: Mapping[str, Tensor] | None = None,
+        step: float = STEP,
     ) -> LabelProblem:
         """The components along ``label``, in the order of the parties.
 
         :param dispersion: T, or None to estimate it.
         :param given: assignments ``[N]`` along other labels, in whose light they are seen: sites
             with several labels take part if those of all others are given.
+        :param step: by how much prices grow from one T to the next on the path of the estimate.
         """
         sites = self.roles.matched[label]
         local, sizes = self.components(label)
@@ -203,7 +205,7 @@ class Parties:
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
                 merges = merges_of(some)
-                path = follow(label, some, merges, order[rows], messages.party[order[rows]])
+                path = follow(label, some, merges, order[rows], messages.party[order[rows]], step)
                 scale = path.estimate
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()
@@ -397,7 +399,8 @@ def _rolled(f: Factor, places: Tensor) -> Factor:
 
 def _some_parties(problem: Components) -> tuple[Components, Tensor]:
     """The parties whose weight is not zero, if these are two at least, and of many a random
-    selection; and which components these are, LongTensor ``[n]``."""
+    selection, with weights relative to theirs; and which components these are, LongTensor
+    ``[n]``."""
     first = torch.tensor(problem.sizes).cumsum(0) - torch.tensor(problem.sizes)
     voting = (problem.weights.cpu()[first] > 0).nonzero().squeeze(-1)
     if len(voting) < 2:
@@ -405,4 +408,7 @@ def _some_parties(problem: Components) -> tuple[Components, Tensor]:
     generator = torch.Generator().manual_seed(0)
     kept = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]].sort().values
     rows = torch.isin(problem.party, kept).nonzero().squeeze(-1)
-    return problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist())), rows
+    some = problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist()))
+    first = torch.tensor(some.sizes).cumsum(0) - torch.tensor(some.sizes)
+    mean = some.weights[first.to(some.weights.device)].mean()
+    return replace(some, weights=torch.where(mean > 0, some.weights / mean, 1.0)), rows

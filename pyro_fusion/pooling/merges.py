@@ -20,7 +20,7 @@ from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.families import Factor, pairwise_kl
 from pyro_fusion.families.masked import Masked
 
-__all__ = ["WRONG", "Merges", "pairwise_spread", "quantile"]
+__all__ = ["WRONG", "Merges", "PriceScale", "pairwise_spread", "quantile"]
 
 # Quantiles need no more pairs than this. Of large components (topics of many words) there are
 # fewer: so many numbers in the atoms of all pairs.
@@ -32,8 +32,8 @@ _MAX_NUMBERS = 1 << 24
 WRONG = 0.75
 
 # `GroupNormPrior` asks one T of two lone components that share an atom, and up to 1.7 of one that
-# joins a popular atom. Prices in other units are translated at the middle of that.
-_MIDDLE = (2 - 2**0.5) ** -0.5
+# joins a popular atom. Prices in other units are translated at the middle of that, a logarithm.
+_MIDDLE = -math.log(2 - 2**0.5) / 2
 
 
 @dataclass(frozen=True)
@@ -166,32 +166,47 @@ class Merges:
             return False
         return self.right_price() >= self.wrong_price(1 - 2 ** (-1 / (self.num_parties - 1))) / 5
 
-    def translated(self, other: Tensor, limit: float) -> float:
-        """A price in nats in units of other prices ``[M]`` of the same merges: as many are below
-        it."""
-        at = math.log(_MIDDLE * limit)
-        return math.exp(_interpolated(at, _levels(self.price), _levels(other))) / _MIDDLE
+    def scale(self, costs: Tensor) -> PriceScale:
+        """The prices of the same merges in other units ``[M]``: as many are below a price as are
+        below what it is in those."""
+        return PriceScale(_levels(costs) - _MIDDLE, _levels(self.price) - _MIDDLE)
 
-    def translated_back(self, other: Tensor, value: float) -> float:
-        """A price in units of other prices ``[M]`` in nats: the inverse of :meth:`translated`."""
-        at = math.log(_MIDDLE * value)
-        return math.exp(_interpolated(at, _levels(other), _levels(self.price))) / _MIDDLE
+
+@dataclass(frozen=True)
+class PriceScale:
+    """The price in nats up to which two lone components share an atom, as a rising function of the
+    dispersion T, and back: points between which logarithms are interpolated, and beyond which they
+    have slope one.
+
+    :ivar dispersions, prices: the logarithms of the points, rising.
+    """
+
+    dispersions: NDArray[np.float64]
+    prices: NDArray[np.float64]
+
+    def price(self, dispersion: float) -> float:
+        """The price at a dispersion."""
+        return _interpolated(dispersion, self.dispersions, self.prices)
+
+    def dispersion(self, price: float) -> float:
+        """The dispersion at a price."""
+        return _interpolated(price, self.prices, self.dispersions)
+
+
+def _interpolated(x: float, at: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    if not math.isfinite(x):
+        return x
+    v = math.log(max(x, 1e-300))
+    inside = min(max(v, float(at[0])), float(at[-1]))
+    return math.exp(float(np.interp(inside, at, y)) + v - inside)
 
 
 def _levels(prices: Tensor) -> NDArray[np.float64]:
     """The logarithms of prices, sorted; zero is far below all others."""
-    floor = max(1e-12 * float(prices.max()), 1e-300)
+    positive = prices[prices > 0]
+    floor = 1e-12 * float(positive.median()) if len(positive) else 1e-300
     levels: NDArray[np.float64] = prices.clamp(min=floor).sort().values.log().numpy()
     return levels
-
-
-def _interpolated(at: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """A rising curve through points; beyond its ends it goes on at slope one."""
-    if at > x[-1]:
-        return float(y[-1] + at - x[-1])
-    if at < x[0]:
-        return float(y[0] + at - x[0])
-    return float(np.interp(at, x, y))
 
 
 def quantile(x: Tensor, weights: Tensor, q: float) -> float:
