@@ -160,14 +160,14 @@ def follow(
     if pooling.tempers:
         estimate = max(estimate, 1.0)  # messages are never made surer than they came
     place = order.argsort()
-    assignment = torch.stack([by_appearance(groups[place]) for groups in walk.groups])
+    assignment = torch.stack([by_appearance(x.groups[place]) for x in walk.points])
     parties, own = party[place].unique_consecutive(return_counts=True)
     return DispersionPath(
         label=label,
-        dispersion=torch.tensor(walk.dispersion, dtype=torch.float64),
+        dispersion=torch.tensor([x.dispersion for x in walk.points], dtype=torch.float64),
         assignment=assignment,
         num_atoms=assignment.amax(1) + 1,
-        objective=torch.tensor(walk.objective, dtype=torch.float64),
+        objective=torch.tensor([x.objective for x in walk.points], dtype=torch.float64),
         plateaus=tuple(walk.plateaus),
         chosen=chosen,
         estimate=estimate,
@@ -194,15 +194,26 @@ def _without_plateau(walk: _Walk, merges: Merges, limit: float) -> float:
 
 
 @dataclass(frozen=True)
+class _Point:
+    """The best assignment that was found at a T.
+
+    :ivar groups: LongTensor ``[N]``, numbered by first appearance.
+    :ivar objective: F.
+    """
+
+    dispersion: float
+    groups: Tensor
+    objective: float
+
+
+@dataclass(frozen=True)
 class _Walk:
     """A walk along the path of T.
 
     :ivar problem: the components at ``T = 1``.
     :ivar scale: T in units of prices.
     :ivar floor, cap: prices between which T may be.
-    :ivar dispersion: values of T, rising.
-    :ivar groups: the assignment at each, LongTensors ``[N]``.
-    :ivar objective: F at each.
+    :ivar points: the assignments at rising T.
     :ivar plateaus: the stretches on which it does not change.
     """
 
@@ -210,9 +221,7 @@ class _Walk:
     scale: PriceScale
     floor: float
     cap: float
-    dispersion: list[float]
-    groups: list[Tensor]
-    objective: list[float]
+    points: list[_Point]
     plateaus: list[Plateau]
 
     @classmethod
@@ -234,11 +243,7 @@ class _Walk:
             counts = counts and first < cap
             length = max(1.0, last / first)
             plateaus.append(Plateau(low, high, num_atoms, length, counts))
-        objective = [follower.objective(t, groups) for t, groups in path]
-        dispersions, assignments = zip(*path, strict=True)
-        return cls(
-            problem, scale, floor, cap, list(dispersions), list(assignments), objective, plateaus
-        )
+        return cls(problem, scale, floor, cap, path, plateaus)
 
     def longest(self, least: float) -> Plateau | None:
         """The longest plateau that counts, if it is longer than ``least``."""
@@ -260,12 +265,12 @@ class _Follower:
         self._costs: dict[tuple[float, bytes, bytes], float] = {}
         self._scored: dict[float, Components] = {}
 
-    def run(self, grid: list[float]) -> list[tuple[float, Tensor]]:
+    def run(self, grid: list[float]) -> list[_Point]:
         """The T at which the atoms are proper, and the best assignment found for each.
 
         :raises ParameterError: if there is none.
         """
-        found: list[tuple[float, Tensor]] = []
+        found: list[_Point] = []
         groups, error = torch.arange(sum(self.problem.sizes)), None
         for t in grid:
             try:
@@ -276,20 +281,15 @@ class _Follower:
                 error = e
                 continue
             groups = by_appearance(result.groups)
-            found.append((t, groups))
+            found.append(_Point(t, groups, result.objective[-1]))
         if error is not None and not found:
             raise error
         # Several that merge at once pay earlier than two of them: atoms come together late.
         for i in reversed(range(len(found) - 1)):
-            t, groups = found[i]
-            if self.rise(t, groups, found[i + 1][1]) < 0:
-                found[i] = (t, found[i + 1][1])
+            here, after = found[i], found[i + 1].groups
+            if (rise := self.rise(here.dispersion, here.groups, after)) < 0:
+                found[i] = _Point(here.dispersion, after, here.objective + rise)
         return found
-
-    def objective(self, dispersion: float, groups: Tensor) -> float:
-        """F of an assignment ``[N]``, numbered by first appearance, at its best atoms."""
-        every = torch.ones_like(groups, dtype=torch.bool)
-        return self._penalty(groups) + self._cost(dispersion, groups, every)
 
     def rise(self, dispersion: float, groups: Tensor, other: Tensor) -> float:
         """By how much F is higher at another assignment, from the groups alone in which they
@@ -326,18 +326,19 @@ class _Follower:
             self._scored[dispersion] = replace(self.problem, dispersion=dispersion).scored()
         return self._scored[dispersion]
 
-    def stretches(self, found: list[tuple[float, Tensor]]) -> list[tuple[Tensor, float, float]]:
+    def stretches(self, found: list[_Point]) -> list[tuple[Tensor, float, float]]:
         """Each assignment with the T at which it becomes the best, and ceases to be: where two
         have the same F, which between two values of T is nearly linear in 1/T, and exactly where
         messages are not tempered."""
         result = []
-        low = found[0][0]
-        for (t, groups), (u, after) in pairwise(found):
-            if torch.equal(groups, after):
+        low = found[0].dispersion
+        for a, b in pairwise(found):
+            if torch.equal(a.groups, b.groups):
                 continue
-            here, there = self.rise(t, groups, after), self.rise(u, after, groups)
+            here = self.rise(a.dispersion, a.groups, b.groups)
+            there = self.rise(b.dispersion, b.groups, a.groups)
             share = here / (here + there) if here > 0 and there > 0 else float(here > 0)
-            high = 1 / ((1 - share) / t + share / u)
-            result.append((groups, low, high))
+            high = 1 / ((1 - share) / a.dispersion + share / b.dispersion)
+            result.append((a.groups, low, high))
             low = high
-        return [*result, (found[-1][1], low, found[-1][0])]
+        return [*result, (found[-1].groups, low, found[-1].dispersion)]

@@ -26,7 +26,7 @@ _MAX_EVIDENCE = 200
 _BISECTIONS = 12
 
 # Values of T in its scale of prices, and how many above and below 1.
-_STEP, _MAX_STEPS = 2.0, 60
+_STEP, _MAX_STEPS = 3.0, 40
 
 
 class Product(AdditivePooling):
