@@ -68,7 +68,7 @@ def margins(problem: Components, assignment_prior: AssignmentPrior, groups: Tens
 
 
 class _Prices:
-    """What groups cost when components come and go."""
+    """The costs of groups when components come and go."""
 
     def __init__(self, problem: Components, groups: Tensor, num_atoms: int, cost: Tensor) -> None:
         self.problem, self.groups, self.cost = problem, groups, cost
@@ -86,5 +86,5 @@ class _Prices:
         return torch.where(with_ < 0, 0.0, self.cost[groups, with_]) - left
 
     def alone(self, members: Tensor) -> Tensor:
-        """What components cost in atoms of their own."""
+        """The costs of components in atoms of their own."""
         return self.problem.take(members).values(torch.arange(len(members)), len(members)).cpu()

@@ -79,7 +79,7 @@ def regroup(
 
 
 def _values(costs: GroupCosts, first: Tensor, second: Tensor | None = None) -> Tensor:
-    """The objective of groups, or of unions of two; NaN where one is improper or lost its digits."""
+    """The objective of groups, or of unions of two; NaN where one is improper."""
     try:
         return costs.values(first, second)
     except (torch.linalg.LinAlgError, ValueError):

@@ -100,12 +100,13 @@ class DispersionPath:
 
     @property
     def identified(self) -> bool:
-        """True if the estimate lies on a long plateau: over a factor of five in the price of a
-        merge T does not matter."""
-        return self.plateau is not None and self.plateau.length >= LONG
+        """True if the estimate lies on a long plateau, and not above the cap: over a factor of five
+        in the price of a merge T does not matter."""
+        below = self.estimate <= self.cap * (1 + 1e-9)
+        return below and self.plateau is not None and self.plateau.length >= LONG
 
     def doubt(self) -> str:
-        """What is to be said of T where the posteriors do not tell it; empty where they do."""
+        """A sentence that says that the posteriors do not tell T, and how; empty where they do."""
         if self.identified:
             return ""
         first, last = self.plateaus[0], self.plateaus[-1]
@@ -227,14 +228,17 @@ class _Walk:
     @classmethod
     def along(cls, problem: Components, merges: Merges, limit: float, step: float) -> _Walk:
         """The walk from face value to the price of a wrong merge, or, where none is known to be
-        wrong, to ``limit``."""
+        wrong, to far beyond ``limit``."""
         floor, cap = merges.dimensions / 2, merges.wrong_price(_CAP)
         end = merges.wrong_price(_END)
-        top = max(end if merges.known_different else limit, 2 * floor)
+        top = max(end if merges.known_different else LONG * limit, 2 * floor)
         scale = problem.pooling.scale(merges, floor, top)
         count = min(_MAX_STEPS, math.ceil(math.log(top / floor) / math.log(step)) + 1)
         follower = _Follower(problem)
-        path = follower.run([scale.dispersion(x) for x in np.geomspace(floor, top, count).tolist()])
+        grid = [scale.dispersion(x) for x in np.geomspace(floor, top, count).tolist()]
+        if problem.pooling.tempers:  # only so sure as the scale was followed
+            grid = sorted({max(t, math.exp(scale.dispersions[0])) for t in grid})
+        path = follower.run(grid)
         plateaus = []
         for groups, low, high in follower.stretches(path):
             first, last = max(scale.price(low), floor), min(scale.price(high), end)
@@ -311,7 +315,7 @@ class _Follower:
         return float(penalty.sum()) + float(prior.constant(num_parties))
 
     def _cost(self, dispersion: float, groups: Tensor, mask: Tensor) -> float:
-        """What the groups that are in the mask cost."""
+        """The costs of the groups that are in the mask, summed."""
         tempered = self.problem.pooling.tempers
         t = dispersion if tempered else 1.0
         own, key = groups[mask], (t, groups.numpy().tobytes(), mask.numpy().tobytes())

@@ -25,8 +25,8 @@ __all__ = ["Product"]
 _MAX_EVIDENCE = 200
 _BISECTIONS = 12
 
-# Values of T in its scale of prices, and how many above and below 1.
-_STEP, _MAX_STEPS = 3.0, 40
+# Values of T in its scale of prices, how many above 1, and below, where messages are made surer.
+_STEP, _MAX_ABOVE, _MAX_BELOW = 3.0, 40, 4
 
 
 class Product(AdditivePooling):
@@ -131,13 +131,14 @@ class Product(AdditivePooling):
         """The price at which tempered messages are as well merged as not, for T in steps."""
         price = self._price(merges)
         points = [(1.0, price(1.0))]
-        while points[-1][1] < high and len(points) < _MAX_STEPS:
+        while points[-1][1] < high and len(points) < _MAX_ABOVE:
             t = _STEP * points[-1][0]
             points.append((t, price(t)))
         try:
-            while points[0][1] > low and len(points) < 2 * _MAX_STEPS:
-                t = points[0][0] / _STEP
-                points.insert(0, (t, price(t)))
+            for i in range(_MAX_BELOW):
+                if points[0][1] > low:
+                    t = _STEP ** -(i + 1)
+                    points.insert(0, (t, price(t)))
         except ParameterError:  # messages to so high a power are improper
             pass
         dispersions, prices = np.log(points).T

@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from pyro_fusion import GroupNormPrior, Posterior, fuse
 from pyro_fusion.families import Factor
-from pyro_fusion.pooling import pooling_named
-from pyro_fusion.pooling import Exclusive
+from pyro_fusion.pooling import Exclusive, pooling_named
 from pyro_fusion.pooling.dispersion import two_prices
 from pyro_fusion.pooling.merges import Merges, pairwise_spread, quantile
 
@@ -141,6 +140,19 @@ def test_one_component_each_and_identical_ones(pooling):
     same = estimate_dispersion({"x": normal([1.0] * 6)}, (3, 3), how, base)
     assert math.isfinite(alone) and alone > 0
     assert math.isfinite(same) and same > 0
+
+
+def test_quantiles_count_by_weight():
+    x = torch.tensor([3.0, 1.0, math.inf, 7.0, 2.0], dtype=torch.float64)
+    finite = x[x.isfinite()]
+    for q in (0.0, 0.2, 0.5, 0.75, 1.0):
+        alike = quantile(x, torch.full((5,), 0.3, dtype=torch.float64), q)
+        assert alike == pytest.approx(float(finite.quantile(q)))
+    # A party of one component counts as much as one of twenty.
+    many = torch.cat([torch.zeros(20), torch.tensor([10.0])]).double()
+    share = torch.cat([torch.full((20,), 0.05), torch.ones(1)]).double()
+    assert quantile(many, share, 0.25) == 0.0
+    assert quantile(many, share, 0.75) > 4.0 > quantile(many, torch.ones_like(share), 0.75)
 
 
 def test_spread_is_the_standard_deviation_of_all_pairs():
