@@ -109,9 +109,8 @@ def _fits(parties: Sequence[Posterior]) -> Fits:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The table: of both rounds, per cent right, ARI of components, OT; the difference in pairs."""
+    import simulation  # here, since it may import this file
     from sklearn.metrics import adjusted_rand_score
-
-    from benchmarks import simulation
 
     parser = argparse.ArgumentParser(description="A second round; see the top of this file.")
     parser.add_argument("--seeds", type=int, default=20, help="problems per setting")
