@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """Estimators with a prior for each component: against scikit-learn where all have one prior,
-against conjugate updates by hand where they differ, and against exact evidence where there is one."""
+against conjugate updates by hand where they differ, and exact evidence where there is one."""
 
 import itertools
 from typing import Any
