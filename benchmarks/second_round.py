@@ -31,6 +31,8 @@ Fits = dict[str, np.ndarray]
 
 # A component with fewer points than this is dropped.
 POINTS = 5.0
+# Chosen on seeds 1000 to 1008: where parties differ, ten points hold them back.
+STRENGTH = 2.0
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def second_round(
     first: Fusion,
     prior: Distribution,
     *,
-    strength: float = 10.0,
+    strength: float = STRENGTH,
     atoms: Literal["own", "all"] = "all",
 ) -> SecondRound:
     """Refit all parties with the atoms of ``first`` as priors, and fuse again by its pooling.
@@ -117,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--small", action="store_true", help="one small problem")
     parser.add_argument("--cache", type=Path, help="folder that keeps the first fits")
-    parser.add_argument("--strength", type=float, default=10.0)
+    parser.add_argument("--strength", type=float, default=STRENGTH)
     parser.add_argument("--atoms", nargs="+", choices=("own", "all"), default=("own", "all"))
     parser.add_argument("--pooling", nargs="+", default=("exclusive", "product"))
     args = parser.parse_args(arguments)

@@ -36,8 +36,8 @@ def limited(f: Factor, points: float) -> Factor:
                                 as many (``E[Λ]``, ``E[τ]``)
     Wishart                     ``df`` of three times ``points`` (``E[Λ]``)
     Gamma                       ``concentration`` of ``points`` (the mean)
-    Dirichlet, Beta             concentrations that add up to ``points`` for each category (the
-                                mean)
+    Dirichlet, Beta             concentrations that add up to ``points`` times the square root of
+                                the number of categories (the mean)
     Exponential                 as it is: the evidence of one point
     ==========================  ====================================================================
 
@@ -114,12 +114,15 @@ def _gamma(p: Params, points: float) -> Params:
 
 
 def _dirichlet(p: Params, points: float) -> Params:
-    count = p["concentration"].mean(-1, keepdim=True)
-    return {"concentration": p["concentration"] * (points / count).clamp(max=1)}
+    # In a simulation of topics of 100 and 1000 words, a total of ten let unseen words vanish, and
+    # ten for each word drowned the party's own; best was between .1 and .3 for each of both.
+    most = points * p["concentration"].shape[-1] ** 0.5
+    total = p["concentration"].sum(-1, keepdim=True)
+    return {"concentration": p["concentration"] * (most / total).clamp(max=1)}
 
 
 def _beta(p: Params, points: float) -> Params:
-    factor = (2 * points / (p["concentration1"] + p["concentration0"])).clamp(max=1)
+    factor = (points * 2**0.5 / (p["concentration1"] + p["concentration0"])).clamp(max=1)
     return {k: v * factor for k, v in p.items()}
 
 

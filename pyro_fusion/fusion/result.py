@@ -166,10 +166,10 @@ class Fusion:
 
         Its evidence is bounded, since the atoms have seen the party's data already, and since
         parties may differ. Families with counts keep ``strength`` points' worth, three times as
-        many for a covariance, and never more than the atom has; a Dirichlet ``strength`` for each
-        category. Normals and MultivariateNormals (also behind transforms) have no counts: they are
-        never narrower than ``T`` times the mean variance of the atom's members, which is how far
-        apart two of these may be and mean the same; ``strength`` does not touch them.
+        many for a covariance, and never more than the atom has; a Dirichlet of ``V`` categories
+        ``strength · √V``. Normals and MultivariateNormals (also behind transforms) have no counts:
+        they are never narrower than ``T`` times the mean variance of the atom's members, which is
+        how far apart two of these may be and mean the same; ``strength`` does not touch them.
 
         Only sites with one label, along which components are told apart, get a prior. Shared sites
         and weights of components are a party's own business and keep the prior of its model, as do

@@ -109,7 +109,7 @@ def test_counts_are_bounded_by_points() -> None:
     assert fusion.num_atoms == 2
     for prior in fusion.as_prior(4.0).values():
         total = prior.factors["topics"].concentration.sum(-1)
-        torch.testing.assert_close(total, torch.full_like(total, 12.0))
+        torch.testing.assert_close(total, torch.full_like(total, 4 * 3**0.5))
 
 
 @pytest.mark.parametrize(
