@@ -197,6 +197,8 @@ def test_the_model_under_the_prior_is_the_one_by_hand(model: Callable[[int], Non
     assert float(found.log_prob_sum()) == pytest.approx(float(hand.log_prob_sum()))
     # The model itself keeps its own prior.
     own = poutine.trace(poutine.condition(model, values)).get_trace(3)
+    before, after = own.nodes["loc"]["fn"], found.nodes["loc"]["fn"]
+    assert (after.batch_shape, after.event_shape) == (before.batch_shape, before.event_shape)
     assert abs(float(own.log_prob_sum() - hand.log_prob_sum())) > 1
 
 
@@ -252,6 +254,17 @@ def test_a_model_without_the_site_is_an_error() -> None:
 
     with pytest.raises(StructureError, match=r"no site 'loc'.*its sites are \['centre'\]"):
         line().as_prior()["north"].to_pyro(other)()
+
+
+def test_each_run_of_the_model_is_checked() -> None:
+    def sometimes(there: bool) -> None:
+        if there:
+            by_plate(2)
+
+    wrapped = line().as_prior()["north"].to_pyro(sometimes)
+    wrapped(True)
+    with pytest.raises(StructureError, match="the model has no site 'loc'"):
+        wrapped(False)
 
 
 def test_a_model_of_another_support_is_an_error() -> None:

@@ -214,6 +214,9 @@ def test_one_topic_is_exact() -> None:
 def test_topics_keep_the_order_of_their_priors() -> None:
     x = documents()
     prior = np.array([[1, 1, 1, 1, 9, 9.0], [9, 9, 1, 1, 1, 1.0]])
+    settings = {"learning_offset": 1e9, "total_samples": len(x)}  # a step of no size
+    start = ComponentPriorTopics(2, topic_word_prior=prior, **settings)
+    np.testing.assert_allclose(start.partial_fit(x).components_, prior, rtol=1e-3)
     for order in ([0, 1], [1, 0]):
         model = ComponentPriorTopics(2, topic_word_prior=prior[order], random_state=0).fit(x)
         assert (model.components_[order[0], 4:] > 100).all()
