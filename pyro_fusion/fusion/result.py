@@ -6,10 +6,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import cached_property
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from pyro_fusion.errors import StructureError
 from pyro_fusion.fusion.margins import margins
 from pyro_fusion.fusion.parties import LabelProblem
 from pyro_fusion.fusion.persistence import DispersionPath
+from pyro_fusion.fusion.rounds import PartyPrior, party_priors
 from pyro_fusion.pooling.merges import Merges
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 
@@ -209,6 +211,47 @@ class Fusion:
     def interrupted(self) -> bool:
         """True if an interrupt (Ctrl-C) ended the search: the result is the best so far."""
         return any(m.stopped is StopReason.INTERRUPTED for m in self.labels.values())
+
+    def as_prior(
+        self,
+        strength: float = 10.0,
+        *,
+        atoms: Literal["own", "all"] = "own",
+        sites: Sequence[str] | None = None,
+    ) -> dict[str, PartyPrior]:
+        """The atoms as priors for a second round, in which each party fits its data once more and
+        all are fused again: name of the party -> its prior.
+
+        Its evidence is bounded, since the atoms have seen the party's data already, and since
+        parties may differ. Families with counts keep ``strength`` points' worth, three times as
+        many for a covariance, and never more than the atom has; a Dirichlet of ``V`` categories
+        ``strength · √V``. Normals and MultivariateNormals (also behind transforms) have no counts:
+        they are never narrower than ``T`` times the mean variance of the atom's members, which is
+        how far apart two of these may be and mean the same; ``strength`` does not touch them.
+
+        Only sites with one label, along which components are told apart, get a prior. Shared sites
+        and weights of components are a party's own business and keep the prior of its model, as do
+        sites with several labels and ``outgoing`` ones.
+
+        :param strength: in points.
+        :param atoms: "own": each party gets those that its components became, in the order of its
+            components. "all": each gets all, in their order, for a fit with as many components as
+            there are atoms, of which it then drops those that few of its points speak for; so a
+            wrong assignment is mended too.
+        :param sites: those to take; by default all that can be.
+        :raises ParameterError: if the strength is not positive.
+        :raises StructureError: if a site has no label to tell components apart by, or none has.
+        :raises UnsupportedFamilyError: for a family whose evidence cannot be bounded.
+        """
+        return party_priors(
+            self.posterior,
+            self.parties,
+            {label: m.assignment for label, m in self.labels.items()},
+            {label: m.dispersion for label, m in self.labels.items()},
+            strength,
+            atoms,
+            sites,
+        )
 
     def summary(self) -> str:
         """A table to print: one block per label, one row per atom."""

@@ -152,7 +152,7 @@ def test_quantiles_count_by_weight():
     many = torch.cat([torch.zeros(20), torch.tensor([10.0])]).double()
     share = torch.cat([torch.full((20,), 0.05), torch.ones(1)]).double()
     assert quantile(many, share, 0.25) == 0.0
-    assert quantile(many, share, 0.75) > 4.0 > quantile(many, torch.ones_like(share), 0.75)
+    assert quantile(many, share, 0.75) > 2.0 > quantile(many, torch.ones_like(share), 0.75)
 
 
 def test_spread_is_the_standard_deviation_of_all_pairs():
