@@ -23,6 +23,7 @@ DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # The pages with code; the others have none.
 WITH_CODE = ["choosing", "extending", "files", "how_it_works", "limits", "program", "reading"]
+WITH_CODE += ["refining"]
 
 
 def test_which_pages_have_code() -> None:

@@ -18,7 +18,7 @@ __all__ = ["Fit", "fit"]
 
 @dataclass(frozen=True)
 class Fit:
-    """Where a fit ended.
+    """The values that a fit ended at.
 
     :ivar shared: site -> value of what all parties have in common.
     :ivar own: per party, site -> value of what each has for itself.
@@ -43,8 +43,8 @@ def fit(
 
     .. math:: \sum_s c_s \log p(x_s \mid \theta, w_s) + \log p(\theta) + \sum_s \log p(w_s)
 
-    over the shared values :math:`\theta` and those of each party :math:`w_s`, in coordinates without
-    constraints: there a Dirichlet has a mode, whatever its concentration.
+    over the shared values :math:`\theta` and those of each party :math:`w_s`, in coordinates
+    without constraints: there a Dirichlet has a mode, whatever its concentration.
 
     :param scales: ``c_s``, how many times the points of a party count.
     :param shared: site -> value to begin with.
@@ -83,7 +83,7 @@ def fit(
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = loss()
-        value.backward()  # type: ignore[no-untyped-call]
+        value.backward()
         return value
 
     with torch.enable_grad():

@@ -1,8 +1,7 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""Effect handlers: sites held at values, points drawn evenly, and counts of what a component
-draws."""
+"""Effect handlers: sites held at values, data drawn evenly, and sites integrated over."""
 
 from __future__ import annotations
 
@@ -16,11 +15,10 @@ import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
 
-__all__ = ["Cloud", "EvenDraws", "Held", "Integrated", "Usage"]
+__all__ = ["Cloud", "EvenDraws", "Held", "Integrated"]
 
 # So many draws stand for a continuous distribution.
 _DRAWS = 128
-_PREFIX = "_draw_of_"
 
 
 class Held(Messenger):
@@ -90,19 +88,6 @@ class EvenDraws(Messenger):
         msg["value"], msg["done"] = _quantile(inner, u), True
 
 
-def _quantile(d: Any, u: Tensor) -> Tensor:
-    """The image under ``d`` of numbers that are uniform on the unit interval."""
-    if isinstance(d, dist.Categorical):
-        below = d.probs.cumsum(-1)[..., :-1].contiguous()
-        return torch.searchsorted(below, u.to(below).unsqueeze(-1).contiguous()).squeeze(-1)
-    u = u.clamp(1e-9, 1 - 1e-9)
-    noise = torch.special.ndtri(u)
-    if isinstance(d, dist.Normal):
-        return d.loc + d.scale * noise.to(d.scale)
-    tril = d._unbroadcasted_scale_tril
-    return d.loc + (tril @ noise.to(tril).unsqueeze(-1)).squeeze(-1)
-
-
 @dataclass(frozen=True)
 class Cloud:
     """Draws that stand for a continuous distribution in sums.
@@ -139,7 +124,7 @@ class Integrated(Messenger):
             return
         fn = msg["fn"]
         ratio = (fn.log_prob(cloud.values) - cloud.log_prob).movedim(0, -1)
-        index = pyro.sample(f"{_PREFIX}{msg['name']}", dist.Categorical(logits=ratio))
+        index = pyro.sample(f"_draw_of_{msg['name']}", dist.Categorical(logits=ratio))
         # The draws lie along the axis over which the index is enumerated.
         between = (1,) * (index.dim() - cloud.log_prob.dim())
         shape = (len(cloud.values), *between, *cloud.values.shape[1:])
@@ -148,22 +133,14 @@ class Integrated(Messenger):
         msg["value"], msg["is_observed"] = value, True
 
 
-class Usage(Messenger):
-    """Adds a log-weight to each draw of a component: the gradient of the log-likelihood by it is
-    how many draws each component is expected to have.
-
-    :param log_weight: ``[K]``. Sites that are enumerated over K values draw components.
-    """
-
-    def __init__(self, log_weight: Tensor) -> None:
-        super().__init__()
-        self.log_weight = log_weight
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if msg["infer"].get("_enumerate_dim") is None or msg["is_observed"]:
-            return
-        if msg["name"].startswith(_PREFIX):
-            return
-        value = msg["value"]
-        if value.numel() == len(self.log_weight):
-            pyro.factor(f"_{msg['name']}_usage", self.log_weight[value])
+def _quantile(d: Any, u: Tensor) -> Tensor:
+    """The image under ``d`` of numbers that are uniform on the unit interval."""
+    if isinstance(d, dist.Categorical):
+        below = d.probs.cumsum(-1)[..., :-1].contiguous()
+        return torch.searchsorted(below, u.to(below).unsqueeze(-1).contiguous()).squeeze(-1)
+    u = u.clamp(1e-9, 1 - 1e-9)
+    noise = torch.special.ndtri(u)
+    if isinstance(d, dist.Normal):
+        return d.loc + d.scale * noise.to(d.scale)
+    tril = d._unbroadcasted_scale_tril
+    return d.loc + (tril @ noise.to(tril).unsqueeze(-1)).squeeze(-1)

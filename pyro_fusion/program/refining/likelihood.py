@@ -22,7 +22,7 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 
 from pyro_fusion.errors import Site, StructureError
-from pyro_fusion.program.refining.handlers import Cloud, EvenDraws, Held, Integrated, Usage
+from pyro_fusion.program.refining.handlers import Cloud, EvenDraws, Held, Integrated
 
 __all__ = ["Likelihood", "Model"]
 
@@ -62,10 +62,10 @@ class Likelihood:
 
     def __init__(self, model: Model, size: int, known: Values) -> None:
         self.model, self.size = model, size
-        trace = poutine.trace(model).get_trace(size)
+        nodes: Mapping[str, Any] = poutine.trace(model).get_trace(size).nodes
         sites = {
             name: site
-            for name, site in trace.nodes.items()
+            for name, site in nodes.items()
             if site["type"] == "sample" and not isinstance(site["fn"], _Subsample | dist.Unit)
             if not site["infer"].get("_deterministic")
         }
@@ -81,9 +81,7 @@ class Likelihood:
         )
         outer = min((f for f in whole if f.vectorized), key=lambda f: f.dim, default=None)
         self._data = (-1, 0) if outer is None else (outer.dim, outer.size)
-        self.local = {
-            x: Cloud.of(sites[x]["fn"]) for x in free if x not in self.discrete
-        }
+        self.local = {x: Cloud.of(sites[x]["fn"]) for x in free if x not in self.discrete}
         self.transforms: dict[str, Transform] = {
             x: biject_to(sites[x]["fn"].support) for x in known
         }
@@ -93,8 +91,8 @@ class Likelihood:
     def _check(self, sites: Mapping[str, Any], known: Values) -> None:
         if missing := sorted(set(known) - set(sites)):
             raise StructureError(
-                f"the posteriors have sites {missing} that the model does not sample; its sites are "
-                f"{sorted(sites)}"
+                f"the posteriors have sites {missing} that the model does not sample; its sites "
+                f"are {sorted(sites)}"
             )
         data = [site for site in sites.values() if site["is_observed"]]
         latent = [n for n, site in sites.items() if not site["is_observed"] and n not in known]
@@ -117,9 +115,9 @@ class Likelihood:
                 raise StructureError(
                     [
                         Site(name),
-                        " is a latent site of the model that the posteriors do not have, and in no "
-                        "plate of data: nobody knows its value. Put its posterior into that of each "
-                        "party, or make it a constant of the model",
+                        " is a latent site of the model that the posteriors do not have, and in "
+                        "no plate of data: nobody knows its value. Put its posterior into that of "
+                        "each party, or make it a constant of the model",
                     ]
                 )
         for name, value in known.items():
@@ -141,13 +139,14 @@ class Likelihood:
 
     def draw(self, values: Values, seed: int) -> dict[str, Tensor]:
         """Data of the shape of the example, drawn evenly at ``values`` of the known sites."""
-        width = 0
+        (dim, size), width = self._data, 0
         for _ in range(2):  # how many numbers a datum takes is known once it has run
-            even, held = EvenDraws(*self._data, width, seed), Held(values, {})
+            even, held = EvenDraws(dim, size, width, seed), Held(values, {})
             with even, held:
                 trace = poutine.trace(poutine.uncondition(self.model)).get_trace(self.size)
             width = even.needed
-        return {x: trace.nodes[x]["value"].detach() for x in self.observed}
+        nodes: Mapping[str, Any] = trace.nodes
+        return {x: nodes[x]["value"].detach() for x in self.observed}
 
     def log_density(
         self, points: Values, values: Values, *, weights: Tensor | None = None
@@ -159,16 +158,15 @@ class Likelihood:
         held = Held(values, points)
         enumerated = config_enumerate(Integrated(self.local)(held(self.model)), "parallel")
         enumerated = poutine.enum(enumerated, first_available_dim=-1 - self._nesting)
-        if weights is not None:
-            enumerated = Usage(weights)(enumerated)
         trace = poutine.trace(enumerated).get_trace(self.size)
-        if weights is not None:  # it has sites of its own
-            evaluator = TraceEinsumEvaluator(trace, True, self._nesting)
-        else:
-            if self._evaluator is None:
-                self._evaluator = TraceEinsumEvaluator(trace, True, self._nesting)
-            evaluator = self._evaluator
-        return evaluator.log_prob(trace), held.prior
+        if weights is not None:
+            trace.compute_log_prob()
+            for site in (trace.nodes[x] for x in self.discrete):
+                if site["value"].numel() == self.size:
+                    site["log_prob"] = site["log_prob"] + weights[site["value"]]
+        if self._evaluator is None:
+            self._evaluator = TraceEinsumEvaluator(trace, True, self._nesting)
+        return self._evaluator.log_prob(trace), held.prior
 
     def usage(self, points: Values, values: Values) -> Tensor:
         """How many draws of each component are expected, given the points: ``[K]``.
@@ -178,9 +176,7 @@ class Likelihood:
         weights = torch.zeros(self.size, dtype=torch.float64, requires_grad=True)
         with torch.enable_grad():
             density, _ = self.log_density(points, values, weights=weights)
-        (counts,) = (
-            torch.autograd.grad(density, weights) if density.requires_grad else (None,)
-        )
+        (counts,) = torch.autograd.grad(density, weights) if density.requires_grad else (None,)
         if counts is None:
             raise StructureError(
                 f"none of the discrete sites {self.discrete} of the model has as many values as "
@@ -188,4 +184,3 @@ class Likelihood:
                 "argument that the model is called with"
             )
         return counts
-

@@ -12,7 +12,6 @@ from typing import Any
 
 import pyro
 import torch
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from pyro_fusion.errors import ParameterError, at, naming
@@ -241,24 +240,26 @@ def _average(site: str, fusion: Fusion, label: str, own: Sequence[Tensor], usage
 
 def _present(usage: Tensor, sizes: Sequence[int]) -> list[Tensor]:
     """The atoms that each party has, as many as it has components: those that most of its points
-    are from. An atom that would be nobody's is had by the party of which it has the largest share,
-    among those that have one to give."""
+    are from. An atom that would be nobody's takes the place of one that others have too, where that
+    loses the least."""
     share = usage / usage.sum(1, keepdim=True)
     has = torch.zeros_like(usage, dtype=torch.bool)
     for s, size in enumerate(sizes):
         has[s, share[s].topk(size).indices] = True
     for k in (~has.any(0)).nonzero().flatten().tolist():
         spare = has & (has.sum(0) > 1)
-        for s in share[:, k].argsort(descending=True).tolist():
-            if spare[s].any():
-                least = share[s].masked_fill(~spare[s], math.inf).argmin()
-                has[s, least], has[s, k] = False, True
-                break
+        least, which = share.masked_fill(~spare, math.inf).min(1)
+        s = int((least - share[:, k]).argmin())
+        has[s, which[s]], has[s, k] = False, True
     return [row.nonzero().flatten() for row in has]
 
 
-def _assignment(fusion: Fusion, refined: Posterior, roles: Roles, label: str, usage: Tensor) -> list[Tensor]:
+def _assignment(
+    fusion: Fusion, refined: Posterior, roles: Roles, label: str, usage: Tensor
+) -> list[Tensor]:
     """Each party's components matched with the atoms that it has."""
+    from scipy.optimize import linear_sum_assignment  # slow to import
+
     parties = list(fusion.parties.values())
     present = _present(usage, [p.components(label) for p in parties])
     result = []
