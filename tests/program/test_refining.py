@@ -309,7 +309,7 @@ def test_overlapping_gaussians_are_nearer_to_the_truth():
     rows = []
     for seed in (4, 5):
         data, fusion = problem(seed)
-        result = refine(fusion, mixture, EXAMPLE)
+        result = refine(fusion, mixture, EXAMPLE[:128], max_iterations=30)
         assert result.taken and 0.5 < result.overdispersion < 2
         pooled = GaussianMixture(3, random_state=0, n_init=3).fit(data).means_
         means = (locations(fusion), locations(result.fusion), pooled)
@@ -350,6 +350,57 @@ def test_the_same_seed_gives_the_same_bits_and_nothing_is_touched(overlapping):
     assert torch.is_grad_enabled() and pyro.distributions.Normal(0.0, 1.0)._validate_args
     other = refine(fusion, mixture, EXAMPLE, max_iterations=5, seed=1)
     assert not torch.equal(locations(first.fusion), locations(other.fusion))
+
+
+class Network(torch.nn.Module):
+    """A model with a parameter of its own, in single precision."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, data, size):
+        weights = pyro.sample("weights", dist.Dirichlet(torch.ones(size)))
+        with pyro.plate("component", size):
+            level = pyro.sample("level", dist.Normal(torch.tensor(0.0), 10.0))
+        with pyro.plate("data", len(data)):
+            z = pyro.sample("z", dist.Categorical(weights), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(level[z], self.scale), obs=data)
+
+
+def test_a_network_gets_no_gradients_and_single_precision_is_kept():
+    parties = []
+    for x in (-0.1, 0.1):
+        level = dist.Normal(torch.tensor([-3.0, 3.0]) + x, 0.1)
+        weights = dist.Dirichlet(torch.full((2,), 50.0 + x))
+        axes = {"level": "component", "weights": "component"}
+        parties.append(Posterior({"level": level, "weights": weights}, axes))
+    fusion, network = fuse(parties), Network()
+    result = refine(fusion, network, torch.zeros(128))
+    assert network.scale.grad is None and network.scale.requires_grad
+    level = result.fusion.posterior.factors["level"]
+    assert result.taken and level.mean.dtype == torch.float32
+    torch.testing.assert_close(
+        level.mean.sort().values, torch.tensor([-3.0, 3.0]), atol=0.1, rtol=0
+    )
+    # The weights count, beyond the model's prior.
+    torch.testing.assert_close(result.usage.sum(1), ones(2) * 98, atol=0.3, rtol=0)
+    twice = refine(fusion, network, torch.zeros(128), evidence=[50, 100])
+    torch.testing.assert_close(twice.usage.sum(1), torch.tensor([50.0, 100.0]).double())
+
+
+def test_a_fit_that_fails_leaves_the_fusion():
+    def broken(data, size):
+        Network()(data, size)
+        pyro.factor("broken", torch.tensor(math.nan))
+
+    level = dist.Normal(torch.tensor([-3.0, 3.0]), 0.1)
+    other = dist.Normal(torch.tensor([-3.1, 3.0]), 0.1)
+    weights = dist.Dirichlet(torch.full((2,), 50.0))
+    axes = {"level": "component", "weights": "component"}
+    fusion = fuse([Posterior({"level": x, "weights": weights}, axes) for x in (level, other)])
+    result = refine(fusion, broken, torch.zeros(16))
+    assert not result.taken and result.fusion is fusion and "finite" in result.reason
 
 
 def test_parties_that_differ_are_left_to_the_bit():

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -80,20 +80,40 @@ def fit(
         line_search_fn="strong_wolfe",
     )
 
+    last: list[tuple[Tensor, tuple[Tensor, ...]]] = []
+
     def closure() -> Tensor:
-        optimizer.zero_grad()
-        value = loss()
-        value.backward()
-        return value
+        value = _finite(loss)
+        if value is not None:
+            # Not backward(): a model's own parameters are to get no gradients.
+            last[:] = [(value.detach(), torch.autograd.grad(value, leaves))]
+        elif not last:
+            raise FloatingPointError
+        # A step too far is so bad that the line search comes back.
+        for leaf, grad in zip(leaves, last[0][1], strict=True):
+            leaf.grad = grad.clone()
+        return last[0][0] if value is not None else last[0][0] + 1e6
 
     with torch.enable_grad():
-        optimizer.step(closure)
-        finite = bool(loss().isfinite())
+        try:
+            optimizer.step(closure)
+            finite = _finite(loss) is not None
+        except FloatingPointError:
+            finite = False
 
     def ended(values: Values) -> dict[str, Tensor]:
         return {k: to[k](v).detach() for k, v in values.items()}
 
     return Fit(ended(x), [ended(w) for w in ws], finite)
+
+
+def _finite(loss: Callable[[], Tensor]) -> Tensor | None:
+    """The loss, or None where it has no finite value."""
+    try:
+        value = loss()
+    except torch.linalg.LinAlgError:
+        return None
+    return value if bool(value.isfinite()) else None
 
 
 def _jacobians(likelihood: Likelihood, x: Values, y: Values) -> list[Tensor]:

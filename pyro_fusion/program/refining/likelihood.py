@@ -163,7 +163,8 @@ class Likelihood:
             trace.compute_log_prob()
             for site in (trace.nodes[x] for x in self.discrete):
                 if site["value"].numel() == self.size:
-                    site["log_prob"] = site["log_prob"] + weights[site["value"]]
+                    extra = weights[site["value"]].to(site["log_prob"])
+                    site["log_prob"] = site["log_prob"] + extra
         if self._evaluator is None:
             self._evaluator = TraceEinsumEvaluator(trace, True, self._nesting)
         return self._evaluator.log_prob(trace), held.prior
@@ -173,7 +174,8 @@ class Likelihood:
 
         :raises StructureError: if no discrete site has K values.
         """
-        weights = torch.zeros(self.size, dtype=torch.float64, requires_grad=True)
+        device = next(iter(values.values())).device
+        weights = torch.zeros(self.size, dtype=torch.float64, device=device, requires_grad=True)
         with torch.enable_grad():
             density, _ = self.log_density(points, values, weights=weights)
         (counts,) = torch.autograd.grad(density, weights) if density.requires_grad else (None,)

@@ -42,7 +42,7 @@ class Refinement:
     :ivar reason: why, in words.
     :ivar overdispersion: how far the parties are from shared atoms, squared, over what their own
         uncertainty explains: about 1 where they mean the same, 4 where they are twice as far
-        apart. NaN where nothing is shared.
+        apart. NaN where nothing is shared, or the fit failed.
     :ivar usage: how many draws each party would have from each atom, float64 ``[S, K]``: its
         evidence, split by the fitted model.
     """
@@ -122,9 +122,9 @@ def refine(
     :raises ParameterError: for evidence or bounds out of range.
     :raises UnsupportedFamilyError: for a family that cannot be moved to another centre.
 
-    Source: the global mixture of data that parties do not share is that of Pyro's own enumeration,
-    Obermeyer et al., *Tensor Variable Elimination for Plated Factor Graphs* (ICML 2019); the
-    overdispersion is McCullagh & Nelder's, *Generalized Linear Models* (1989), sec. 4.5.
+    Source: Obermeyer et al., *Tensor Variable Elimination for Plated Factor Graphs* (ICML 2019),
+    for sums over discrete sites; McCullagh & Nelder, *Generalized Linear Models* (1989), sec. 4.5,
+    for the overdispersion.
     """
     fused = fusion.only_label()
     roles = site_roles(fusion.posterior)
@@ -145,17 +145,21 @@ def refine(
                 local.append(_local(party, label, roles, whole, seed + s))
         points, scales = [x.points for x in local], _scales(local, evidence)
         found = fit(likelihood, points, scales, start, own, max_iterations=max_iterations)
+        if not found.finite:
+            reason = "as the fit of the model did not end at a finite density"
+            nothing = torch.full((len(parties), fused.num_atoms), math.nan, dtype=torch.float64)
+            return Refinement(fusion, False, reason, math.nan, nothing)
         lost, counts = 0.0, []
         for s, one in enumerate(local):
             values = {**found.shared, **found.own[s]}
             density, _ = likelihood.log_density(one.points, values)
             lost += scales[s] * (one.log_density - float(density))
-            counts.append(scales[s] * likelihood.usage(one.points, values))
+            counts.append(scales[s] * likelihood.usage(one.points, values).cpu())
     usage = torch.stack(counts)
     extra = sum(p.components(label) for p in parties) - fused.num_atoms
     numbers = sum(likelihood.numbers(site) for site in roles.matched[label]) / fused.num_atoms
     c = 2 * lost / (numbers * extra) if extra else math.nan
-    taken, reason = _verdict(c, max_overdispersion, found.finite)
+    taken, reason = _verdict(c, max_overdispersion)
     if not taken:
         return Refinement(fusion, False, reason, c, usage)
     for site in own:
@@ -207,11 +211,9 @@ def _scales(local: Sequence[_Local], evidence: Sequence[float] | None) -> list[f
     return [n / x.drawn for n, x in zip(given, local, strict=True)]
 
 
-def _verdict(c: float, bound: float, finite: bool) -> tuple[bool, str]:
+def _verdict(c: float, bound: float) -> tuple[bool, str]:
     if math.isnan(c):
         return False, "as no two parties share an atom"
-    if not finite or math.isinf(c):
-        return False, "as the fit of the model did not end at a finite density"
     if c >= bound:
         return False, (
             f"as the parties differ: overdispersion {c:.3g}, and from {bound:g} on atoms that all "
