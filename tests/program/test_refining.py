@@ -209,7 +209,7 @@ def test_all_paths_of_states_are_summed_and_counted():
 
 def test_shares_of_documents_are_integrated_over():
     topic = torch.tensor([[0.7, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.6]], dtype=torch.float64)
-    documents = torch.tensor([[0, 0, 3], [1, 2, 3]])
+    documents = torch.tensor([[0, 0, 0, 0, 0, 1], [3, 3, 3, 3, 3, 2]]).repeat(50, 1)
     likelihood = Likelihood(Model(topics, documents, (), {}), 2, {"topics": topic})
     found, _ = likelihood.log_density({"w": documents}, {"topics": topic})
     # Beta(1/2, 1/2) by Gauss and Chebyshev, exact for polynomials.
@@ -218,9 +218,9 @@ def test_shares_of_documents_are_integrated_over():
     words = words + (1 - share[:, None, None]) * topic[1].numpy()[documents]
     each = words.prod(-1)
     exact = np.log(each.mean(0)).sum()
-    # Four standard errors of a mean over 128 draws for each of the two documents.
-    error = 4 * math.sqrt(((each.std(0) / each.mean(0)) ** 2).sum() / 128)
-    assert float(found) == pytest.approx(exact, abs=error)
+    # Of means over 128 draws for each document: four standard errors, and the bias of logarithms.
+    variance = ((each.std(0) / each.mean(0)) ** 2 / 128).sum()
+    assert float(found) == pytest.approx(exact, abs=4 * math.sqrt(variance) + variance)
 
 
 def test_points_are_spread_more_evenly_than_chance():
@@ -292,6 +292,11 @@ def test_what_a_posterior_counts():
     assert draws_behind(p, roles, with_weights) == pytest.approx(80)
     normal = Posterior({"x": dist.Normal(ones(2), 0.1)}, {"x": "component"})
     assert draws_behind(normal, site_roles(normal), {"x": dist.Normal(ones(2), 1.0)}) is None
+
+
+def test_a_party_has_the_atoms_that_most_of_its_points_are_from():
+    usage = torch.tensor([[10.0, 30.0, 60.0], [70.0, 2.0, 28.0]], dtype=torch.float64)
+    assert [x.tolist() for x in _present(usage, [2, 2])] == [[1, 2], [0, 2]]
 
 
 def test_every_atom_is_somebodys():
@@ -437,9 +442,7 @@ def refined_from(parties, atoms, model, example):
     """What refining makes of atoms that are far off."""
     fusion = fuse(parties)
     off = Posterior({**fusion.posterior.factors, **atoms}, fusion.posterior.axes)
-    return refine(
-        replace(fusion, posterior=off), model, example, max_overdispersion=math.inf
-    ).fusion
+    return refine(replace(fusion, posterior=off), model, example, max_overdispersion=math.inf)
 
 
 def test_documents_of_many_topics_bring_atoms_back():
@@ -450,7 +453,7 @@ def test_documents_of_many_topics_bring_atoms_back():
     ]
     start = dist.Dirichlet(1 + 400 * (0.6 * truth + 0.1))
     result = refined_from(parties, {"topics": start}, topics, torch.zeros(96, 8, dtype=torch.long))
-    found = result.posterior.factors["topics"].mean
+    found = result.fusion.posterior.factors["topics"].mean
     found = found[found[:, 0].argsort(descending=True)]
     before = float((start.mean - truth).abs().sum(-1).max())
     after = float((found - truth).abs().sum(-1).max())
@@ -474,10 +477,12 @@ def test_documents_of_one_topic_bring_atoms_back():
     start = dist.Dirichlet(200 * (0.5 * truth + 0.5 / 6))
     example = torch.zeros(128, 4, dtype=torch.long)
     result = refined_from(parties, {"topics": start}, single_topic, example)
-    found = result.posterior.factors["topics"].mean
+    found = result.fusion.posterior.factors["topics"].mean
     found = found[found[:, 0].argsort(descending=True)]
     assert float((start.mean - truth).abs().sum(-1).max()) > 0.3
     assert float((found - truth).abs().sum(-1).max()) < 0.1
+    # Parties that agree, and documents that are independent: no fit is much better than the truth.
+    assert -2 < result.overdispersion < 1
 
 
 def test_sequences_bring_atoms_back():
@@ -498,7 +503,7 @@ def test_sequences_bring_atoms_back():
         "transition": dist.Dirichlet(50 * ones(2, 2)).to_event(1),
     }
     result = refined_from(parties, off, hmm, torch.zeros(64, 8, dtype=torch.float64))
-    factors = result.posterior.factors
+    factors = result.fusion.posterior.factors
     # 1500 frames drawn, sd .5 each: .02, and half as much again for states that are not seen.
     torch.testing.assert_close(factors["level"].mean, level, atol=0.06, rtol=0)
     torch.testing.assert_close(factors["transition"].mean, transition, atol=0.06, rtol=0)
