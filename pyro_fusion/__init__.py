@@ -27,6 +27,7 @@ from pyro_fusion.program.em import FusionEM
 from pyro_fusion.program.gibbs import FusionGibbs
 from pyro_fusion.program.guide import FusionGuide
 from pyro_fusion.program.model import FusionModel
+from pyro_fusion.program.refining import Refinement, refine
 from pyro_fusion.readers.axes.modules import module_axes
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ __all__ = [
     "Plateau",
     "Posterior",
     "PosteriorGuide",
+    "Refinement",
     "StopReason",
     "StructureError",
     "UnsupportedFamilyError",
@@ -77,6 +79,7 @@ __all__ = [
     "module_axes",
     "pairwise_kl",
     "read",
+    "refine",
     "register_family",
     "register_reader",
     "search_weights",

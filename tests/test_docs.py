@@ -30,6 +30,7 @@ WITH_CODE = [
     "limits",
     "program",
     "reading",
+    "refining",
     "rounds",
 ]
 
