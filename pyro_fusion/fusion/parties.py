@@ -82,6 +82,16 @@ class LabelProblem:
         messages = replace(self.messages, dispersion=1.0)
         return merges_of(_some_parties(messages.in_order(self.order, self.ordered.sizes))[0])
 
+    @property
+    def doubt(self) -> str:
+        """A sentence that says that the posteriors do not tell T; empty where they do, where T was
+        given, and where the assignment does not depend on it."""
+        problem = self.problem
+        penalty = self.assignment_prior.penalty(problem.num_parties)
+        if self.path is None or not (problem.pooling.tempers or bool((penalty != 0).any())):
+            return ""
+        return self.path.doubt()
+
     def as_given(self, groups: Tensor) -> Tensor:
         """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
         return torch.empty_like(groups).index_copy_(0, self.order.to(groups.device), groups)

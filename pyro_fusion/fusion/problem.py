@@ -77,8 +77,8 @@ class FusionProblem:
                 parts.update(own)
                 links.update(between)
             for part in parts.values():
-                if part.path is not None and (doubt := part.path.doubt()):
-                    warn_user(doubt)
+                if part.doubt:
+                    warn_user(part.doubt)
             shared = {site: parties.shared(site) for site in parties.roles.shared}
         return cls(parties=parties, parts=parts, links=links, shared=shared)
 

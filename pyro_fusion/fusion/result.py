@@ -298,8 +298,8 @@ class Fusion:
                 f"the assignment is the same from T = {on.low:.3g} to {on.high:.3g}, a factor of "
                 f"{on.length:.3g} in the price of a merge"
             )
-        elif path is not None:
-            lines.append(f"NOT SURE: {path.doubt()}")
+        elif m.problem.doubt:
+            lines.append(f"NOT SURE: {m.problem.doubt}")
         if math.isfinite(m.price_ratio):
             lines.append(
                 f"about {100 * m.shared:.0f} % of components have a counterpart in another party; "

@@ -9,16 +9,18 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.families import Factor, pairwise_kl
 from pyro_fusion.families.masked import Masked
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 __all__ = ["WRONG", "Merges", "PriceScale", "pairwise_spread", "quantile"]
 
