@@ -31,7 +31,7 @@ from pyro_fusion.fusion.arguments import (
 from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
-from pyro_fusion.fusion.persistence import STEP, DispersionPath, follow, merges_of
+from pyro_fusion.fusion.persistence import STEP, DispersionPath, follow, told_apart
 from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.components import Components, canonical_order, compact
 from pyro_fusion.pooling.merges import Merges, pairwise_spread
@@ -80,7 +80,8 @@ class LabelProblem:
         if self.found_merges is not None:
             return self.found_merges
         messages = replace(self.messages, dispersion=1.0)
-        return merges_of(_some_parties(messages.in_order(self.order, self.ordered.sizes))[0])
+        some, _ = _some_parties(messages.in_order(self.order, self.ordered.sizes))
+        return told_apart(some)[1]
 
     @property
     def doubt(self) -> str:
@@ -214,8 +215,9 @@ class Parties:
         some, rows = _some_parties(messages.in_order(order, ordered_sizes))
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
-                merges = merges_of(some)
-                path = follow(label, some, merges, order[rows], messages.party[order[rows]], step)
+                some, merges, told = told_apart(some)
+                rows = order[rows[told]]
+                path = follow(label, some, merges, rows, messages.party[rows], step)
                 scale = path.estimate
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()

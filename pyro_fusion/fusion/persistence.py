@@ -22,7 +22,7 @@ from pyro_fusion.pooling.dispersion import two_prices
 from pyro_fusion.pooling.kl import Exclusive
 from pyro_fusion.pooling.merges import Merges, PriceScale
 
-__all__ = ["DispersionPath", "Plateau", "follow", "merges_of"]
+__all__ = ["DispersionPath", "Plateau", "follow", "told_apart"]
 
 # T is taken from a plateau on which the price up to which components merge grows so many times.
 LONG = 5.0
@@ -126,7 +126,23 @@ class DispersionPath:
         return f"{text}. Look at `fusion.dispersion_path`, and give `dispersion` if you know better"
 
 
-def merges_of(problem: Components) -> Merges:
+def told_apart(problem: Components) -> tuple[Components, Merges, Tensor]:
+    """The components that a party itself tells apart, what their merges cost, and which these are,
+    LongTensor ``[n]``: hidden units that a fit has switched off, or two components for one cluster,
+    have no say in how far apart the same may be. All, if parties or pairs within them would be
+    left without any.
+    """
+    merges = _merges_of(problem)
+    every = torch.arange(len(merges.own))
+    told = (merges.own >= merges.face_value).nonzero().squeeze(-1)
+    sizes = torch.bincount(problem.party[told], minlength=problem.num_parties)
+    if len(told) == len(every) or int((sizes > 0).sum()) < 2 or int(sizes.max()) < 2:
+        return problem, merges, every
+    some = problem.in_order(told, tuple(sizes[sizes > 0].tolist()))
+    return some, _merges_of(some), told
+
+
+def _merges_of(problem: Components) -> Merges:
     """The cheapest merges of components, priced by the log-linear pool in every pooling."""
     prices = partial(Exclusive().merge_costs, prior={})
     return Merges.of(problem.sites, problem.sizes, problem.prior, prices)
@@ -229,7 +245,7 @@ class _Walk:
     def along(cls, problem: Components, merges: Merges, limit: float, step: float) -> _Walk:
         """The walk from face value to the price of a wrong merge, or, where none is known to be
         wrong, to far beyond ``limit``."""
-        floor, cap = merges.dimensions / 2, merges.wrong_price(_CAP)
+        floor, cap = merges.face_value, merges.wrong_price(_CAP)
         end = merges.wrong_price(_END)
         top = max(end if merges.known_different else LONG * limit, 2 * floor)
         scale = problem.pooling.scale(merges, floor, top)

@@ -56,6 +56,8 @@ class Merges:
     :ivar other: of each component the price of the cheapest merge with another party, ``[N]``.
     :ivar share: what each component counts, ``[N]``.
     :ivar dimensions: D, the mean count of numbers in a component.
+    :ivar informed: how many of them the posteriors know something of; of families without a
+        location and a scale all.
     :ivar num_parties: S.
     """
 
@@ -69,6 +71,7 @@ class Merges:
     other: Tensor
     share: Tensor
     dimensions: float
+    informed: float
     num_parties: int
 
     @classmethod
@@ -105,8 +108,15 @@ class Merges:
             other=infinite.scatter_reduce(0, first[~is_own], price[~is_own], "amin"),
             share=1 / torch.tensor(sizes, dtype=torch.float64)[party],
             dimensions=dimensions,
+            informed=max(1.0, sum(map(_informed, local.values()))),
             num_parties=len(sizes),
         )
+
+    @property
+    def face_value(self) -> float:
+        """The mean price of merging two posteriors of one truth that admit their errors: half a nat
+        for each number of which they know something."""
+        return self.informed / 2
 
     @property
     def known_different(self) -> bool:
@@ -239,6 +249,27 @@ def _pairwise(local: Mapping[str, Any]) -> Tensor:
 def _dimensions(f: Factor | Masked) -> float:
     """The mean count of numbers in a component."""
     return f.dimensions if isinstance(f, Masked) else float(f.event_shape.numel())
+
+
+def _informed(f: Factor | Masked) -> float:
+    """The count of numbers in a component that the posteriors know something of: where they are as
+    wide as their prior, components hardly differ in location. By how much more they do than they
+    are wide, each number counts as a share."""
+    factor, present = (f.factor, f.present) if isinstance(f, Masked) else (f, None)
+    location = factor.location()
+    if location is None or factor.family.scale is None:
+        return _dimensions(f)
+    variance = 1 / factor.precision
+    w = torch.ones_like(location) if present is None else present.expand_as(location)
+    count = w.sum(0).clamp(min=1)
+    mean = (w * location).sum(0) / count
+    spread = (w * (location - mean).square()).sum(0) / (count - 1).clamp(min=1)
+    share = spread / (spread + (w * variance).sum(0) / count)
+    return (
+        float((share * (w > 0).any(0)).sum())
+        if present is None
+        else _dimensions(f) * float((share * count).sum() / count.sum())
+    )
 
 
 def _selection(mask: Tensor, dimensions: float) -> tuple[Tensor, Tensor]:
