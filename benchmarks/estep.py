@@ -177,7 +177,9 @@ def in_turn(
 def isolated(function: Callable[..., Any], *args: Any) -> Any:
     """The result of a function in a process of its own."""
     threads = (torch.get_num_threads(),)
-    with ProcessPoolExecutor(1, get_context("forkserver"), torch.set_num_threads, threads) as pool:
+    context = get_context("forkserver")
+    context.set_forkserver_preload(["pyro_fusion"])  # else each process imports it anew
+    with ProcessPoolExecutor(1, context, torch.set_num_threads, threads) as pool:
         return pool.submit(function, *args).result()
 
 

@@ -21,3 +21,9 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.setitem(sys.modules, name, module)  # dataclasses look themselves up there
     spec.loader.exec_module(module)
     return module
+
+
+def load_simulation(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
+    """``simulation`` and the files that it is made of, by name."""
+    names = ("mixtures", "problems", "measures", "overlap", "shares", "simulation")
+    return {name: load(name, monkeypatch) for name in names}
