@@ -40,8 +40,9 @@ from pyro_fusion.posterior import Axes, Posterior
 
 __all__ = ["LabelProblem", "Parties", "locating", "searching"]
 
-# T is estimated from so many parties at most: it does not depend on how many there are.
-_MAX_PARTIES = 64
+# T is estimated from so many parties at most, of so many components, unless that is too few
+# parties: it does not depend on how many there are.
+_MAX_PARTIES, _MAX_COMPONENTS, _MIN_PARTIES = 64, 320, 6
 
 
 @dataclass(frozen=True)
@@ -418,7 +419,9 @@ def _some_parties(problem: Components) -> tuple[Components, Tensor]:
     if len(voting) < 2:
         voting = torch.arange(problem.num_parties)
     generator = torch.Generator().manual_seed(0)
-    kept = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]].sort().values
+    drawn = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]]
+    enough = torch.tensor(problem.sizes)[drawn].cumsum(0) <= _MAX_COMPONENTS
+    kept = drawn[: max(_MIN_PARTIES, int(enough.sum()))].sort().values
     rows = torch.isin(problem.party, kept).nonzero().squeeze(-1)
     some = problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist()))
     first = torch.tensor(some.sizes).cumsum(0) - torch.tensor(some.sizes)
