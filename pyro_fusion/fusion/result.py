@@ -16,6 +16,7 @@ from torch import Tensor
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.assignment.problem import relative_gap
 from pyro_fusion.errors import StructureError
+from pyro_fusion.fusion.draws import AssignmentDraws
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 
 __all__ = ["FusedLabel", "Fusion", "StopReason"]
@@ -48,6 +49,8 @@ class FusedLabel:
     :ivar stopped: why the search ended, with what to do about it as its text.
     :ivar restarts: the objective that each start ended in.
     :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
+    :ivar draws: of the assignment at this T: how probable each number of atoms is, and each pair to
+        be the same. None unless ``num_draws`` asked for them; after an interrupt fewer.
     """
 
     label: str
@@ -60,6 +63,7 @@ class FusedLabel:
     stopped: StopReason
     restarts: list[float]
     bound: float = -math.inf
+    draws: AssignmentDraws | None = None
 
     @property
     def converged(self) -> bool:
@@ -165,6 +169,8 @@ class Fusion:
             known = "" if math.isinf(m.bound) else f", within {100 * m.gap:.2g} % for these atoms"
             if m.stopped is not StopReason.AGREED:
                 known += f"\n{m.stopped}"
+            if m.draws is not None:
+                known += f"\n{len(m.draws.num_atoms)} draws: {m.draws.num_atoms_summary()}"
             lines += [
                 "",
                 f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "
