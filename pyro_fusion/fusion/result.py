@@ -18,6 +18,7 @@ from torch import Tensor
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.assignment.problem import relative_gap
 from pyro_fusion.errors import StructureError
+from pyro_fusion.fusion.draws import AssignmentDraws
 from pyro_fusion.fusion.margins import margins
 from pyro_fusion.fusion.parties import LabelProblem
 from pyro_fusion.fusion.persistence import DispersionPath
@@ -60,6 +61,8 @@ class FusedLabel:
     :ivar bound: no assignment to the same atoms has a lower F; ``-inf`` unless the solver finds it.
     :ivar dispersion_path: what T was estimated from; None if it was given.
     :ivar problem: the components that were assigned, in the light of the other labels.
+    :ivar draws: of the assignment at this T: how probable each number of atoms is, and each pair to
+        be the same. None unless ``num_draws`` asked for them; after an interrupt fewer.
     """
 
     label: str
@@ -74,6 +77,7 @@ class FusedLabel:
     bound: float = -math.inf
     dispersion_path: DispersionPath | None = field(default=None, repr=False)
     problem: LabelProblem | None = field(default=None, repr=False, compare=False)
+    draws: AssignmentDraws | None = None
 
     @property
     def converged(self) -> bool:
@@ -266,6 +270,8 @@ class Fusion:
             known = "" if math.isinf(m.bound) else f", within {100 * m.gap:.2g} % for these atoms"
             if m.stopped is not StopReason.AGREED:
                 known += f"\n{m.stopped}"
+            if m.draws is not None:
+                known += f"\n{len(m.draws.num_atoms)} draws: {m.draws.num_atoms_summary()}"
             lines += [
                 "",
                 f"{sum(len(a) for a in m.assignment)} × {m.label} → {m.num_atoms} atoms "

@@ -158,11 +158,7 @@ class Sums(GroupCosts):
             zero = w.new_zeros(num_atoms)
             total = w.new_zeros(num_atoms, statistics.shape[1])
             sites.append(SiteSums(pooling, f.centred, prior, statistics, potential, total, zero))
-        known = None
-        if sum(s.total.shape[1] for s in sites) >= _LARGE:
-            known = problem.known
-            if len(known) > _MAX_REMEMBERED:
-                known.clear()
+        known = problem.known if sum(s.total.shape[1] for s in sites) >= _LARGE else None
         code = torch.zeros(num_atoms, dtype=torch.long)
         weight = w.new_zeros(num_atoms)
         sums = cls(sites, w, weight, problem.dispersion, problem.codes, code, known)
@@ -181,13 +177,21 @@ class Sums(GroupCosts):
         weight, code = self.weight - other.weight[:count], self.code - other.code[:count]
         return replace(self, sites=sites, weight=weight, code=code)
 
-    def parted(self, groups: Tensor, part: Tensor) -> tuple[Sums, Sums]:
+    def empty(self, count: int) -> Sums:
+        """So many groups without a component."""
         sites = [
-            replace(s, total=torch.zeros_like(s.total), potentials=torch.zeros_like(s.potentials))
+            replace(
+                s,
+                total=s.total.new_zeros(count, s.total.shape[1]),
+                potentials=s.potentials.new_zeros(count),
+            )
             for s in self.sites
         ]
-        weight, code = torch.zeros_like(self.weight), torch.zeros_like(self.code)
-        there = replace(self, sites=sites, weight=weight, code=code)
+        weight, code = self.weight.new_zeros(count), self.code.new_zeros(count)
+        return replace(self, sites=sites, weight=weight, code=code)
+
+    def parted(self, groups: Tensor, part: Tensor) -> tuple[Sums, Sums]:
+        there = self.empty(len(self.weight))
         members = part.nonzero().squeeze(-1)
         there.add(members, groups[members], 1.0)
         return self.minus(there), there
@@ -218,6 +222,8 @@ class Sums(GroupCosts):
         every = torch.arange(len(code))
         if self.known is None:
             return torch.cat([of(index) for index in every.split(part)]).cpu()
+        if len(self.known) > _MAX_REMEMBERED:
+            self.known.clear()
         codes = code.tolist()
         first = {c: i for i, c in enumerate(codes) if c not in self.known}
         for index in torch.tensor(list(first.values()), dtype=torch.long).split(part):
