@@ -44,7 +44,7 @@ notebooks: $(STAMP) ## run the notebooks anew and keep what they print and draw
 	$(BIN)/python -m tests.notebooks
 
 bench: $(STAMP) ## run the benchmarks in small, which needs no data
-	for name in simulation estep topics motion_capture networks fisher; do \
+	for name in simulation credible_sets estep topics motion_capture networks fisher; do \
 		$(BIN)/python benchmarks/$$name.py --small || exit 1; done
 
 clean: ## remove the environment, caches and build outputs

@@ -18,7 +18,8 @@ from pyro_fusion.errors import (
 )
 from pyro_fusion.families import NormalGamma, NormalWishart, pairwise_kl, register_family
 from pyro_fusion.fusion.fuse import fuse
-from pyro_fusion.fusion.problem import FusionProblem
+from pyro_fusion.fusion.persistence import DispersionPath, Plateau
+from pyro_fusion.fusion.problem import FusionProblem, dispersion_path
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
 from pyro_fusion.nn import WeightSearch, merge_modules, search_weights
 from pyro_fusion.posterior import Posterior, PosteriorGuide
@@ -26,6 +27,7 @@ from pyro_fusion.program.em import FusionEM
 from pyro_fusion.program.gibbs import FusionGibbs
 from pyro_fusion.program.guide import FusionGuide
 from pyro_fusion.program.model import FusionModel
+from pyro_fusion.program.refining import Refinement, refine
 from pyro_fusion.readers.axes.modules import module_axes
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "DispersionPath",
     "DrawsError",
     "FileFormatError",
     "FixedAtoms",
@@ -56,13 +59,16 @@ __all__ = [
     "NormalGamma",
     "NormalWishart",
     "ParameterError",
+    "Plateau",
     "Posterior",
     "PosteriorGuide",
+    "Refinement",
     "StopReason",
     "StructureError",
     "UnsupportedFamilyError",
     "WeightSearch",
     "__version__",
+    "dispersion_path",
     "from_draws",
     "from_guide",
     "from_module",
@@ -73,6 +79,7 @@ __all__ = [
     "module_axes",
     "pairwise_kl",
     "read",
+    "refine",
     "register_family",
     "register_reader",
     "search_weights",

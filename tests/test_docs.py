@@ -22,7 +22,17 @@ ROOT = Path(pyro_fusion.__file__).parent.parent
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.glob("*.md"))
 # The pages with code; the others have none.
-WITH_CODE = ["choosing", "extending", "files", "how_it_works", "limits", "program", "reading"]
+WITH_CODE = [
+    "choosing",
+    "extending",
+    "files",
+    "how_it_works",
+    "limits",
+    "program",
+    "reading",
+    "refining",
+    "rounds",
+]
 
 
 def test_which_pages_have_code() -> None:

@@ -10,12 +10,13 @@ from typing import Literal
 
 from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.fusion.arguments import Inputs, Prior
+from pyro_fusion.fusion.chain import check_evidence
 from pyro_fusion.fusion.checks import Weights
 from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.fusion.search import check_run, search
 from pyro_fusion.fusion.solvers import Solver
-from pyro_fusion.pooling import Pooling
+from pyro_fusion.pooling import Pooling, pooling_named
 from pyro_fusion.posterior import Axes
 
 __all__ = ["fuse"]
@@ -34,6 +35,7 @@ def fuse(
     restarts: int = 9,
     max_iterations: int = 100,
     solver: Literal["coordinate", "relaxed", "sinkhorn"] | Solver = "coordinate",
+    num_draws: int = 0,
     progress: bool = False,
 ) -> Fusion:
     r"""Fuse local posteriors into one, without the data.
@@ -79,18 +81,25 @@ def fuse(
         ``product``). ``"sinkhorn"``: starts from soft E- and M-steps at falling temperatures. Or a
         function like those of :mod:`pyro_fusion.assignment`, called as ``solver(problem, prior,
         start=...)`` with an :class:`~pyro_fusion.assignment.AssignmentProblem`.
-    :param progress: show a progress bar over the starts.
+    :param num_draws: so many draws of the assignment from its posterior, for ``product``, begun at
+        the fused one: ``fusion.only_label().draws`` has how probable each number of atoms is
+        (``num_atoms_distribution()``) and any two components to be the same (``same()``), at the
+        estimated T.
+    :param progress: show a progress bar over the starts, and one over the draws.
     :raises StructureError: if parties do not fit together; names both, the site and what differs.
-    :raises ParameterError: for weights, prior or other arguments out of range, and where
-        ``product`` is improper.
+    :raises ParameterError: for weights, prior or other arguments out of range, draws where the
+        assignment has no posterior, and where ``product`` is improper.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
     """
-    check_run(restarts, max_iterations, seed)  # before what takes long
+    check_run(restarts, max_iterations, seed, num_draws)  # before what takes long
+    how = pooling_named(pooling)
+    if num_draws:
+        check_evidence(how)
     problem = FusionProblem.of(
         posteriors,
-        pooling,
+        how,
         assignment_prior,
         weights=weights,
         prior=prior,
@@ -103,5 +112,6 @@ def fuse(
         max_iterations=max_iterations,
         seed=seed,
         solver=solver,
+        num_draws=num_draws,
         progress=progress,
     )

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pyro_fusion.assignment import NEW, match
 from pyro_fusion.assignment.priors import AssignmentPrior
-from pyro_fusion.pooling.collapsed import Sums, group_costs
+from pyro_fusion.pooling.collapsed import GroupCosts, Sums, group_costs
 from pyro_fusion.pooling.components import Components
 
 __all__ = ["regroup", "rematch"]
@@ -42,13 +42,13 @@ def regroup(
     popularity = torch.bincount(groups, minlength=num_atoms)
     penalty = assignment_prior.penalty(problem.num_parties)
     every = torch.arange(num_atoms)
-    alone = costs.values(every) + penalty[popularity]
+    alone = _values(costs, every) + penalty[popularity]
     # What is merged is not also split.
     taken = torch.zeros(num_atoms, dtype=torch.bool)
     first, second = _near_pairs(problem, groups, num_atoms, cost)
     if len(first):
-        both = costs.values(first, second) + penalty[popularity[first] + popularity[second]]
-        gain = alone[first] + alone[second] - both
+        both = _values(costs, first, second) + penalty[popularity[first] + popularity[second]]
+        gain = (alone[first] + alone[second] - both).nan_to_num(nan=-torch.inf)
         order = gain.argsort(descending=True, stable=True)
         for i in order[gain[order] > 0].tolist():
             a, b = int(first[i]), int(second[i])
@@ -69,13 +69,26 @@ def regroup(
     if len(splits) == 0:
         return groups
     here, there = costs.parted(groups, part)
-    parts = here.values(splits) + there.values(splits)
+    parts = _values(here, splits) + _values(there, splits)
     parts += penalty[leaving[splits]] + penalty[popularity[splits] - leaving[splits]]
-    gain = alone[splits] - parts
+    gain = (alone[splits] - parts).nan_to_num(nan=-torch.inf)
     splits = splits[gain.argsort(descending=True, stable=True)[: min(room, int((gain > 0).sum()))]]
     chosen = torch.zeros(num_atoms, dtype=torch.bool)
     chosen[splits] = True
     return torch.where(part & chosen[groups], num_atoms + groups, groups)
+
+
+def _values(costs: GroupCosts, first: Tensor, second: Tensor | None = None) -> Tensor:
+    """The objective of groups, or of unions of two; NaN where one is improper."""
+    try:
+        return costs.values(first, second)
+    except (torch.linalg.LinAlgError, ValueError):
+        if len(first) == 1:
+            return torch.full((1,), torch.nan, dtype=torch.float64)
+    half = len(first) // 2
+    sides = (slice(half), slice(half, None))
+    parts = [(first[i], None if second is None else second[i]) for i in sides]
+    return torch.cat([_values(costs, *part) for part in parts])
 
 
 def _near_pairs(

@@ -31,17 +31,18 @@ from pyro_fusion.fusion.arguments import (
 from pyro_fusion.fusion.atom_prior import atom_prior, located, prior_fill
 from pyro_fusion.fusion.checks import Weights, check_parties, check_weights, warn_unlabelled_simplex
 from pyro_fusion.fusion.links import LinkedSite, averaged, entries
-from pyro_fusion.fusion.persistence import DispersionPath, follow
+from pyro_fusion.fusion.persistence import STEP, DispersionPath, follow, told_apart
 from pyro_fusion.fusion.roles import Roles, site_roles
 from pyro_fusion.pooling.components import Components, canonical_order, compact
-from pyro_fusion.pooling.merges import pairwise_spread
+from pyro_fusion.pooling.merges import Merges, pairwise_spread
 from pyro_fusion.pooling.pooling import Pooling
 from pyro_fusion.posterior import Axes, Posterior
 
 __all__ = ["LabelProblem", "Parties", "locating", "searching"]
 
-# T is estimated from so many parties at most: it does not depend on how many there are.
-_MAX_PARTIES = 64
+# T is estimated from so many parties at most, of so many components, unless that is too few
+# parties: it does not depend on how many there are.
+_MAX_PARTIES, _MAX_COMPONENTS, _MIN_PARTIES = 64, 320, 6
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class LabelProblem:
     :ivar dispersion: T.
     :ivar price: by what the prior is multiplied in the objective: T over that of its group of
         labels, one if it is linked to no other.
-    :ivar path: what T was estimated from, None if it was given.
+    :ivar path, found_merges: what T was estimated from; None if it was given.
     :ivar ordered: the problem in an order that depends on the contents of the parties only, so that
         what is found there is the same for any order of the parties.
     :ivar order: which component each of ``ordered`` is, LongTensor ``[N]``.
@@ -71,6 +72,27 @@ class LabelProblem:
     order: Tensor
     price: float = 1.0
     path: DispersionPath | None = None
+    found_merges: Merges | None = None
+
+    @property
+    def merges(self) -> Merges:
+        """The prices of the cheapest merges of the components, or of those of a random selection of
+        many parties."""
+        if self.found_merges is not None:
+            return self.found_merges
+        messages = replace(self.messages, dispersion=1.0)
+        some, _ = _some_parties(messages.in_order(self.order, self.ordered.sizes))
+        return told_apart(some)[1]
+
+    @property
+    def doubt(self) -> str:
+        """A sentence that says that the posteriors do not tell T; empty where they do, where T was
+        given, and where the assignment does not depend on it."""
+        problem = self.problem
+        penalty = self.assignment_prior.penalty(problem.num_parties)
+        if self.path is None or not (problem.pooling.tempers or bool((penalty != 0).any())):
+            return ""
+        return self.path.doubt()
 
     def as_given(self, groups: Tensor) -> Tensor:
         """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
@@ -163,12 +185,14 @@ class Parties:
         assignment_prior: AssignmentPrior,
         dispersion: float | None,
         given: Mapping[str, Tensor] | None = None,
+        step: float = STEP,
     ) -> LabelProblem:
         """The components along ``label``, in the order of the parties.
 
         :param dispersion: T, or None to estimate it.
         :param given: assignments ``[N]`` along other labels, in whose light they are seen: sites
             with several labels take part if those of all others are given.
+        :param step: by how much prices grow from one T to the next on the path of the estimate.
         """
         sites = self.roles.matched[label]
         local, sizes = self.components(label)
@@ -188,18 +212,25 @@ class Parties:
                     prior[link.site] = one
         messages = replace(self._problem(local, sizes, prior), masked=masked)
         order, ordered_sizes = canonical_order(messages.sites, sizes, self.weights)
-        scale, path = dispersion or 1.0, None
+        scale, path, merges = dispersion or 1.0, None, None
         some, rows = _some_parties(messages.in_order(order, ordered_sizes))
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
-                path = follow(label, some, order[rows], messages.party[order[rows]])
+                some, merges, told = told_apart(some)
+                rows = order[rows[told]]
+                path = follow(label, some, merges, rows, messages.party[rows], step)
                 scale = path.estimate
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()
         calibrated = assignment_prior.calibrated(lambda: pairwise_spread(some.sites) / scale)
         check_penalty(calibrated, len(sizes))
         ordered = problem.in_order(order, ordered_sizes)
-        return LabelProblem(label, problem, messages, calibrated, scale, ordered, order, path=path)
+        result = LabelProblem(
+            label, problem, messages, calibrated, scale, ordered, order, path=path
+        )
+        if merges is not None:
+            result.__dict__["merges"] = merges
+        return result
 
     def in_one_unit(
         self, parts: Mapping[str, LabelProblem]
@@ -381,12 +412,18 @@ def _rolled(f: Factor, places: Tensor) -> Factor:
 
 def _some_parties(problem: Components) -> tuple[Components, Tensor]:
     """The parties whose weight is not zero, if these are two at least, and of many a random
-    selection; and which components these are, LongTensor ``[n]``."""
+    selection, with weights relative to theirs; and which components these are, LongTensor
+    ``[n]``."""
     first = torch.tensor(problem.sizes).cumsum(0) - torch.tensor(problem.sizes)
     voting = (problem.weights.cpu()[first] > 0).nonzero().squeeze(-1)
     if len(voting) < 2:
         voting = torch.arange(problem.num_parties)
     generator = torch.Generator().manual_seed(0)
-    kept = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]].sort().values
+    drawn = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]]
+    enough = torch.tensor(problem.sizes)[drawn].cumsum(0) <= _MAX_COMPONENTS
+    kept = drawn[: max(_MIN_PARTIES, int(enough.sum()))].sort().values
     rows = torch.isin(problem.party, kept).nonzero().squeeze(-1)
-    return problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist())), rows
+    some = problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist()))
+    first = torch.tensor(some.sizes).cumsum(0) - torch.tensor(some.sizes)
+    mean = some.weights[first.to(some.weights.device)].mean()
+    return replace(some, weights=torch.where(mean > 0, some.weights / mean, 1.0)), rows

@@ -6,6 +6,7 @@ sites that all parties share. ``search`` solves it; the Pyro program is built on
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,19 +17,20 @@ import torch
 from torch import Tensor
 
 from pyro_fusion.assignment import AssignmentPrior, AssignmentProblem
-from pyro_fusion.errors import Party, StructureError, naming
+from pyro_fusion.errors import ParameterError, Party, StructureError, naming, warn_user
 from pyro_fusion.families import Factor
 from pyro_fusion.fusion.arguments import Inputs, Prior
 from pyro_fusion.fusion.ascent import expectation_maximization
 from pyro_fusion.fusion.checks import Weights, check_dispersion, warn_identical
 from pyro_fusion.fusion.links import LinkedSite
 from pyro_fusion.fusion.parties import LabelProblem, Parties, locating, searching
+from pyro_fusion.fusion.persistence import STEP, DispersionPath
 from pyro_fusion.fusion.seeding import starts
 from pyro_fusion.pooling import Pooling, pooling_named
 from pyro_fusion.pooling.components import Components, compact
 from pyro_fusion.posterior import Axes, Posterior
 
-__all__ = ["FusionProblem", "check_assignment"]
+__all__ = ["FusionProblem", "check_assignment", "dispersion_path"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,9 @@ class FusionProblem:
                 own, between = _parts(parties, group, priors, given)
                 parts.update(own)
                 links.update(between)
+            for part in parts.values():
+                if part.doubt:
+                    warn_user(part.doubt)
             shared = {site: parties.shared(site) for site in parties.roles.shared}
         return cls(parties=parties, parts=parts, links=links, shared=shared)
 
@@ -210,6 +215,48 @@ class FusionProblem:
             return Posterior(ordered, first.axes, plates=first.plates, outgoing=first.outgoing)
 
 
+def dispersion_path(
+    posteriors: Inputs,
+    pooling: str | Pooling = "exclusive",
+    *,
+    label: str | None = None,
+    weights: Weights = None,
+    prior: Prior | None = None,
+    axes: Axes | Literal["auto"] | None = None,
+    step: float = 1.25,
+) -> DispersionPath:
+    """Follow the assignment along one label as the dispersion T grows: how many atoms there are at
+    each T, which components they have, and over which stretches of T nothing changes. Draw it with
+    :func:`~pyro_fusion.plotting.plot_dispersion_path`.
+
+    :func:`fuse` takes T from the longest stretch of such a path, with wider steps.
+
+    :param posteriors, pooling, weights, prior, axes: as for :func:`~pyro_fusion.fuse`.
+    :param label: which label; may be left out if there is one.
+    :param step: by how much the price of a merge grows from one value of T to the next.
+    :raises StructureError: for an unknown label, none where there are several, or one party.
+    :raises ParameterError: unless ``step`` is above 1.
+    """
+    if not 1 < step < math.inf:
+        raise ParameterError(f"step must be above 1, got {step}")
+    parties = Parties.of(posteriors, pooling_named(pooling), weights, prior, axes)
+    labels = sorted(parties.roles.matched)
+    if len(parties.posteriors) < 2 or not labels:
+        raise StructureError(
+            "a path of the dispersion needs two parties at least, and a site with a label, got "
+            f"{len(parties.posteriors)} and labels {labels}"
+        )
+    if label is None and len(labels) == 1:
+        label = labels[0]
+    if label not in labels:
+        raise StructureError(f"expected `label` to be one of {labels}, got {label!r}")
+    with naming(parties.names):
+        (group,) = (x for x in parties.roles.groups if label in x)
+        path = _parts(parties, group, parties.priors(None), None, step)[0][label].path
+    assert path is not None
+    return path
+
+
 def check_assignment(assignment: Mapping[str, Tensor], problem: FusionProblem) -> None:
     """Check that each label has an atom for each component, no two of a party the same, and no
     more than its assignment prior allows.
@@ -258,10 +305,12 @@ def _parts(
     group: tuple[str, ...],
     priors: Mapping[str, AssignmentPrior],
     dispersion: float | None,
+    step: float = STEP,
 ) -> tuple[dict[str, LabelProblem], dict[str, LinkedSite]]:
     """The components along labels that are linked, and the sites that link them."""
     if len(group) == 1:
-        return {group[0]: parties.labelled(group[0], priors[group[0]], dispersion)}, {}
+        part = parties.labelled(group[0], priors[group[0]], dispersion, step=step)
+        return {group[0]: part}, {}
     # How far apart components are depends on the assignments of the others, and so does T.
     found: dict[str, Tensor] = {}
     for label in group:
@@ -272,7 +321,7 @@ def _parts(
                 part.ordered, part.assignment_prior, start, collapsed=False
             )
         found[label] = part.as_given(end.groups)
-    parts = {x: parties.labelled(x, priors[x], dispersion, found) for x in group}
+    parts = {x: parties.labelled(x, priors[x], dispersion, found, step) for x in group}
     if parties.pooling.tempers and dispersion is None:
         # The entries that labels have in common are tempered once.
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())

@@ -20,6 +20,8 @@ from pyro_fusion.assignment.priors import AssignmentPrior
 from pyro_fusion.errors import ParameterError, naming
 from pyro_fusion.fusion.annealing import annealed
 from pyro_fusion.fusion.ascent import EMResult, expectation_maximization
+from pyro_fusion.fusion.chain import check_has_posterior, with_draws
+from pyro_fusion.fusion.draws import AssignmentDraws
 from pyro_fusion.fusion.parties import LabelProblem, searching
 from pyro_fusion.fusion.problem import FusionProblem
 from pyro_fusion.fusion.result import FusedLabel, Fusion, StopReason
@@ -62,6 +64,7 @@ def search(
     seed: int = 0,
     solver: Literal["coordinate", "relaxed", "sinkhorn"] | Solver = "coordinate",
     start: Mapping[str, Tensor] | None = None,
+    num_draws: int = 0,
     progress: bool = False,
 ) -> Fusion:
     """Fuse a problem: the assignment with the lowest F that coordinate ascent finds, and the atoms
@@ -72,35 +75,45 @@ def search(
 
     :param start: label -> the atom of each component, LongTensor ``[N]``, for the first start; by
         default that of :meth:`~pyro_fusion.FusionProblem.start`.
-    :param restarts, max_iterations, seed, solver, progress: as for :func:`~pyro_fusion.fuse`.
+    :param restarts, max_iterations, seed, solver, num_draws, progress: as for
+        :func:`~pyro_fusion.fuse`.
     :raises ParameterError: for arguments out of range, a solver that is unknown or not for its
-        assignment prior or pooling, and where ``product`` is improper.
+        assignment prior or pooling, draws where there is no posterior of the assignment, and where
+        ``product`` is improper.
 
     Source: Claici et al., *Model Fusion with Kullback-Leibler Divergence* (ICML 2020), alg. 1,
     with one direction of the divergence in both steps.
     """
-    check_run(restarts, max_iterations, seed)
+    check_run(restarts, max_iterations, seed, num_draws)
+    if num_draws:
+        check_has_posterior(problem)
     chosen = solver_for(problem, solver)
     with naming(problem.parties.names):
         if len(problem.parties.posteriors) == 1:
-            return _alone(problem)
+            return _alone(problem, index(num_draws))
         first = problem.start() if start is None else {k: a.cpu() for k, a in start.items()}
         limits = {"restarts": index(restarts), "max_iterations": index(max_iterations)}
         settings = _Search(
             problem=problem, seed=index(seed), solver=chosen, progress=progress, **limits
         )
-        return settings.run(first)
+        fusion = settings.run(first)
+    if num_draws == 0:
+        return fusion
+    return with_draws(problem, fusion, index(num_draws), index(seed), progress)
 
 
-def check_run(restarts: int, max_iterations: int, seed: int) -> None:
+def check_run(restarts: int, max_iterations: int, seed: int, num_draws: int = 0) -> None:
     """:raises ParameterError: for arguments of :func:`search` out of range."""
-    for name, value in (("restarts", restarts), ("max_iterations", max_iterations), ("seed", seed)):
+    given = {"restarts": restarts, "max_iterations": max_iterations, "seed": seed}
+    for name, value in (given | {"num_draws": num_draws}).items():
         if isinstance(value, bool) or not hasattr(value, "__index__"):
             raise ParameterError(f"{name} must be an integer, got {value!r}")
     if restarts < 0 or max_iterations < 1:
         raise ParameterError(
             f"expected restarts >= 0 and max_iterations >= 1, got {restarts} and {max_iterations}"
         )
+    if num_draws < 0:
+        raise ParameterError(f"expected num_draws >= 0, got {num_draws}")
     if not -(2**63) <= int(seed) < 2**64:
         raise ParameterError(f"seed must fit 64 bits, got {seed}")
 
@@ -331,6 +344,8 @@ class _Search:
                 stopped=f.stopped,
                 restarts=f.ends,
                 bound=f.best.bound,
+                dispersion_path=part.path,
+                problem=problem.given(label, {x: one.groups for x, one in found.items()}),
             )
         trace = [problem.shared_objective]
         for own in traces:
@@ -345,7 +360,7 @@ class _Search:
         )
 
 
-def _alone(problem: FusionProblem) -> Fusion:
+def _alone(problem: FusionProblem, num_draws: int) -> Fusion:
     """One party: every component is an atom, and its posterior is the fused one."""
     labels = {}
     for label, part in problem.parts.items():
@@ -363,6 +378,7 @@ def _alone(problem: FusionProblem) -> Fusion:
             assignment_prior=belief,
             stopped=StopReason.AGREED,
             restarts=[objective],
+            draws=AssignmentDraws.of_one_party(label, size, num_draws) if num_draws else None,
         )
     return Fusion(
         posterior=problem.parties.posteriors[0],

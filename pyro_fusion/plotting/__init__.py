@@ -9,6 +9,7 @@ from pyro_fusion.plotting.calibration import plot_calibration
 from pyro_fusion.plotting.components import plot_components
 from pyro_fusion.plotting.forest import plot_forest
 from pyro_fusion.plotting.images import plot_atoms
+from pyro_fusion.plotting.path import plot_dispersion_path
 from pyro_fusion.plotting.runs import plot_num_atoms, plot_objective
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "plot_atoms",
     "plot_calibration",
     "plot_components",
+    "plot_dispersion_path",
     "plot_forest",
     "plot_num_atoms",
     "plot_objective",

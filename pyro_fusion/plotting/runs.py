@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from pyro_fusion.errors import StructureError
+from pyro_fusion.fusion.draws import AssignmentDraws
 from pyro_fusion.fusion.result import Fusion
 from pyro_fusion.plotting.common import (
     BLUE,
@@ -18,7 +19,7 @@ from pyro_fusion.plotting.common import (
     new_axes,
     require_matplotlib,
 )
-from pyro_fusion.program.gibbs import AssignmentDraws, GibbsResult
+from pyro_fusion.program.gibbs import GibbsResult
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -158,11 +158,7 @@ class Sums(GroupCosts):
             zero = w.new_zeros(num_atoms)
             total = w.new_zeros(num_atoms, statistics.shape[1])
             sites.append(SiteSums(pooling, f.centred, prior, statistics, potential, total, zero))
-        known = None
-        if sum(s.total.shape[1] for s in sites) >= _LARGE:
-            known = problem.known
-            if len(known) > _MAX_REMEMBERED:
-                known.clear()
+        known = problem.known if sum(s.total.shape[1] for s in sites) >= _LARGE else None
         code = torch.zeros(num_atoms, dtype=torch.long)
         weight = w.new_zeros(num_atoms)
         sums = cls(sites, w, weight, problem.dispersion, problem.codes, code, known)
@@ -181,13 +177,21 @@ class Sums(GroupCosts):
         weight, code = self.weight - other.weight[:count], self.code - other.code[:count]
         return replace(self, sites=sites, weight=weight, code=code)
 
-    def parted(self, groups: Tensor, part: Tensor) -> tuple[Sums, Sums]:
+    def empty(self, count: int) -> Sums:
+        """So many groups without a component."""
         sites = [
-            replace(s, total=torch.zeros_like(s.total), potentials=torch.zeros_like(s.potentials))
+            replace(
+                s,
+                total=s.total.new_zeros(count, s.total.shape[1]),
+                potentials=s.potentials.new_zeros(count),
+            )
             for s in self.sites
         ]
-        weight, code = torch.zeros_like(self.weight), torch.zeros_like(self.code)
-        there = replace(self, sites=sites, weight=weight, code=code)
+        weight, code = self.weight.new_zeros(count), self.code.new_zeros(count)
+        return replace(self, sites=sites, weight=weight, code=code)
+
+    def parted(self, groups: Tensor, part: Tensor) -> tuple[Sums, Sums]:
+        there = self.empty(len(self.weight))
         members = part.nonzero().squeeze(-1)
         there.add(members, groups[members], 1.0)
         return self.minus(there), there
@@ -218,6 +222,8 @@ class Sums(GroupCosts):
         every = torch.arange(len(code))
         if self.known is None:
             return torch.cat([of(index) for index in every.split(part)]).cpu()
+        if len(self.known) > _MAX_REMEMBERED:
+            self.known.clear()
         codes = code.tolist()
         first = {c: i for i, c in enumerate(codes) if c not in self.known}
         for index in torch.tensor(list(first.values()), dtype=torch.long).split(part):
@@ -246,6 +252,30 @@ class Sums(GroupCosts):
         for s in self.sites:
             s.total = torch.cat([s.total, s.total.new_zeros(count, s.total.shape[1])])
             s.potentials = torch.cat([s.potentials, s.potentials.new_zeros(count)])
+
+    def exchanged(self, groups: Tensor, without: Tensor, with_: Tensor) -> Tensor:
+        """The objective over T of groups ``[M]`` without one component each and with another, -1
+        for none; zero where nothing is left: on the CPU."""
+        device = self.weights.device
+        k = groups.to(device)
+        pairs = [(x.to(device), sign) for x, sign in ((without, -1.0), (with_, 1.0))]
+        weight = self.weight[k]
+        changes = []
+        for n, sign in pairs:
+            w = torch.where(n < 0, 0.0, sign * self.weights[n])
+            changes.append((n, w))
+            weight = weight + w
+        keep = (weight > 1e-9 * self.weight[k]).nonzero().squeeze(-1)
+        result = torch.zeros_like(weight)
+        part = max(1, _NUMBERS // max(s.total.shape[1] for s in self.sites))
+        for rows in keep.split(part):
+            for s in self.sites:
+                total, potential = s.total[k[rows]], s.potentials[k[rows]]
+                for n, w in changes:
+                    total = total + s.statistics[n[rows]] * w[rows].unsqueeze(1)
+                    potential = potential + s.potential[n[rows]] * w[rows]
+                result[rows] += s.value(total, potential, weight[rows])
+        return (result / self.dispersion).cpu()
 
     def increments(self, members: Tensor, groups: Tensor, sign: float = 1.0) -> Tensor:
         """The growth of the objective of each group, over T, with the component (or without it): on

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.masked import Masked
 from pyro_fusion.pooling.additive import AdditivePooling
-from pyro_fusion.pooling.merges import Merges
+from pyro_fusion.pooling.merges import Merges, PriceScale
 
 __all__ = ["Exclusive", "Inclusive"]
 
@@ -107,8 +107,5 @@ class Exclusive(_KL):
         precision, as barycentres do, which a party that is overconfident would rule."""
         return local.precision.sqrt()
 
-    def dispersion(self, merges: Merges, limit: float) -> float:
-        return limit  # prices are in its units
-
-    def limit(self, merges: Merges) -> Callable[[float], float]:
-        return lambda dispersion: dispersion
+    def scale(self, merges: Merges, low: float, high: float) -> PriceScale:
+        return PriceScale(np.zeros(1), np.zeros(1))  # prices are in its units

@@ -9,18 +9,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from pyro_fusion.assignment.problem import party_of
 from pyro_fusion.families import Factor, pairwise_kl
 from pyro_fusion.families.masked import Masked
 
-__all__ = ["WRONG", "Merges", "pairwise_spread", "quantile"]
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+__all__ = ["WRONG", "Merges", "PriceScale", "pairwise_spread", "quantile"]
 
 # Quantiles need no more pairs than this. Of large components (topics of many words) there are
 # fewer: so many numbers in the atoms of all pairs.
@@ -32,8 +34,8 @@ _MAX_NUMBERS = 1 << 24
 WRONG = 0.75
 
 # `GroupNormPrior` asks one T of two lone components that share an atom, and up to 1.7 of one that
-# joins a popular atom. Prices in other units are translated at the middle of that.
-_MIDDLE = (2 - 2**0.5) ** -0.5
+# joins a popular atom. Prices in other units are translated at the middle of that, a logarithm.
+_MIDDLE = -math.log(2 - 2**0.5) / 2
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,8 @@ class Merges:
     :ivar other: of each component the price of the cheapest merge with another party, ``[N]``.
     :ivar share: what each component counts, ``[N]``.
     :ivar dimensions: D, the mean count of numbers in a component.
+    :ivar informed: how many of them the posteriors know something of; of families without a
+        location and a scale all.
     :ivar num_parties: S.
     """
 
@@ -67,6 +71,7 @@ class Merges:
     other: Tensor
     share: Tensor
     dimensions: float
+    informed: float
     num_parties: int
 
     @classmethod
@@ -103,8 +108,15 @@ class Merges:
             other=infinite.scatter_reduce(0, first[~is_own], price[~is_own], "amin"),
             share=1 / torch.tensor(sizes, dtype=torch.float64)[party],
             dimensions=dimensions,
+            informed=max(1.0, sum(map(_informed, local.values()))),
             num_parties=len(sizes),
         )
+
+    @property
+    def face_value(self) -> float:
+        """The mean price of merging two posteriors of one truth that admit their errors: half a nat
+        for each number of which they know something."""
+        return self.informed / 2
 
     @property
     def known_different(self) -> bool:
@@ -122,48 +134,91 @@ class Merges:
 
     @property
     def price_ratio(self) -> float:
-        """The price of a wrong merge (upper quartile) over that of the cheapest with another party
-        (median): the larger, the better the posteriors tell components apart. Infinite where no
-        party has two components."""
-        right = max(self.right_price(), 1e-300)
-        return self.wrong_price() / right if self.known_different else math.inf
+        """The price of a wrong merge (upper quartile) over that of the cheapest merge with another
+        party (median of the estimated share that has a counterpart there, of all if none has): the
+        larger, the better the posteriors tell components apart. Infinite where no party has two
+        components."""
+        if not self.known_different:
+            return math.inf
+        right = self.right_price(self.shared / 2 or 0.5)
+        return self.wrong_price() / max(right, 1e-300)
+
+    @property
+    def shared(self) -> float:
+        """The estimated share of components that have a counterpart in another party; NaN where no
+        party has two components.
+
+        Cheapest merges with other parties are those of a share of right pairs, and for the others
+        as cheap as the least of as many merges within a party: the least share for which there are
+        as many cheap ones as are found.
+        """
+        known = self.own.isfinite() & self.other.isfinite()
+        if not bool(known.any()):
+            return math.nan
+        share = self.share[known] / self.share[known].sum()
+        level = self.other[known].sort().values
+        cheap = (self.other[known].unsqueeze(1) <= level).double().T @ share
+        wrong = (self.own[known].unsqueeze(1) <= level).double().T @ share
+        # How many components of other parties there are for each other one of one's own.
+        count = 1 / self.share[known]
+        rivals = (len(self.share) - count) / (count - 1)
+        by_chance = 1 - ((1 - wrong).unsqueeze(1) ** rivals) @ share
+        tells = by_chance < 0.6
+        # The largest of many differences is too large: each is less one standard error.
+        by_chance = by_chance.clamp(0, 1)  # up to rounding it is
+        error = (by_chance * (1 - by_chance) / len(share)).sqrt()
+        excess = (cheap - by_chance - error) / (1 - by_chance)
+        return float(excess[tells].max().clamp(0, 1)) if bool(tells.any()) else 0.0
 
     def nothing_shared(self) -> bool:
-        """True if other parties' components are no nearer than those of one's own.
-
-        The median price of the cheapest merge with any of ``S - 1`` other parties is compared with
-        the median of the least of ``S - 1`` prices within a party: no less than half of it.
-        """
+        """True if other parties' components are hardly nearer than those of one's own: the median
+        of the cheapest merges with any of ``S - 1`` other parties is no less than a fifth of the
+        median of the least of ``S - 1`` merges within a party."""
         if not self.known_different:
             return False
         return self.right_price() >= self.wrong_price(1 - 2 ** (-1 / (self.num_parties - 1))) / 5
 
-    def translated(self, other: Tensor, limit: float) -> float:
-        """A price in nats in units of other prices ``[M]`` of the same merges: as many are below
-        it."""
-        at = math.log(_MIDDLE * limit)
-        return math.exp(_interpolated(at, _levels(self.price), _levels(other))) / _MIDDLE
+    def scale(self, costs: Tensor) -> PriceScale:
+        """The prices of the same merges in other units ``[M]``: as many are below a price as are
+        below what it is in those."""
+        return PriceScale(_levels(costs) - _MIDDLE, _levels(self.price) - _MIDDLE)
 
-    def translated_back(self, other: Tensor, value: float) -> float:
-        """A price in units of other prices ``[M]`` in nats: the inverse of :meth:`translated`."""
-        at = math.log(_MIDDLE * value)
-        return math.exp(_interpolated(at, _levels(other), _levels(self.price))) / _MIDDLE
+
+@dataclass(frozen=True)
+class PriceScale:
+    """The price in nats up to which two lone components share an atom, as a rising function of the
+    dispersion T, and back: points between which logarithms are interpolated, and beyond which they
+    have slope one.
+
+    :ivar dispersions, prices: the logarithms of the points, rising.
+    """
+
+    dispersions: NDArray[np.float64]
+    prices: NDArray[np.float64]
+
+    def price(self, dispersion: float) -> float:
+        """The price at a dispersion."""
+        return _interpolated(dispersion, self.dispersions, self.prices)
+
+    def dispersion(self, price: float) -> float:
+        """The dispersion at a price."""
+        return _interpolated(price, self.prices, self.dispersions)
+
+
+def _interpolated(x: float, at: NDArray[np.float64], y: NDArray[np.float64]) -> float:
+    if not math.isfinite(x):
+        return x
+    v = math.log(max(x, 1e-300))
+    inside = min(max(v, float(at[0])), float(at[-1]))
+    return math.exp(float(np.interp(inside, at, y)) + v - inside)
 
 
 def _levels(prices: Tensor) -> NDArray[np.float64]:
     """The logarithms of prices, sorted; zero is far below all others."""
-    floor = max(1e-12 * float(prices.max()), 1e-300)
+    positive = prices[prices > 0]
+    floor = 1e-12 * float(positive.median()) if len(positive) else 1e-300
     levels: NDArray[np.float64] = prices.clamp(min=floor).sort().values.log().numpy()
     return levels
-
-
-def _interpolated(at: float, x: NDArray[np.float64], y: NDArray[np.float64]) -> float:
-    """A rising curve through points; beyond its ends it goes on at slope one."""
-    if at > x[-1]:
-        return float(y[-1] + at - x[-1])
-    if at < x[0]:
-        return float(y[0] + at - x[0])
-    return float(np.interp(at, x, y))
 
 
 def quantile(x: Tensor, weights: Tensor, q: float) -> float:
@@ -194,6 +249,27 @@ def _pairwise(local: Mapping[str, Any]) -> Tensor:
 def _dimensions(f: Factor | Masked) -> float:
     """The mean count of numbers in a component."""
     return f.dimensions if isinstance(f, Masked) else float(f.event_shape.numel())
+
+
+def _informed(f: Factor | Masked) -> float:
+    """The count of numbers in a component that the posteriors know something of: where they are as
+    wide as their prior, components hardly differ in location. By how much more they do than they
+    are wide, each number counts as a share."""
+    factor, present = (f.factor, f.present) if isinstance(f, Masked) else (f, None)
+    location = factor.location()
+    if location is None or factor.family.scale is None:
+        return _dimensions(f)
+    variance = 1 / factor.precision
+    w = torch.ones_like(location) if present is None else present.expand_as(location)
+    count = w.sum(0).clamp(min=1)
+    mean = (w * location).sum(0) / count
+    spread = (w * (location - mean).square()).sum(0) / (count - 1).clamp(min=1)
+    share = spread / (spread + (w * variance).sum(0) / count)
+    return (
+        float((share * (w > 0).any(0)).sum())
+        if present is None
+        else _dimensions(f) * float((share * count).sum() / count.sum())
+    )
 
 
 def _selection(mask: Tensor, dimensions: float) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ that they always lower the same objective; and all that is otherwise asked of it
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor
 from pyro_fusion.families.masked import Masked, entries_of
 from pyro_fusion.pooling.groups import group_sizes
-from pyro_fusion.pooling.merges import Merges
+from pyro_fusion.pooling.merges import Merges, PriceScale
 
 __all__ = ["Entrywise", "Pooling"]
 
@@ -211,18 +211,15 @@ class Pooling(ABC):
         return self.barycenter(local, torch.zeros_like(weights, dtype=torch.long), 1, weights)
 
     def dispersion(self, merges: Merges, limit: float) -> float:
-        """T, given the price up to which two components may be the same, in nats. By default what a
-        merge at that price costs in this pooling."""
-        return merges.translated(self._costs_of(merges), limit)
+        """T, given the price up to which two components may be the same, in nats."""
+        return self.scale(merges, limit, limit).dispersion(limit)
 
-    def limit(self, merges: Merges) -> Callable[[float], float]:
-        """A rising function of T: the price in nats up to which two lone components share an atom
-        at that T. By default that of merges that cost T in this pooling."""
-        costs = self._costs_of(merges)
-        return lambda dispersion: merges.translated_back(costs, dispersion)
-
-    def _costs_of(self, merges: Merges) -> Tensor:
-        return self.merge_costs(merges.local, merges.first, merges.second, merges.prior)
+    def scale(self, merges: Merges, low: float, high: float) -> PriceScale:
+        """The price in nats up to which two lone components share an atom at each T, at least from
+        ``low`` to ``high``. By default that of merges that cost T in this pooling."""
+        return merges.scale(
+            self.merge_costs(merges.local, merges.first, merges.second, merges.prior)
+        )
 
     def merge_costs(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,13 +17,16 @@ from pyro_fusion.errors import ParameterError
 from pyro_fusion.families import Factor, kl, pairwise_kl
 from pyro_fusion.families.masked import Masked, entries_of
 from pyro_fusion.pooling.additive import AdditivePooling
-from pyro_fusion.pooling.merges import WRONG, Merges
+from pyro_fusion.pooling.merges import WRONG, Merges, PriceScale
 
 __all__ = ["Product"]
 
 # Pairs, of the cheapest and of one party, that tell what evidence there is for a merge.
 _MAX_EVIDENCE = 200
 _BISECTIONS = 12
+
+# Values of T in its scale of prices, how many above 1, and below, where messages are made surer.
+_STEP, _MAX_ABOVE, _MAX_BELOW = 3.0, 40, 4
 
 
 class Product(AdditivePooling):
@@ -102,12 +106,12 @@ class Product(AdditivePooling):
     def dispersion(self, merges: Merges, limit: float) -> float:
         """The T at which tempered messages at the limit are as well merged as not, or, if it is
         less, that at which those of pairs of one party are, by bisection; at least 1."""
-        at = self.limit(merges)
+        price = self._price(merges)
         wrong = merges.wrong[:: math.ceil(len(merges.wrong) / _MAX_EVIDENCE) or 1]
 
         def too_low(dispersion: float) -> bool:
             """True if a merge at the limit, and wrong ones, do not pay yet."""
-            if at(dispersion) >= limit:
+            if price(dispersion) >= limit:
                 return False
             own = self._disbelief(merges, wrong, dispersion)
             return not len(own) or float(own.quantile(WRONG)) > _new_atom(merges)
@@ -123,7 +127,24 @@ class Product(AdditivePooling):
             return 1.0
         return low
 
-    def limit(self, merges: Merges) -> Callable[[float], float]:
+    def scale(self, merges: Merges, low: float, high: float) -> PriceScale:
+        """The price at which tempered messages are as well merged as not, for T in steps."""
+        price = self._price(merges)
+        points = [(1.0, price(1.0))]
+        while points[-1][1] < high and len(points) < _MAX_ABOVE:
+            t = _STEP * points[-1][0]
+            points.append((t, price(t)))
+        try:
+            for i in range(_MAX_BELOW):
+                if points[0][1] > low:
+                    t = _STEP ** -(i + 1)
+                    points.insert(0, (t, price(t)))
+        except ParameterError:  # messages to so high a power are improper
+            pass
+        dispersions, prices = np.log(points).T
+        return PriceScale(dispersions, np.maximum.accumulate(prices))
+
+    def _price(self, merges: Merges) -> Callable[[float], float]:
         """A function of T: the price at which tempered messages are as well merged as not. For what
         a merge costs beyond its price over T, the sign is that of the evidence for it."""
         cheapest = merges.price.argsort(stable=True)[:_MAX_EVIDENCE]
@@ -157,8 +178,8 @@ class Product(AdditivePooling):
 
 
 def _new_atom(merges: Merges) -> float:
-    """What the assignment prior asks for one more atom, halfway between two lone components
-    (nothing) and one that joins half of all parties."""
+    """The price that the assignment prior puts on one more atom: halfway between that of two lone
+    components (nothing) and that of one that joins half of all parties."""
     return math.log(merges.num_parties) / 2
 
 

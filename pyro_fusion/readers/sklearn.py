@@ -176,7 +176,8 @@ def _mixture_prior(model: Any) -> dict[str, dist.TorchDistribution]:
     )
     size = len(like)
     if model.covariance_type != "tied":
-        df, scatter = df.expand(size), scatter.expand(size, *scatter.shape)
+        each = scatter.dim() - df.dim()  # axes of one component's
+        df, scatter = df.expand(size), scatter.expand(size, *scatter.shape[scatter.dim() - each :])
     weights = {"weights": dist.Dirichlet(_prior_weights(model, size))}
     return weights | _gaussians(model, loc.expand_as(like), kappa.expand(size), df, scatter)
 

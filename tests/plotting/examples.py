@@ -9,7 +9,7 @@ import torch
 
 from pyro_fusion import FusedLabel, Fusion, Posterior, StopReason
 from pyro_fusion.assignment.priors import FixedAtoms
-from pyro_fusion.program.gibbs import AssignmentDraws
+from pyro_fusion.fusion.draws import AssignmentDraws
 
 
 def fusion(

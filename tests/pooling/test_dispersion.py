@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 
 from pyro_fusion import GroupNormPrior, Posterior, fuse
 from pyro_fusion.families import Factor
-from pyro_fusion.pooling import pooling_named
-from pyro_fusion.pooling.dispersion import estimate_dispersion, pairwise_spread
+from pyro_fusion.pooling import Exclusive, pooling_named
+from pyro_fusion.pooling.dispersion import two_prices
+from pyro_fusion.pooling.merges import Merges, pairwise_spread, quantile
 
 POOLINGS = ["inclusive", "exclusive", "product"]
 
@@ -27,6 +28,19 @@ def normal(loc, scale=0.1):
 def prior_for(pooling, scale=2000.0):
     one = torch.zeros(1, 1, dtype=torch.float64)
     return {"x": Factor.of(dist.Normal(one, scale).to_event(1))} if pooling == "product" else {}
+
+
+def merges_of(local, sizes, prior=None):
+    def prices(local, first, second):
+        return Exclusive().merge_costs(local, first, second, {})
+
+    return Merges.of(local, sizes, prior or {}, prices)
+
+
+def estimate_dispersion(local, sizes, pooling, prior=None):
+    """T by the rule of two prices."""
+    merges = merges_of(local, sizes, prior)
+    return pooling.dispersion(merges, two_prices(merges))
 
 
 def merge_price(distance, scale):
@@ -128,12 +142,25 @@ def test_one_component_each_and_identical_ones(pooling):
     assert math.isfinite(same) and same > 0
 
 
+def test_quantiles_count_by_weight():
+    x = torch.tensor([3.0, 1.0, math.inf, 7.0, 2.0], dtype=torch.float64)
+    finite = x[x.isfinite()]
+    for q in (0.0, 0.2, 0.5, 0.75, 1.0):
+        alike = quantile(x, torch.full((5,), 0.3, dtype=torch.float64), q)
+        assert alike == pytest.approx(float(finite.quantile(q)))
+    # A party of one component counts as much as one of twenty.
+    many = torch.cat([torch.zeros(20), torch.tensor([10.0])]).double()
+    share = torch.cat([torch.full((20,), 0.05), torch.ones(1)]).double()
+    assert quantile(many, share, 0.25) == 0.0
+    assert quantile(many, share, 0.75) > 2.0 > quantile(many, torch.ones_like(share), 0.75)
+
+
 def test_spread_is_the_standard_deviation_of_all_pairs():
     p = [dist.Normal(m, s) for m, s in ((0.0, 1.0), (2.0, 0.5), (5.0, 3.0))]
     values = [float(torch.distributions.kl_divergence(a, b)) for a in p for b in p if a is not b]
     local = {"x": Factor.of(dist.Normal(torch.tensor([0.0, 2, 5]), torch.tensor([1.0, 0.5, 3])))}
     expected = float(torch.tensor(values).std())
-    assert pairwise_spread(local, (2, 1)) == pytest.approx(expected, rel=1e-5)
+    assert pairwise_spread(local) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("shared", [0.3, 1.0])

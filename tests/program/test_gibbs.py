@@ -11,7 +11,6 @@ import math
 import pyro.distributions as dist
 import pytest
 import torch
-from pyro.ops.stats import effective_sample_size
 
 from pyro_fusion import (
     FixedAtoms,
@@ -27,56 +26,12 @@ from pyro_fusion import (
 from pyro_fusion.assignment.indian_buffet import harmonic_number
 from pyro_fusion.assignment.markov_kernels import match_anew, slice_sample
 from pyro_fusion.fusion.ascent import expectation_maximization
+from pyro_fusion.pooling import Pooling, Product
+from tests.assignment.partitions import check, log_weights, partitions
 from tests.pooling.problems import collapsed
 
-SIGMAS = 4
+ABOUT_TWO = dist.LogNormal(torch.tensor(2.0).double().log(), 1.0)  # a prior of T
 BASE = dist.Normal(torch.zeros(1).double(), 3.0).to_event(1)
-
-
-def check(draws, exact, what):
-    """The mean of ``[num_draws, ...]`` against what is exact, as probabilities or with the sd that
-    the draws have."""
-    n = len(draws)
-    x, exact = draws.double().reshape(n, -1), torch.as_tensor(exact).double().flatten()
-    varies = (x != x[0]).any(0)
-    ess = torch.full_like(x[0], n / 10)  # as far as can be told
-    if bool(varies.any()):  # a constant would make NaNs of all
-        ess[varies] = effective_sample_size(x[None, :, varies]).reshape(-1).clamp(max=n)
-    probabilities = bool(((x == 0) | (x == 1)).all())
-    variance = (exact * (1 - exact)).clamp(min=0) if probabilities else x.var(0)
-    error, limit = (x.mean(0) - exact).abs(), SIGMAS * (variance / ess).sqrt() + 2 / n
-    assert bool((error <= limit).all()), (what, float((error / limit).max()), float(error.max()))
-
-
-# -- all partitions --------------------------------------------------------------------------------
-
-
-def choices(num_atoms, size):
-    """Atoms for a party's components, where there are ``num_atoms`` already."""
-    for a in itertools.product(range(num_atoms + 1), repeat=size):
-        old = [k for k in a if k < num_atoms]
-        if len(set(old)) == len(old):
-            new = itertools.count(num_atoms)
-            yield tuple(k if k < num_atoms else next(new) for k in a)
-
-
-@functools.cache
-def partitions(sizes):
-    """All, atoms numbered by first appearance: LongTensor ``[number, N]``."""
-    found = [()]
-    for size in sizes:
-        found = [a + b for a in found for b in choices(max(a, default=-1) + 1, size)]
-    return torch.tensor(found)
-
-
-def log_weights(sizes, log_evidence, penalty):
-    """``-F`` of each partition, from the evidence of a set of components and ``φ``."""
-    log_evidence = functools.cache(log_evidence)
-    result = []
-    for a in partitions(sizes).tolist():
-        groups = [tuple(n for n, k in enumerate(a) if k == j) for j in range(max(a) + 1)]
-        result.append(sum(log_evidence(g) - float(penalty[len(g)]) for g in groups))
-    return torch.tensor(result, dtype=torch.float64)
 
 
 def check_assignments(result, sizes, weights):
@@ -227,7 +182,7 @@ def test_every_partition(family, sizes, seed, prior, dispersion, block):
     weights = log_weights(sizes, evidence(dispersion), prior.penalty(3))
     if prior.num_atoms is not None:
         weights[partitions(sizes).amax(1) >= prior.num_atoms] = -torch.inf
-    result = FusionGibbs(model, seed=seed, block=block).run(500, 50)
+    result = FusionGibbs(model, seed=seed, block=block).run(300, 30)
     check_assignments(result, sizes, weights)
 
 
@@ -236,7 +191,7 @@ def test_without_evidence_the_prior_is_drawn(block):
     sizes, prior = (3, 2, 1), IndianBuffetPrior(1.5)
     posteriors = [Posterior({"x": BASE.expand((n,))}, AXES) for n in sizes]
     model = FusionModel(posteriors, "product", prior, prior={"x": BASE}, dispersion=1.0)
-    result = FusionGibbs(model, block=block).run(500, 50)
+    result = FusionGibbs(model, block=block).run(300, 30)
     check_assignments(result, sizes, log_weights(sizes, lambda g: 0.0, prior.penalty(3)))
 
 
@@ -244,7 +199,7 @@ def test_learned_alpha():
     """By quadrature over alpha for each partition."""
     sizes, prior = (2, 3, 2), IndianBuffetPrior(None, 3.0, 2.0)
     model, evidence = model_of("normal", sizes, 10, prior, 2.0)
-    result = FusionGibbs(model).run(500, 50)
+    result = FusionGibbs(model).run(300, 30)
     alpha = torch.linspace(1e-3, 20, 4000).double()
     log_prior = dist.Gamma(prior.concentration, prior.rate).log_prob(alpha)
     at_one = log_weights(sizes, evidence(2.0), IndianBuffetPrior(1.0).penalty(3)).unsqueeze(1)
@@ -260,14 +215,14 @@ def test_learned_alpha():
 
 
 @pytest.mark.parametrize(
-    ("family", "prior_of_t"), [("normal", True), ("gamma", dist.Uniform(0.5, 6.0))], ids=str
+    ("family", "prior_of_t"), [("normal", ABOUT_TWO), ("gamma", dist.Uniform(0.5, 6.0))], ids=str
 )
 def test_learned_dispersion(family, prior_of_t):
     """By quadrature over log T for each partition."""
     sizes, prior = (2, 2, 2), IndianBuffetPrior(1.0)
     model, evidence = model_of(family, sizes, 11, prior, 2.0)
-    result = FusionGibbs(model, learn_dispersion=prior_of_t).run(400, 50)
-    given = dist.LogNormal(math.log(2.0), 1.0) if prior_of_t is True else prior_of_t
+    result = FusionGibbs(model, learn_dispersion=prior_of_t).run(300, 30)
+    given = prior_of_t
     x = torch.linspace(-3.0, 5.0, 161).double()
     x = x[given.support.check(x.exp())]
     rows = [log_weights(sizes, evidence(float(t)), prior.penalty(3)) for t in x.exp()]
@@ -396,7 +351,7 @@ def test_the_loss_is_f(prior):
 
 def test_the_loss_where_alpha_and_dispersion_are_learned():
     prior = IndianBuffetPrior(None, 2.0, 0.5)
-    gibbs = FusionGibbs(shared_model(prior), learn_dispersion=True)
+    gibbs = FusionGibbs(shared_model(prior), learn_dispersion=ABOUT_TWO)
     for _ in range(3):
         draws = gibbs.run(1, 0).labels
         assert set(draws) == {"component", "rate"}
@@ -426,15 +381,15 @@ def test_seeds():
                 torch.rand(3)
         return torch.cat([torch.cat([d.log_density, d.alpha, d.dispersion]) for d in found])
 
-    first = draws(0, learn_dispersion=True)
+    first = draws(0, learn_dispersion=ABOUT_TWO)
     assert torch.equal(torch.get_rng_state(), before)
-    assert torch.equal(first, draws(0, noise=True, learn_dispersion=True))
-    assert not torch.equal(first, draws(1, learn_dispersion=True))
+    assert torch.equal(first, draws(0, noise=True, learn_dispersion=ABOUT_TWO))
+    assert not torch.equal(first, draws(1, learn_dispersion=ABOUT_TWO))
 
 
 def test_results():
     model, _ = model_of("normal", (2, 3, 2), 0, IndianBuffetPrior())
-    gibbs = FusionGibbs(model, learn_dispersion=True)
+    gibbs = FusionGibbs(model, learn_dispersion=ABOUT_TWO)
     result = gibbs.run(50, 5, 2)
     draws = result.only_label()
     assert draws.assignments.shape == (50, 7) and draws.assignments.dtype == torch.long
@@ -517,12 +472,30 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         "prior",
-        [1.0, None, dist.LogNormal(torch.zeros(2), 1.0), dist.Uniform(2.0, 3.0)],
-        ids=["number", "None", "batch", "elsewhere"],
+        [1.0, False, dist.LogNormal(torch.zeros(2), 1.0), dist.Uniform(2.0, 3.0)],
+        ids=["number", "False", "batch", "elsewhere"],
     )
     def test_prior_of_dispersion(self, prior):
         with pytest.raises(ParameterError, match=r"learn_dispersion.*density at .* dispersion, 1;"):
             FusionGibbs(self.model(), learn_dispersion=prior)
+
+    def test_no_prior_of_dispersion_is_a_default(self):
+        with pytest.raises(ParameterError, match="the prior of T, a distribution: there is no def"):
+            FusionGibbs(self.model(), learn_dispersion=True)
+
+    def test_no_sums(self):
+        class Sumless(Pooling):
+            name, needs_prior, draws_from = "sumless", True, "prior"
+
+            def divergence(self, atoms, local):
+                return Product().divergence(atoms, local)
+
+            def barycenter(self, *args):
+                return Product().barycenter(*args)
+
+        model = FusionModel(normals((2, 2), 0), Sumless(), prior={"x": BASE}, dispersion=1.0)
+        with pytest.raises(ParameterError, match=r"'sumless' has none.*AdditivePooling"):
+            FusionGibbs(model)
 
     @pytest.mark.parametrize(
         "groups, match",
@@ -562,7 +535,7 @@ def test_cuda():
         posteriors, "product", IndianBuffetPrior(), prior={"x": BASE}, dispersion=1.0
     )
     assert there.problem.parts["component"].problem.weights.device.type == "cuda"
-    for settings in ({}, {"learn_dispersion": True}):
+    for settings in ({}, {"learn_dispersion": ABOUT_TWO}):
         a, b = (FusionGibbs(m, **settings).run(20, 0).only_label() for m in (here, there))
         assert torch.equal(a.assignments, b.assignments)
         torch.testing.assert_close(a.log_density, b.log_density)
