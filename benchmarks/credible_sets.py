@@ -16,18 +16,16 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from mixtures import Task, overlapping_tasks, quiet_thread
 from numpy.typing import NDArray
+from problems import Problem, problems_of
 from tqdm import tqdm
 
 from pyro_fusion import fuse
 from pyro_fusion.fusion.draws import AssignmentDraws
-
-if TYPE_CHECKING:
-    from simulation import Problem, Task
 
 LEVELS = (0.5, 0.8, 0.95)
 
@@ -67,7 +65,7 @@ def coverage(
 ) -> Coverage:
     """What draws at the estimated T say of a problem of the first simulation.
 
-    :param matches: the true atom of each component, ``[N]``, by ``simulation.true_matches``.
+    :param matches: the true atom of each component, ``[N]``, by ``problems.true_matches``.
     """
     begin = time.perf_counter()
     fusion = fuse(
@@ -109,12 +107,9 @@ def compare(
 
 def of_task(task: Task, cache: Path | None, num_draws: int = 100) -> Coverage:
     """The coverage of one problem of the first simulation."""
-    from simulation import draw_overlapping, local_fits, one_thread, overlapping, true_matches
-
-    with one_thread():
-        fits, drawn = local_fits(task, cache), draw_overlapping(task)
-        (problem,) = overlapping(fits, drawn).values()
-        return coverage(problem, true_matches(fits, drawn), num_draws)
+    with quiet_thread():
+        (problem,) = problems_of(task, cache).values()
+        return coverage(problem, problem.matches, num_draws)
 
 
 def table(groups: Mapping[str, Sequence[Coverage]]) -> str:
@@ -162,8 +157,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     if args.cache is not None:
         args.cache.mkdir(parents=True, exist_ok=True)
-    from simulation import overlapping_tasks
-
     tasks = overlapping_tasks(range(args.first_seed, args.first_seed + args.seeds), args.small)
     runs = [of_task(task, args.cache, args.draws) for task in tqdm(tasks)]
     spreads = sorted({task.spread for task in tasks})

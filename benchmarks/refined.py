@@ -25,19 +25,17 @@ import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
-from numpy.typing import NDArray
-from simulation import (
+from measures import score
+from mixtures import (
     Array,
     Draw,
     Fits,
     draw_overlapping,
     local_fits,
     one_thread,
-    overlapping,
     overlapping_tasks,
-    score,
-    true_matches,
 )
+from problems import locations, overlapping, true_matches
 from sklearn.metrics import adjusted_rand_score
 from torch import Tensor
 from tqdm import tqdm
@@ -96,27 +94,20 @@ class Rates:
 def rates(fusion: Fusion, f: Fits, drawn: Draw) -> Rates:
     """The rates of a fusion of simulation 1, or of its refinement."""
     groups = torch.cat(fusion.assignment).numpy()
-    as_atoms = {**f, **_gaussians(fusion, groups)}
     return Rates(
         adjusted_rand_score(true_matches(f, drawn), groups),
-        adjusted_rand_score(true_matches(as_atoms, drawn), groups),
+        adjusted_rand_score(true_matches(as_atoms(fusion, f), drawn), groups),
     )
 
 
-def _gaussians(fusion: Fusion, groups: NDArray[np.intp]) -> Fits:
-    """The atom of each component, in place of the component."""
+def as_atoms(fusion: Fusion, f: Fits) -> Fits:
+    """The fits with the atom of each component in place of the component."""
+    groups = torch.cat(list(fusion.assignment)).numpy()
     params = fusion.posterior.decomposed["atom"].params
     tril = params["scale_tril"].numpy()[groups]
     precision = np.linalg.inv(tril @ tril.swapaxes(-1, -2))
     loc, df = params["loc"].numpy()[groups], params["df"].numpy()[groups]
-    return {"loc": loc, "df": df, "precision": precision}
-
-
-def locations(fusion: Fusion) -> Array:
-    """The atoms' locations, ``[K, D]``."""
-    location = fusion.posterior.decomposed["atom"].location()
-    assert location is not None
-    return location.numpy()
+    return {**f, "loc": loc, "df": df, "precision": precision}
 
 
 COLUMNS = ("K - truth", "Hausdorff", "OT", "components", "atoms", "seconds")
@@ -144,7 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             values = [[second.overdispersion, float(second.taken), *[0.0] * 4]]
             for fusion, t in zip((first, second.fusion), seconds, strict=True):
                 rate = rates(fusion, f, drawn)
-                excess, far, transport, *_ = score(problem, locations(fusion))
+                atoms = locations(fusion.posterior.decomposed["atom"])
+                excess, far, transport, *_ = score(problem, atoms)
                 values.append([excess, far, transport, rate.components, rate.atoms, t])
         rows.setdefault(task.spread, []).append(np.array(values))
     for separation, found in sorted(rows.items()):

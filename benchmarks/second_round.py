@@ -19,15 +19,15 @@ from typing import Literal
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from measures import transport
+from mixtures import Array, Draw, Fits, draw_overlapping, local_fits, one_thread, overlapping_tasks
+from problems import locations, overlapping, true_matches
 from sklearn.exceptions import ConvergenceWarning
+from sklearn.metrics import adjusted_rand_score
 from torch.distributions import Distribution
 
 from pyro_fusion import Fusion, Posterior, from_sklearn, fuse
 from pyro_fusion.fusion.rounds import PartyPrior
-
-Array = NDArray[np.float64]
-Fits = dict[str, np.ndarray]
 
 # A component with fewer points than this is dropped.
 POINTS = 5.0
@@ -39,8 +39,8 @@ STRENGTH = 2.0
 class SecondRound:
     """A second round.
 
-    :ivar fits: of the second fits, in the form of ``simulation.local_fits``: "sizes" ``[S]`` and
-        "loc", "concentration", "df" and "precision" of all components.
+    :ivar fits: of the second fits, in the form of ``mixtures.local_fits``: "sizes" ``[S]`` and
+        "loc", "concentration", "df", "precision" and "points" of all components.
     :ivar parties: what was fused; for ``product`` under the common prior.
     :ivar fusion: of these.
     """
@@ -66,17 +66,20 @@ def second_round(
     :param data: each party's points.
     :param prior: of one component, the common one of the parties for ``product``.
     """
-    parties, messages = [], []
+    parties, messages, points = [], [], []
     for x, own, assignment in zip(
         data, first.as_prior(strength, atoms=atoms).values(), first.assignment, strict=True
     ):
         posterior, kept = refit(x, own, len(assignment))
         parties.append(posterior)
+        before = kept.posterior.decomposed["atom"].params["concentration"]
+        points.append(posterior.decomposed["atom"].params["concentration"] - before)
         if first.pooling == "product":
             messages.append(kept.divided_out(posterior, {"atom": prior}))
     fused = messages or parties
     fusion = fuse(fused, first.pooling, prior={"atom": prior} if messages else None)
-    return SecondRound(_fits(parties), fused, fusion)
+    fits = _fits(parties) | {"points": torch.cat(points).numpy()}
+    return SecondRound(fits, fused, fusion)
 
 
 def refit(data: Array, prior: PartyPrior, most: int) -> tuple[Posterior, PartyPrior]:
@@ -111,9 +114,6 @@ def _fits(parties: Sequence[Posterior]) -> Fits:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The table: of both rounds, per cent right, ARI of components, OT; the difference in pairs."""
-    import simulation  # here, since it may import this file
-    from sklearn.metrics import adjusted_rand_score
-
     parser = argparse.ArgumentParser(description="A second round; see the top of this file.")
     parser.add_argument("--seeds", type=int, default=20, help="problems per setting")
     parser.add_argument("--first-seed", type=int, default=0)
@@ -124,20 +124,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--pooling", nargs="+", default=("exclusive", "product"))
     args = parser.parse_args(arguments)
 
-    def score(fusion: Fusion, fits: Fits, drawn: simulation.Draw) -> tuple[float, ...]:
-        atoms = fusion.posterior.decomposed["atom"].location()
-        assert atoms is not None
+    def score(fusion: Fusion, fits: Fits, drawn: Draw) -> tuple[float, ...]:
+        atoms = locations(fusion.posterior.decomposed["atom"])
         found = torch.cat(list(fusion.assignment)).numpy()
-        ari = adjusted_rand_score(simulation.true_matches(fits, drawn), found)
+        ari = adjusted_rand_score(true_matches(fits, drawn), found)
         right = float(len(atoms) == len(drawn.truth))
-        return right, ari, simulation.transport(atoms.numpy(), drawn.truth)
+        return right, ari, transport(atoms, drawn.truth)
 
     seeds = range(args.first_seed, args.first_seed + (1 if args.small else args.seeds))
     scores: dict[tuple[float, str], list[tuple[float, ...]]] = {}
-    for task in simulation.overlapping_tasks(seeds, args.small):
-        with simulation.one_thread():
-            fits, drawn = simulation.local_fits(task, args.cache), simulation.draw_overlapping(task)
-            problem = simulation.overlapping(fits, drawn)[""]
+    for task in overlapping_tasks(seeds, args.small):
+        with one_thread():
+            fits, drawn = local_fits(task, args.cache), draw_overlapping(task)
+            problem = overlapping(fits, drawn)[""]
             for pooling in args.pooling:
                 parties = problem.messages if pooling == "product" else problem.parties
                 first = fuse(parties, pooling, prior={"atom": problem.base})

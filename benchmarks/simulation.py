@@ -29,6 +29,9 @@ from pathlib import Path
 import numpy as np
 import shares
 import torch
+from beyond import BEYOND
+from credible_sets import aims, of_task
+from credible_sets import table as coverage_table
 from joblib import Parallel, delayed
 from measures import Found, Score, score, score_found
 from mixtures import Task, many_tasks, overlapping_tasks, quiet_thread
@@ -68,10 +71,6 @@ FUSIONS: dict[str, tuple[str, Callable[[Problem], AssignmentPrior | None]]] = {
 
 # The rule that looks at no posterior, beside the defaults in any case.
 RULE = "exclusive, largest party's K"
-
-# What goes on from the fusion of a default in simulation 1: row -> that row, what is done with the
-# problem and its fusion. Seconds are those beyond the fusion.
-BEYOND: dict[str, tuple[str, Callable[[Problem, Fusion], Found]]] = {}
 
 
 def solve(task: Task, cache: Path | None, rows: Sequence[str]) -> dict[str, dict[str, Score]]:
@@ -173,7 +172,7 @@ def overlapping_targets(separation: float) -> Targets:
     def targets(row: str, values: dict[str, float]) -> str:
         if row in DEFAULTS:
             return _at_least("ARI", values, ARI[separation])
-        if row in BEYOND:
+        if row.endswith(("second round", "refined")):
             far, bound = values["OT"], TRANSPORT_BEYOND[separation]
             ari = _at_least("ARI", values, ARI_BEYOND[separation])
             return f"{ari}, OT <= {bound}: {_met(far <= bound)}"
@@ -224,6 +223,20 @@ def _sizes(results: Results) -> list[int]:
     return sorted({task.size for task, _ in results})
 
 
+def print_coverage(tasks: Sequence[Task], cache: Path | None, jobs: int, draws: int) -> None:
+    """How often sets of the number of atoms hold the truth in simulation 1, by separation."""
+    parallel = Parallel(n_jobs=jobs, return_as="generator")
+    runs = parallel(delayed(of_task)(task, cache, draws) for task in tasks)
+    found = list(zip(tasks, tqdm(runs, total=len(tasks), unit="problem", desc="P(K)"), strict=True))
+    groups = {
+        f"separation {x:g}": [run for task, run in found if task.spread == x]
+        for x in sorted({task.spread for task in tasks})
+    }
+    print("\nSets of K that hold the truth, per cent, and their sizes: product")
+    print(coverage_table(groups))
+    print(aims([run for _, run in found]))
+
+
 def print_many(results: Results) -> None:
     """The blocks of simulation 2."""
     (size,) = _sizes(results)
@@ -247,7 +260,11 @@ number of components of the party that has most, a rule that looks at no posteri
 party is the one whose OT is the least, which nobody knows but the oracle. Nobody else knows the
 true matches either: each party's components one to one with the Gaussians that its points are from,
 by symmetric KL divergence (by distance in simulation 2). Pooled, they show the error that is not
-the assignment's, but that of the local fits, of what parties differ in, and of the pooling."""
+the assignment's, but that of the local fits, of what parties differ in, and of the pooling.
+
+second round, refined: seconds are those beyond the default that they begin with. Components are
+then those that parties have after it, which are matched with the truth anew: those of the second
+fits, or each party's own atoms. its atoms: the default, judged by these."""
 
 
 # -- the whole -------------------------------------------------------------------------------------
@@ -281,10 +298,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(f", {package} {version(package)}", end="")
     print(f"; seeds {seeds[0]} to {seeds[-1]}; {args.jobs} jobs")
     if 1 in args.simulation:
-        results = solve_all(overlapping_tasks(seeds, args.small), args.cache, args.jobs, rows)
+        tasks = overlapping_tasks(seeds, args.small)
+        results = solve_all(tasks, args.cache, args.jobs, rows)
         print_overlapping(results, by_size=False)
         if args.by_size:
             print_overlapping(results, by_size=True)
+        if args.draws:
+            print_coverage(tasks, args.cache, args.jobs, args.draws)
     if 2 in args.simulation:
         print_many(solve_all(many_tasks(seeds, args.small), args.cache, args.jobs, rows))
     if {1, 2}.intersection(args.simulation):
@@ -302,6 +322,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--defaults", action="store_true", help="no other priors")
     parser.add_argument("--small", action="store_true", help="one small problem per setting")
     parser.add_argument("--cache", type=Path, help="folder that keeps the local fits")
+    parser.add_argument("--draws", type=int, default=100, help="for P(K); 0: without it")
     parser.add_argument("--by-size", action="store_true", help="simulation 1 also by its atoms")
     parser.add_argument("--simulation", type=int, nargs="+", choices=(1, 2, 3), default=(1, 2, 3))
     return parser

@@ -25,5 +25,6 @@ def load(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def load_simulation(monkeypatch: pytest.MonkeyPatch) -> dict[str, ModuleType]:
     """``simulation`` and the files that it is made of, by name."""
-    names = ("mixtures", "problems", "measures", "overlap", "shares", "simulation")
+    names = ["mixtures", "problems", "measures", "overlap", "shares"]
+    names += ["second_round", "refined", "credible_sets", "beyond", "simulation"]
     return {name: load(name, monkeypatch) for name in names}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pyro_fusion.fusion.draws import AssignmentDraws
-from tests.benchmarks.load import load
+from tests.benchmarks.load import load_simulation
 
 
 def draws(groups: list[list[int]], sizes: tuple[int, ...]) -> AssignmentDraws:
@@ -17,7 +17,7 @@ def draws(groups: list[list[int]], sizes: tuple[int, ...]) -> AssignmentDraws:
 
 
 def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    sets = load("credible_sets", monkeypatch)
+    sets = load_simulation(monkeypatch)["credible_sets"]
     # K = 3 six times in ten, and 4 four times; the pair of other parties is the same as often.
     found = draws([[0, 1, 0, 2]] * 6 + [[0, 1, 2, 3]] * 4, (2, 2))
     of_four = sets.compare(found, 4, np.array([0, 1, 2, 3]))
@@ -38,7 +38,7 @@ def test_what_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_it_runs(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    load("simulation", monkeypatch)
-    load("credible_sets", monkeypatch).main(["--small", "--draws", "5", "--seeds", "1"])
+    sets = load_simulation(monkeypatch)["credible_sets"]
+    sets.main(["--small", "--draws", "5", "--seeds", "1"])
     shown = capsys.readouterr().out
     assert "separation 10 " in shown and "95 % sets in 92 to 99 %" in shown

@@ -11,15 +11,14 @@ import pytest
 import torch
 
 from pyro_fusion import NormalWishart, Posterior, fuse
-from tests.benchmarks.load import BENCHMARKS, load
+from tests.benchmarks.load import load_simulation
 
 CENTRES = np.array([[-8.0, 0.0], [0.0, 8.0], [8.0, 0.0]])
 
 
 @pytest.fixture
 def second(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    monkeypatch.syspath_prepend(BENCHMARKS)
-    return load("second_round", monkeypatch)
+    return load_simulation(monkeypatch)["second_round"]
 
 
 def test_it_prints_a_row_for_each_pooling(

@@ -45,7 +45,8 @@ def test_a_row_for_every_method_and_pooling(
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
-    simulation.main(["--small", "--jobs", "1", "--by-size", "--cache", str(tmp_path)])
+    options = ["--small", "--jobs", "1", "--by-size", "--draws", "5", "--cache", str(tmp_path)]
+    simulation.main(options)
     lines = capsys.readouterr().out.splitlines()
     blocks = [line for line in lines if line.endswith("1 problem")]
     # By separation, by size too, then from the jittered truth and from k-means.
@@ -56,11 +57,10 @@ def test_a_row_for_every_method_and_pooling(
     for row in ["exclusive, true matches", "average of the true matches", *simulation.BEYOND]:
         assert sum(line.startswith(f"{row} ") for line in lines) == 2  # of one simulation each
     # For the default of each pooling, and what goes on from it.
-    targets = 3 + len(simulation.BEYOND)
-    assert sum(", OT <= " in line for line in lines) == 2 * len(simulation.BEYOND)
     assert sum("ARI >= 0.96: " in line for line in lines) == 2 * 3
-    assert sum("ARI >= 0.9" in line for line in lines) == 2 * targets + 3
+    assert sum("ARI >= 0.98: " in line and ", OT <= 0.3: " in line for line in lines) == 2 * 4
     assert sum("worst ratio <= 1.02: " in line for line in lines) == 2 * 3
+    assert sum(line.startswith("50 % sets in 50 to 90 %: ") for line in lines) == 1
     assert sum("right >= 90 %: " in line and "T <= 3 fusions: " in line for line in lines) == 3
 
 
@@ -69,19 +69,12 @@ def test_a_row_for_every_method_and_pooling(
     [
         ("exclusive", {"ARI": 0.56, "OT": 9.0}, "ARI >= 0.55: met"),
         ("exclusive", {"ARI": 0.54, "OT": 0.0}, "ARI >= 0.55: MISSED"),
-        ("beyond", {"ARI": 0.77, "OT": 0.31}, "ARI >= 0.76: met, OT <= 0.3: MISSED"),
-        ("beyond", {"ARI": 0.75, "OT": 0.29}, "ARI >= 0.76: MISSED, OT <= 0.3: met"),
+        ("exclusive, refined", {"ARI": 0.77, "OT": 0.31}, "ARI >= 0.76: met, OT <= 0.3: MISSED"),
+        ("product, second round", {"ARI": 0.75, "OT": 0.29}, "ARI >= 0.76: MISSED, OT <= 0.3: met"),
         ("exclusive, true K", {"ARI": 1.0, "OT": 0.0}, ""),
     ],
 )
-def test_targets(
-    simulation: ModuleType,
-    monkeypatch: pytest.MonkeyPatch,
-    row: str,
-    values: dict[str, float],
-    expected: str,
-) -> None:
-    monkeypatch.setitem(simulation.BEYOND, "beyond", ("exclusive", lambda *_: None))
+def test_targets(simulation: ModuleType, row: str, values: dict[str, float], expected: str) -> None:
     assert simulation.overlapping_targets(0.1)(row, values) == expected
 
 
