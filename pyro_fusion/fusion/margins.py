@@ -57,8 +57,8 @@ def margins(problem: Components, assignment_prior: AssignmentPrior, groups: Tens
     rise = rise + torch.where(rival < 0, moved, 0.0)
     result = torch.full((count,), torch.inf, dtype=torch.float64)
     result = result.scatter_reduce(0, n, rise, "amin")
-    if prior.num_atoms is None or num_atoms < prior.num_atoms:
-        member = (popularity[groups] > 1).nonzero().squeeze(-1)
+    member = (popularity[groups] > 1).nonzero().squeeze(-1)
+    if len(member) and (prior.num_atoms is None or num_atoms < prior.num_atoms):
         k = groups[member]
         alone = penalty[1] + penalty[popularity[k] - 1] - penalty[popularity[k]]
         rise = prices.exchanged(k, member, torch.full_like(member, -1)) + alone

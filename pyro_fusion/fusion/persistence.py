@@ -30,6 +30,10 @@ LONG = 5.0
 # T is below this quantile of what merges within a party cost, and a plateau counts up to the other.
 _CAP, _END = 0.25, 0.75
 
+# Posteriors may be so many times surer than they should be, and not more: if nothing merges on a
+# plateau that is longer, nothing is the same.
+_OVERCONFIDENT = 100.0
+
 # Prices on a path are so many times those before, which finds all long plateaus, and so many at
 # most.
 STEP, _MAX_STEPS = 2.2, 64
@@ -46,8 +50,9 @@ class Plateau:
         their errors are apart in the mean) to what three quarters of the cheapest merges within a
         party cost; 1 if it lies outside of these.
     :ivar counts: whether T may be taken from it: not if it begins above what a quarter of the
-        cheapest merges within a party cost, nor if every component is alone on it although other
-        parties' components are nearer than those of the same party.
+        cheapest merges within a party cost, nor if every component is alone on it, other parties'
+        components are far nearer than those of the same party, and it is no longer than a factor
+        of 100.
     """
 
     low: float
@@ -72,9 +77,10 @@ class DispersionPath:
     :ivar estimate: T, from the middle of the chosen plateau, else by the rule of two prices.
     :ivar cap: the T at which the cheapest quarter of merges within a party would be made; infinite
         where no party has two components.
-    :ivar parties: the numbers of the parties it was followed on, LongTensor: all, or of many a
-        random selection.
-    :ivar sizes: ``L_s`` of each of these; they add up to ``N``.
+    :ivar components: which components it was followed on, counted over the parties in turn:
+        LongTensor ``[N]``. Those that their own party does not tell apart are left out, and of many
+        parties there is a random selection.
+    :ivar parties: the party of each, LongTensor ``[N]``.
 
     Source: Leung, Zhang & Xu, *Clustering by scale-space filtering* (IEEE PAMI 2000), for the
     lifetime criterion.
@@ -89,8 +95,8 @@ class DispersionPath:
     chosen: Plateau | None
     estimate: float
     cap: float
+    components: Tensor
     parties: Tensor
-    sizes: tuple[int, ...]
 
     @property
     def plateau(self) -> Plateau | None:
@@ -178,7 +184,6 @@ def follow(
         estimate = max(estimate, 1.0)  # messages are never made surer than they came
     place = order.argsort()
     assignment = torch.stack([by_appearance(x.groups[place]) for x in walk.points])
-    parties, own = party[place].unique_consecutive(return_counts=True)
     return DispersionPath(
         label=label,
         dispersion=torch.tensor([x.dispersion for x in walk.points], dtype=torch.float64),
@@ -189,8 +194,8 @@ def follow(
         chosen=chosen,
         estimate=estimate,
         cap=walk.scale.dispersion(merges.wrong_price(_CAP)),
-        parties=parties,
-        sizes=tuple(own.tolist()),
+        components=order[place],
+        parties=party[place],
     )
 
 
@@ -259,9 +264,10 @@ class _Walk:
         for groups, low, high in follower.stretches(path):
             first, last = max(scale.price(low), floor), min(scale.price(high), end)
             num_atoms = int(groups.max()) + 1
-            counts = num_atoms < len(groups) or merges.nothing_shared()
-            counts = counts and first < cap
             length = max(1.0, last / first)
+            alone = num_atoms == len(groups)
+            counts = not alone or length > _OVERCONFIDENT or merges.nothing_shared()
+            counts = counts and first < cap
             plateaus.append(Plateau(low, high, num_atoms, length, counts))
         return cls(problem, scale, floor, cap, path, plateaus)
 

@@ -172,11 +172,8 @@ class Merges:
 
     def nothing_shared(self) -> bool:
         """True if other parties' components are hardly nearer than those of one's own: the median
-        of the cheapest merges with any of ``S - 1`` other parties is no less than a fifth of the
-        median of the least of ``S - 1`` merges within a party."""
-        if not self.known_different:
-            return False
-        return self.right_price() >= self.wrong_price(1 - 2 ** (-1 / (self.num_parties - 1))) / 5
+        of the cheapest merges with another party is no less than half of that within a party."""
+        return self.known_different and self.right_price() >= self.wrong_price(0.5) / 2
 
     def scale(self, costs: Tensor) -> PriceScale:
         """The prices of the same merges in other units ``[M]``: as many are below a price as are
@@ -260,7 +257,9 @@ def _informed(f: Factor | Masked) -> float:
     if location is None or factor.family.scale is None:
         return _dimensions(f)
     variance = 1 / factor.precision
-    w = torch.ones_like(location) if present is None else present.expand_as(location)
+    w = torch.ones_like(location)
+    if present is not None:
+        w = w * present.reshape(*present.shape, *[1] * (w.dim() - present.dim()))
     count = w.sum(0).clamp(min=1)
     mean = (w * location).sum(0) / count
     spread = (w * (location - mean).square()).sum(0) / (count - 1).clamp(min=1)
