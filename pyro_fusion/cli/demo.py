@@ -19,6 +19,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -289,7 +290,9 @@ def _run(
         for pooling in _POOLINGS:
             bar.set_description(f"fusing, {pooling}")
             start = time.perf_counter()
-            fusion = fuse(posteriors, pooling=pooling, prior=prior, seed=seed)
+            with warnings.catch_warnings():  # the report says it, below the table
+                warnings.filterwarnings("ignore", "the posteriors do not tell", UserWarning)
+                fusion = fuse(posteriors, pooling=pooling, prior=prior, seed=seed)
             seconds = time.perf_counter() - start
             if fusion.interrupted:  # here not its best so far is wanted, but an end
                 raise KeyboardInterrupt
@@ -320,10 +323,27 @@ def _report(result: DemoResult, data: Digits) -> str:
         "Rand index: agreement of clusters and digits, adjusted; 1 is perfect, 0 is chance.",
         "seconds: to fit one model; of a fused row, to fuse alone. Fusion is given the parties'",
         "posteriors and nothing else: no image, and no number of atoms.",
+        *_doubt(result.fusion),
     ]
     if result.picture is not None:
         lines += ["", f"The atoms, and which party has which: {result.picture}"]
     return "\n".join(lines) + "\n"
+
+
+def _doubt(fusion: Fusion) -> list[str]:
+    """Lines that say that the number of atoms is not sure; none where it is."""
+    path = fusion.dispersion_path
+    if path is None or path.identified:
+        return []
+    first, last = path.plateaus[0], path.plateaus[-1]
+    return [
+        "",
+        "NOT SURE: how many atoms there are. The posteriors do not tell how far apart two",
+        "components may be and still be the same. That is the dispersion T: as it grows from",
+        f"{first.low:.2g} to {last.high:.2g}, {first.num_atoms} atoms become {last.num_atoms} "
+        f"without a stop. The first fusion took T = {path.estimate:.2g},",
+        "by a rule of thumb. To look at it, in Python: plot_dispersion_path(demo.main().fusion)",
+    ]
 
 
 def _require(*modules: str) -> None:

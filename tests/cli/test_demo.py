@@ -4,6 +4,7 @@
 """The demo: a small run of the whole, and its parts."""
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyro
 import pytest
 import torch
 
-from pyro_fusion import Posterior
+from pyro_fusion import Posterior, fuse
 from pyro_fusion.cli import demo
 from pyro_fusion.errors import ParameterError
 
@@ -60,6 +61,22 @@ def test_the_table_has_a_line_for_every_fit(result: demo.DemoResult) -> None:
         (line,) = [line for line in lines if line.startswith(row.name)]
         assert f"{row.log_density:.2f}" in line
     assert all(row.seconds > 0 for row in rows if row is not result.unmatched)
+
+
+def test_says_below_the_table_that_the_dispersion_is_not_identified(
+    result: demo.DemoResult,
+) -> None:
+    path = result.fusion.dispersion_path
+    assert path is not None
+    assert not path.identified
+    data = demo.load(parties=4)
+    report = demo._report(result, data)
+    assert report.index("NOT SURE") > report.index(str(result))
+    first, last = path.plateaus[0].num_atoms, path.plateaus[-1].num_atoms
+    assert f"{first} atoms become {last} " in report
+    # One whose T was given is not in doubt.
+    sure = fuse(list(result.fusion.parties.values()), dispersion=result.fusion.dispersion)
+    assert "NOT SURE" not in demo._report(replace(result, fusion=sure), data)
 
 
 def test_the_picture_is_drawn(result: demo.DemoResult, picture: Path) -> None:
