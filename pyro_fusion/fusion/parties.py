@@ -94,6 +94,14 @@ class LabelProblem:
             return ""
         return self.path.doubt()
 
+    @property
+    def guess(self) -> Tensor | None:
+        """An assignment ``[N]`` of ``ordered``: that of the path, if it was followed on all
+        components."""
+        if self.path is None or len(self.path.components) < len(self.order):
+            return None
+        return self.path.at_estimate[self.order.cpu()]
+
     def as_given(self, groups: Tensor) -> Tensor:
         """An assignment ``[N]`` of ``ordered``, in the order of the parties."""
         return torch.empty_like(groups).index_copy_(0, self.order.to(groups.device), groups)

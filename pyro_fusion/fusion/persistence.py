@@ -30,9 +30,9 @@ LONG = 5.0
 # T is below this quantile of what merges within a party cost, and a plateau counts up to the other.
 _CAP, _END = 0.25, 0.75
 
-# Posteriors may be so many times surer than they should be, and not more: if nothing merges on a
-# plateau that is longer, nothing is the same.
-_OVERCONFIDENT = 100.0
+# A plateau on which nothing merges counts if other parties' components are about as far as those of
+# one's own; or not quite, but so far that posteriors of the same would be very much too sure.
+_UNSHARED, _FAR, _OVERCONFIDENT = 0.75, 0.2, 25.0
 
 # Prices on a path are so many times those before, which finds all long plateaus, and so many at
 # most.
@@ -50,9 +50,8 @@ class Plateau:
         their errors are apart in the mean) to what three quarters of the cheapest merges within a
         party cost; 1 if it lies outside of these.
     :ivar counts: whether T may be taken from it: not if it begins above what a quarter of the
-        cheapest merges within a party cost, nor if every component is alone on it, other parties'
-        components are far nearer than those of the same party, and it is no longer than a factor
-        of 100.
+        cheapest merges within a party cost, nor if every component is alone on it although other
+        parties' components are far nearer than those of the same party.
     """
 
     low: float
@@ -103,6 +102,16 @@ class DispersionPath:
         """The plateau that the estimate lies on; None if it is below or above the path."""
         on = [x for x in self.plateaus if x.low <= self.estimate <= x.high]
         return on[0] if on else None
+
+    @property
+    def at_estimate(self) -> Tensor:
+        """The assignment on the path that is nearest to the estimate, LongTensor ``[N]``."""
+        low, high = (
+            (0.0, math.inf) if self.plateau is None else (self.plateau.low, self.plateau.high)
+        )
+        distance = (self.dispersion / self.estimate).log().abs()
+        outside = (self.dispersion < low) | (self.dispersion > high)
+        return self.assignment[int((distance + 1e3 * outside).argmin())]
 
     @property
     def identified(self) -> bool:
@@ -266,8 +275,9 @@ class _Walk:
             num_atoms = int(groups.max()) + 1
             length = max(1.0, last / first)
             alone = num_atoms == len(groups)
-            counts = not alone or length > _OVERCONFIDENT or merges.nothing_shared()
-            counts = counts and first < cap
+            near = merges.nearness
+            far = near >= _FAR and length * near >= _OVERCONFIDENT
+            counts = first < cap and (not alone or near >= _UNSHARED or far)
             plateaus.append(Plateau(low, high, num_atoms, length, counts))
         return cls(problem, scale, floor, cap, path, plateaus)
 

@@ -297,7 +297,8 @@ def _check_assignment(assignment: Mapping[str, Tensor], parts: Mapping[str, Labe
 
 def _start(part: LabelProblem, seed: int) -> Tensor:
     with searching(part):
-        return part.as_given(next(starts(part.ordered, part.assignment_prior, 0, seed)))
+        begin = starts(part.ordered, part.assignment_prior, 0, seed, guess=part.guess)
+        return part.as_given(next(begin))
 
 
 def _parts(

@@ -33,6 +33,7 @@ def starts(
     restarts: int,
     seed: int,
     first: Tensor | None = None,
+    guess: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """Assignments to start from, ``restarts + 1`` of them: LongTensors ``[N]``.
 
@@ -43,6 +44,8 @@ def starts(
     since among many atoms k-means++ by itself hardly ever hits each of them.
 
     :param first: in place of the first of them.
+    :param guess: an assignment with a free number of atoms, in place of the parties joining one
+        after the other, for the first of them.
     """
     generator = torch.Generator().manual_seed(seed)
     for i in range(restarts + 1):
@@ -56,7 +59,9 @@ def starts(
         order = torch.arange(problem.num_parties)
         if j >= len(_THRESHOLDS):
             order = torch.randperm(problem.num_parties, generator=generator)
-        groups = _joined(problem, order.tolist(), _THRESHOLDS[j % len(_THRESHOLDS)])
+        groups = guess
+        if i > 0 or groups is None:
+            groups = _joined(problem, order.tolist(), _THRESHOLDS[j % len(_THRESHOLDS)])
         if assignment_prior.num_atoms is not None:
             free = expectation_maximization(problem, GroupNormPrior(), groups, collapsed=False)
             groups = _seeded(problem, assignment_prior.num_atoms, generator, free.groups)

@@ -170,10 +170,15 @@ class Merges:
         excess = (cheap - by_chance - error) / (1 - by_chance)
         return float(excess[tells].max().clamp(0, 1)) if bool(tells.any()) else 0.0
 
-    def nothing_shared(self) -> bool:
-        """True if other parties' components are hardly nearer than those of one's own: the median
-        of the cheapest merges with another party is no less than half of that within a party."""
-        return self.known_different and self.right_price() >= self.wrong_price(0.5) / 2
+    @property
+    def nearness(self) -> float:
+        """How dear the cheapest merges with any of ``S - 1`` other parties are, in the median, over
+        the median of the least of ``S - 1`` merges within a party: about one if nothing is
+        shared."""
+        if not self.known_different:
+            return 0.0
+        least = self.wrong_price(1 - 2 ** (-1 / (self.num_parties - 1)))
+        return self.right_price() / max(least, 1e-300)
 
     def scale(self, costs: Tensor) -> PriceScale:
         """The prices of the same merges in other units ``[M]``: as many are below a price as are

@@ -159,7 +159,7 @@ def test_steps_do_not_move_plateaus():
 
 def gradual():
     """Components at all distances: nothing tells what is the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(1)
     return normals(*(torch.randn(6, generator=generator).cumsum(0).tolist() for _ in range(4)))
 
 
@@ -210,6 +210,36 @@ def test_labels_that_share_sites_have_a_path_each():
     for label, one in fusion.labels.items():
         assert one.dispersion_path is not None and one.dispersion_path.label == label
         assert len(one.margins) == len(posteriors)
+
+
+def test_components_that_their_party_does_not_tell_apart_have_no_say():
+    # Units that are switched off are all alike, at a prior that is far wider than the others.
+    def party(locs, off):
+        loc = torch.cat([torch.tensor(locs), torch.zeros(off)]).double().unsqueeze(1).expand(-1, 8)
+        scale = torch.cat([torch.full((len(locs),), 0.1), torch.ones(off)]).double().unsqueeze(1)
+        local = dist.Normal(loc + 0.01 * torch.arange(len(loc)).unsqueeze(1), scale).to_event(1)
+        return Posterior({"x": local}, {"x": "unit"})
+
+    locs = ([3.0, -3.0, 6.0], [3.02, -2.95, 9.0])
+    path, without = (dispersion_path([party(x, n) for x in locs]) for n in (6, 0))
+    assert path.components.tolist() == [0, 1, 2, 9, 10, 11]
+    assert path.estimate == pytest.approx(without.estimate, rel=0.2)
+
+
+def test_numbers_of_which_nothing_is_known_do_not_count():
+    # Two numbers tell components apart; of six more the posteriors are as wide as their prior.
+    generator = torch.Generator().manual_seed(0)
+    posteriors = []
+    for _ in range(3):
+        loc = torch.cat([10 * torch.arange(5.0).unsqueeze(1).expand(-1, 2), torch.zeros(5, 6)], 1)
+        loc = loc.double() + 0.01 * torch.randn(5, 8, generator=generator, dtype=torch.float64)
+        scale = torch.cat([torch.full((5, 2), 0.1), torch.ones(5, 6)], 1).double()
+        posteriors.append(
+            Posterior({"x": dist.Normal(loc, scale).to_event(1)}, {"x": ("unit", None)})
+        )
+    merges = FusionProblem.of(posteriors).parts["unit"].merges
+    assert merges.dimensions == 8.0
+    assert merges.face_value == pytest.approx(1.0, rel=0.02)
 
 
 @pytest.mark.parametrize(
