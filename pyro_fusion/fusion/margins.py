@@ -25,7 +25,8 @@ def margins(problem: Components, assignment_prior: AssignmentPrior, groups: Tens
     Its next best place is a new atom, another atom that its party does not have, or that of another
     component of its party, which takes its own in exchange. In an additive pooling the atoms are
     the best ones before and after, so that the margin of a component that is where F is lowest is
-    not negative; in others atoms stay where they are. Infinite where there is no other place.
+    not negative; in others atoms stay where they are. The eight cheapest other atoms are looked at;
+    infinite where there is no other place among them.
     Weights of atoms by their rank are left out.
 
     :param problem: the components as they are scored.

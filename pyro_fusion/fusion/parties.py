@@ -94,6 +94,10 @@ class LabelProblem:
             return ""
         return self.path.doubt()
 
+    def with_path_of(self, other: LabelProblem) -> LabelProblem:
+        """The problem with what the dispersion of another was estimated from."""
+        return replace(self, path=other.path, found_merges=other.found_merges)
+
     @property
     def guess(self) -> Tensor | None:
         """An assignment ``[N]`` of ``ordered``: that of the path, if it was followed on all
@@ -233,12 +237,17 @@ class Parties:
         calibrated = assignment_prior.calibrated(lambda: pairwise_spread(some.sites) / scale)
         check_penalty(calibrated, len(sizes))
         ordered = problem.in_order(order, ordered_sizes)
-        result = LabelProblem(
-            label, problem, messages, calibrated, scale, ordered, order, path=path
+        return LabelProblem(
+            label=label,
+            problem=problem,
+            messages=messages,
+            assignment_prior=calibrated,
+            dispersion=scale,
+            ordered=ordered,
+            order=order,
+            path=path,
+            found_merges=merges,
         )
-        if merges is not None:
-            result.__dict__["merges"] = merges
-        return result
 
     def in_one_unit(
         self, parts: Mapping[str, LabelProblem]

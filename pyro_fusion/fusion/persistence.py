@@ -80,6 +80,8 @@ class DispersionPath:
         LongTensor ``[N]``. Those that their own party does not tell apart are left out, and of many
         parties there is a random selection.
     :ivar parties: the party of each, LongTensor ``[N]``.
+    :ivar sure: whether the chosen plateau is beyond doubt: not if nothing merges on it, although
+        other parties' components are nearer than those of the same party.
 
     Source: Leung, Zhang & Xu, *Clustering by scale-space filtering* (IEEE PAMI 2000), for the
     lifetime criterion.
@@ -96,6 +98,7 @@ class DispersionPath:
     cap: float
     components: Tensor
     parties: Tensor
+    sure: bool = True
 
     @property
     def plateau(self) -> Plateau | None:
@@ -115,30 +118,50 @@ class DispersionPath:
 
     @property
     def identified(self) -> bool:
-        """True if the estimate lies on a long plateau, and not above the cap: over a factor of five
-        in the price of a merge T does not matter."""
+        """True if the posteriors tell T: it lies on a long plateau that counts and is not above the
+        cap, and no longer one says otherwise."""
+        on = self.plateau
+        if on is None or not on.counts or math.isinf(self.cap):
+            return False
+        rivals = [x.length for x in self.plateaus if x != on and x.low < self.cap]
+        longest = max(rivals, default=1.0)
         below = self.estimate <= self.cap * (1 + 1e-9)
-        return below and self.plateau is not None and self.plateau.length >= LONG
+        return below and self.sure and on.length >= max(LONG, longest)
 
     def doubt(self) -> str:
         """A sentence that says that the posteriors do not tell T, and how; empty where they do."""
         if self.identified:
             return ""
-        first, last = self.plateaus[0], self.plateaus[-1]
-        longest = max(x.length for x in self.plateaus)
-        text = (
+        start = (
             f"the posteriors do not tell how far apart two components along '{self.label}' may be "
-            f"and still be the same: from dispersion T = {first.low:.3g} to {last.high:.3g} there "
-            f"are {first.num_atoms} to {last.num_atoms} atoms, and on no stretch longer than a "
-            f"factor of {max(longest, 1.0):.2g} in the price of a merge is it one assignment. "
-            f"T = {self.estimate:.4g} is a rule of thumb"
+            "and still be the same: "
         )
+        first, last = self.plateaus[0], self.plateaus[-1]
+        long = [x for x in self.plateaus if x.length >= LONG]
+        if math.isinf(self.cap):
+            text = f"no party has two of them, which would differ. T = {self.estimate:.4g}"
+        elif self.chosen is None and not long:
+            text = (
+                f"from dispersion T = {first.low:.3g} to {last.high:.3g} there are "
+                f"{first.num_atoms} to {last.num_atoms} atoms, and the price of a merge grows "
+                f"nowhere more than {max(x.length for x in self.plateaus):.2g} times without a "
+                f"change. T = {self.estimate:.4g}"
+            )
+        else:
+            which = ", ".join(
+                f"{x.num_atoms} atoms from T = {x.low:.3g} to {x.high:.3g}" for x in long
+            )
+            text = f"there are {which}, and T = {self.estimate:.4g} is one of several answers; it"
+        text += " is a rule of thumb"
         if self.estimate > self.cap:
             text += (
                 f", and above {self.cap:.3g}, at which a quarter of the components would be the "
                 "same as another one of their own party"
             )
-        return f"{text}. Look at `fusion.dispersion_path`, and give `dispersion` if you know better"
+        return (
+            f"{start}{text}. Look at `fusion.dispersion_path`, and give `dispersion` if you know "
+            "better"
+        )
 
 
 def told_apart(problem: Components) -> tuple[Components, Merges, Tensor]:
@@ -205,6 +228,7 @@ def follow(
         cap=walk.scale.dispersion(merges.wrong_price(_CAP)),
         components=order[place],
         parties=party[place],
+        sure=chosen is None or chosen.num_atoms < len(order) or merges.nearness >= _UNSHARED,
     )
 
 

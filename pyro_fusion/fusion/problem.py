@@ -326,5 +326,6 @@ def _parts(
     if parties.pooling.tempers and dispersion is None:
         # The entries that labels have in common are tempered once.
         scale = statistics.geometric_mean(part.dispersion for part in parts.values())
-        parts = {x: parties.labelled(x, priors[x], scale, found) for x in group}
+        again = {x: parties.labelled(x, priors[x], scale, found) for x in group}
+        parts = {x: again[x].with_path_of(parts[x]) for x in group}
     return parties.in_one_unit(parts)

@@ -23,6 +23,7 @@ from pyro_fusion.fusion.margins import margins
 from pyro_fusion.fusion.parties import LabelProblem
 from pyro_fusion.fusion.persistence import DispersionPath
 from pyro_fusion.fusion.rounds import PartyPrior, party_priors
+from pyro_fusion.pooling.components import by_appearance
 from pyro_fusion.pooling.merges import Merges
 from pyro_fusion.posterior import Posterior, PosteriorGuide
 
@@ -299,17 +300,19 @@ class Fusion:
         lines = []
         path = m.dispersion_path
         if path is not None and path.plateau is not None and path.identified:
-            on = path.plateau
-            lines.append(
-                f"the assignment is the same from T = {on.low:.3g} to {on.high:.3g}, a factor of "
-                f"{on.length:.3g} in the price of a merge"
-            )
+            on, atoms = path.plateau, torch.cat(m.assignment)[path.components]
+            if torch.equal(by_appearance(atoms), path.at_estimate):  # other priors have others
+                lines.append(
+                    f"the assignment is the same from T = {on.low:.3g} to {on.high:.3g}, a factor "
+                    f"of {on.length:.3g} in the price of a merge"
+                )
         elif m.problem.doubt:
             lines.append(f"NOT SURE: {m.problem.doubt}")
-        if math.isfinite(m.price_ratio):
+        if math.isfinite(m.price_ratio) and math.isfinite(m.shared):
+            times = f"{m.price_ratio:.3g}" if m.price_ratio < 1e6 else "more than a million"
             lines.append(
-                f"about {100 * m.shared:.0f} % of components have a counterpart in another party; "
-                f"a merge within a party costs {m.price_ratio:.3g} times as much as one with it"
+                f"roughly {100 * m.shared:.0f} % of components have a counterpart elsewhere; "
+                f"a merge within a party costs {times} times as much as one with it"
                 + ("" if m.price_ratio >= 20 else ": the posteriors hardly tell them apart")
             )
         doubtful = [

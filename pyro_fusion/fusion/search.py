@@ -330,6 +330,7 @@ class _Search:
     def result(self, found: Mapping[str, _Found], traces: list[list[float]]) -> Fusion:
         problem = self.problem
         labels, groups = {}, {}
+        ends = {label: f.groups for label, f in found.items()}
         for label, f in found.items():
             part = problem.parts[label]
             groups[label], popularity = by_popularity(f.groups, f.best.num_atoms)
@@ -345,7 +346,7 @@ class _Search:
                 restarts=f.ends,
                 bound=f.best.bound,
                 dispersion_path=part.path,
-                problem=problem.given(label, {x: one.groups for x, one in found.items()}),
+                problem=problem.given(label, ends).with_path_of(part),
             )
         trace = [problem.shared_objective]
         for own in traces:

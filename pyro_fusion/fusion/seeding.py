@@ -62,6 +62,9 @@ def starts(
         groups = guess
         if i > 0 or groups is None:
             groups = _joined(problem, order.tolist(), _THRESHOLDS[j % len(_THRESHOLDS)])
+        if i == 0 and guess is not None and len(guess.unique()) == assignment_prior.num_atoms:
+            yield guess
+            continue
         if assignment_prior.num_atoms is not None:
             free = expectation_maximization(problem, GroupNormPrior(), groups, collapsed=False)
             groups = _seeded(problem, assignment_prior.num_atoms, generator, free.groups)

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """The rule of two prices: an estimate of the dispersion ``T`` from what merges cost, for where the
-assignment changes with every T. ``fusion/path.py`` looks for one that does not."""
+assignment changes with every T. ``fusion/persistence.py`` looks for one that does not."""
 
 from __future__ import annotations
 
