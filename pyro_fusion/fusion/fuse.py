@@ -69,8 +69,11 @@ def fuse(
     :param axes: labels for guides, in place of those of their plates, as in
         ``from_guide``, or ``"auto"`` to find them; posteriors have their own, and if
         there is no guide among them ``axes`` is an error.
-    :param dispersion: T, positive; by default estimated from the posteriors. ``product`` finds
-        the assignment with messages tempered by 1/T and then pools the messages as they are.
+    :param dispersion: T, positive: how many nats apart two components may be and still be the same.
+        By default from the longest stretch of T on which the assignment does not change
+        (:func:`~pyro_fusion.dispersion_path`); where there is none by a rule of thumb, with a
+        warning. ``product`` finds the assignment with messages tempered by 1/T and then pools the
+        messages as they are.
     :param seed: of the random starts; the same seed gives the same result.
     :param restarts: starts beyond the first, at most. When three have come to one end, and none to
         a better, there are no more. The best three ends are refined, and the best of them kept.
