@@ -23,9 +23,6 @@ from pyro_fusion.fusion import chain, search
 from pyro_fusion.pooling import Exclusive, Pooling
 from tests.assignment.partitions import check, log_weights, partitions
 
-# Small problems often do not tell T; these tests are about other things.
-pytestmark = pytest.mark.filterwarnings("ignore:the posteriors do not tell")
-
 AXES = {"x": "component"}
 BASE = {"x": dist.Normal(torch.zeros(1).double(), 3.0).to_event(1)}
 

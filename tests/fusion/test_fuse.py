@@ -31,9 +31,6 @@ from pyro_fusion import (
 from pyro_fusion.pooling import Exclusive
 from tests.fusion.parties import AXES, BASE, HOLDS, TRUTH, parties, party, same_grouping
 
-# Small problems often do not tell T; these tests are about other things.
-pytestmark = pytest.mark.filterwarnings("ignore:the posteriors do not tell")
-
 POOLINGS = ["inclusive", "exclusive", "product"]
 
 

@@ -34,9 +34,6 @@ from pyro_fusion.fusion.parties import Parties
 from pyro_fusion.pooling import pooling_named
 from tests.fusion.networks import AXES, BASE, OUTGOING, network, parties, settings_of
 
-# Small problems often do not tell T; these tests are about other things.
-pytestmark = pytest.mark.filterwarnings("ignore:the posteriors do not tell")
-
 POOLINGS = ["exclusive", "inclusive", "product"]
 
 

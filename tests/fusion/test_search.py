@@ -30,9 +30,6 @@ from pyro_fusion.pooling.components import Components
 from tests.fusion import networks
 from tests.fusion.parties import BASE, parties
 
-# Small problems often do not tell T; these tests are about other things.
-pytestmark = pytest.mark.filterwarnings("ignore:the posteriors do not tell")
-
 
 def test_fusion_needs_no_program() -> None:
     """No module of the room knows Pyro's primitives or modules, only its tensor mathematics."""

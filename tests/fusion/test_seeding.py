@@ -17,9 +17,6 @@ from pyro_fusion.fusion.seeding import _MAX_ATOMS_PER_COMPONENT, starts
 from pyro_fusion.pooling import pooling_named
 from pyro_fusion.pooling.components import Components
 
-# Small problems often do not tell T; these tests are about other things.
-pytestmark = pytest.mark.filterwarnings("ignore:the posteriors do not tell")
-
 
 def problem_of(sizes, spread=1.0, dispersion=1.0):
     count = sum(sizes)
