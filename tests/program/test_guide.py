@@ -306,7 +306,7 @@ class TestBatches:
         _, guide = pair(pooling)
         # Of a parameter in a plate Pyro itself says so.
         match = "leave dim -1|Inside pyro.plate"
-        with pyro.plate("outer", 3, dim=-1), pytest.raises(ValueError, match=match):
+        with pyro.plate("outer", 4, dim=-1), pytest.raises(ValueError, match=match):
             guide()
 
 
