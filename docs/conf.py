@@ -47,9 +47,11 @@ nb_execution_mode = "off"  # the tests run the notebooks, and compare what they 
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(abc|collections|enum|os|pyro|torch)\..*"),
-    ("py:class", r"ArrayLike|Axes|Dims|Figure|Tensor|Transform"),  # annotations as they stand
+    # Annotations as they stand.
+    ("py:class", r"ArrayLike|Axes|Dims|Figure|NDArray|np\.float64|Tensor|Transform"),
     # Parameters that share a line.
-    ("py:class", r"concentration|local|max_iterations|p|prior|restarts|seed|solver|weights"),
+    ("py:class", r"concentration|dispersions|local|low|max_iterations|num_draws|p|posteriors"),
+    ("py:class", r"prior|restarts|seed|solver|weights"),
     ("py:class", r"pyro_fusion\.([\w.]+\._\w+|readers\.registry\.R)"),
     ("py:class", r"pyro_fusion\.families\.(member\.Member|factor\.Side|masked\.Masked)"),
     ("py:class", r"pyro_fusion\.fusion\.(links\.LinkedSite|parties\.(LabelProblem|Parties))"),

@@ -84,7 +84,7 @@ class PartyPrior:
 
         NormalWisharts become a ``BayesianGaussianMixture`` of covariance type "full", NormalGammas
         one of "diag", Dirichlets a ``LatentDirichletAllocation``; each component has its own prior.
-        Components keep their order, and :func:`~pyro_fusion.from_sklearn` reads the fit.
+        Components keep their order, and ``from_sklearn`` reads the fit.
 
         :param options: further parameters of the estimator, ``weight_concentration_prior`` or
             ``doc_topic_prior`` say. By default weights have the prior ``Dirichlet(1, ..., 1)``.
@@ -102,7 +102,7 @@ class PartyPrior:
 
     def divided_out(self, posterior: Posterior, prior: Priors) -> Posterior:
         """The posterior of a fit under this prior as it would be under a common one, which
-        ``product`` needs; see :func:`exchange_prior`.
+        ``product`` needs; see :func:`~pyro_fusion.fusion.prior_exchange.exchange_prior`.
 
         :param posterior: of the fit, with the components of this prior in its order.
         :param prior: the common prior of the sites.

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 
 """FusionGibbs: draws of the assignment of a Pyro program. What is drawn from is at the top of
-:mod:`pyro_fusion.fusion.chain`."""
+``pyro_fusion/fusion/chain.py``."""
 
 from __future__ import annotations
 
@@ -39,11 +39,11 @@ class GibbsResult:
         return next(iter(self.labels.values()))
 
     def num_atoms_distribution(self) -> Tensor:
-        """:meth:`AssignmentDraws.num_atoms_distribution` of the only label."""
+        """``num_atoms_distribution()`` of the only label."""
         return self.only_label().num_atoms_distribution()
 
     def same(self) -> Tensor:
-        """:meth:`AssignmentDraws.same` of the only label."""
+        """``same()`` of the only label."""
         return self.only_label().same()
 
     def summary(self) -> str:
@@ -56,7 +56,7 @@ class FusionGibbs:
     :meth:`step` splits, merges and deals out pairs of atoms, matches every party anew, given all
     others, then draws alpha (of a learned :class:`~pyro_fusion.IndianBuffetPrior`, from
     ``Gamma(concentration + K, rate + H_S)``) and, if it has a prior, T (by slice sampling). The top
-    of :mod:`pyro_fusion.fusion.chain` says what is drawn from. ``fuse(..., num_draws=)`` draws by
+    of ``pyro_fusion/fusion/chain.py`` says what is drawn from. ``fuse(..., num_draws=)`` draws by
     the same chain, from where its search ended.
 
     :param model: of pooling ``product``, with its own ``assignment_prior``, ``local`` and
