@@ -1,17 +1,39 @@
 # Copyright Contributors to the pyro_fusion project.
 # SPDX-License-Identifier: Apache-2.0
 
-"""The checks of factors that take the place of a model's priors, for Pyro and NumPyro alike."""
+"""Factors that take the place of a model's priors: what is the same for Pyro and for NumPyro."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
 
-__all__ = ["check_all_met", "shaped"]
+__all__ = ["Replacing", "shaped"]
+
+
+class Replacing:
+    """The part of a handler that is the same in Pyro and in NumPyro: which sites the model has
+    sampled since it was entered, and that none of those with a prior is missing at the end."""
+
+    def __init__(self, *args: Any, factors: Mapping[str, Factor], party: str) -> None:
+        super().__init__(*args)
+        self._factors = dict(factors)
+        self._party = party
+        self._met: set[str] = set()
+
+    def __enter__(self) -> Any:
+        self._met = set()
+        return super().__enter__()  # type: ignore[misc]
+
+    def __exit__(self, *args: Any) -> Any:
+        result = super().__exit__(*args)  # type: ignore[misc]
+        if args[0] is None:
+            _check_all_met(self._factors, self._met, self._party)
+        return result
 
 
 def shaped(f: Factor, batch: Sequence[int], event: Sequence[int], party: str, site: str) -> Factor:
@@ -31,7 +53,7 @@ def shaped(f: Factor, batch: Sequence[int], event: Sequence[int], party: str, si
     return replace(f, batch_dim=len(batch))
 
 
-def check_all_met(factors: Mapping[str, Factor], met: Iterable[str], party: str) -> None:
+def _check_all_met(factors: Mapping[str, Factor], met: Iterable[str], party: str) -> None:
     """:raises StructureError: if the model has sampled none of some name."""
     there = sorted(met)
     for site in sorted(set(factors) - set(there)):

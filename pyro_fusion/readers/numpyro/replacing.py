@@ -13,12 +13,12 @@ from numpyro.primitives import Messenger
 from pyro_fusion.errors import at
 from pyro_fusion.families import Factor
 from pyro_fusion.readers.numpyro.convert import check_precision, to_array, to_numpyro_distribution
-from pyro_fusion.readers.replacing import check_all_met, shaped
+from pyro_fusion.readers.replacing import Replacing, shaped
 
 __all__ = ["PriorMessenger"]
 
 
-class PriorMessenger(Messenger):
+class PriorMessenger(Replacing, Messenger):
     """A handler under which the sites of a NumPyro model have the priors given. Plates, scales and
     masks stay as they are; an observed site keeps what it is.
 
@@ -31,10 +31,7 @@ class PriorMessenger(Messenger):
     """
 
     def __init__(self, fn: Callable[..., Any], factors: Mapping[str, Factor], party: str) -> None:
-        super().__init__(fn)
-        self._factors = dict(factors)
-        self._party = party
-        self._met: set[str] = set()
+        super().__init__(fn, factors=factors, party=party)
         check_precision("sites", {k: f.dtype for k, f in self._factors.items()})
         self._params = {
             site: {k: to_array(v.clone()) for k, v in f.params.items()}
@@ -43,16 +40,6 @@ class PriorMessenger(Messenger):
         for site, f in self._factors.items():
             with at(party=party, site=site):
                 to_numpyro_distribution(f, self._params[site])  # an error comes now or never
-
-    def __enter__(self) -> Any:
-        self._met = set()
-        return super().__enter__()
-
-    def __exit__(self, *args: Any) -> Any:
-        result = super().__exit__(*args)
-        if args[0] is None:
-            check_all_met(self._factors, self._met, self._party)
-        return result
 
     def process_message(self, msg: Any) -> None:
         if msg["type"] != "sample":

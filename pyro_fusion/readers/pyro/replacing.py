@@ -13,12 +13,12 @@ from pyro.poutine.messenger import Messenger
 
 from pyro_fusion.errors import StructureError
 from pyro_fusion.families import Factor
-from pyro_fusion.readers.replacing import check_all_met, shaped
+from pyro_fusion.readers.replacing import Replacing, shaped
 
 __all__ = ["PriorMessenger"]
 
 
-class PriorMessenger(Messenger):
+class PriorMessenger(Replacing, Messenger):
     """A handler under which the sites of a model have the priors given, ``PriorMessenger(...)(
     model)``. Plates, scales and masks stay as they are; an observed site keeps what it is.
 
@@ -29,20 +29,7 @@ class PriorMessenger(Messenger):
     """
 
     def __init__(self, factors: Mapping[str, Factor], party: str) -> None:
-        super().__init__()
-        self._factors = dict(factors)
-        self._party = party
-        self._met: set[str] = set()
-
-    def __enter__(self) -> Any:
-        self._met = set()
-        return super().__enter__()
-
-    def __exit__(self, *args: Any) -> Any:
-        result = super().__exit__(*args)
-        if args[0] is None:
-            check_all_met(self._factors, self._met, self._party)
-        return result
+        super().__init__(factors=factors, party=party)
 
     def _pyro_sample(self, msg: Any) -> None:
         # Inner handlers came first: the distribution is as wide as its plates within the model.
