@@ -72,7 +72,7 @@ class _Prices:
     """The costs of groups when components come and go."""
 
     def __init__(self, problem: Components, groups: Tensor, num_atoms: int, cost: Tensor) -> None:
-        self.problem, self.groups, self.cost = problem, groups, cost
+        self.problem, self.cost = problem, cost
         sums = group_costs(problem, groups, num_atoms)
         self.sums = sums if isinstance(sums, Sums) else None
         if self.sums is not None:

@@ -225,16 +225,23 @@ class Parties:
         messages = replace(self._problem(local, sizes, prior), masked=masked)
         order, ordered_sizes = canonical_order(messages.sites, sizes, self.weights)
         scale, path, merges = dispersion or 1.0, None, None
-        some, rows = _some_parties(messages.in_order(order, ordered_sizes))
         with locating(messages):
             if dispersion is None and len(sizes) > 1:
+                some, rows = _some_parties(messages.in_order(order, ordered_sizes))
                 some, merges, told = told_apart(some)
                 rows = order[rows[told]]
                 path = follow(label, some, merges, rows, messages.party[rows], step)
                 scale = path.estimate
             messages = replace(messages, dispersion=scale)
             problem = messages.scored()
-        calibrated = assignment_prior.calibrated(lambda: pairwise_spread(some.sites) / scale)
+
+        def spread() -> float:
+            if merges is not None:
+                return pairwise_spread(merges.local) / scale
+            some, _ = _some_parties(messages.in_order(order, ordered_sizes))
+            return pairwise_spread(some.sites) / scale
+
+        calibrated = assignment_prior.calibrated(spread)
         check_penalty(calibrated, len(sizes))
         ordered = problem.in_order(order, ordered_sizes)
         return LabelProblem(
@@ -431,16 +438,17 @@ def _some_parties(problem: Components) -> tuple[Components, Tensor]:
     """The parties whose weight is not zero, if these are two at least, and of many a random
     selection, with weights relative to theirs; and which components these are, LongTensor
     ``[n]``."""
-    first = torch.tensor(problem.sizes).cumsum(0) - torch.tensor(problem.sizes)
-    voting = (problem.weights.cpu()[first] > 0).nonzero().squeeze(-1)
+    sizes = torch.tensor(problem.sizes)
+    weights = problem.weights.cpu()[sizes.cumsum(0) - sizes]  # of the parties
+    voting = (weights > 0).nonzero().squeeze(-1)
     if len(voting) < 2:
         voting = torch.arange(problem.num_parties)
     generator = torch.Generator().manual_seed(0)
     drawn = voting[torch.randperm(len(voting), generator=generator)[:_MAX_PARTIES]]
-    enough = torch.tensor(problem.sizes)[drawn].cumsum(0) <= _MAX_COMPONENTS
+    enough = sizes[drawn].cumsum(0) <= _MAX_COMPONENTS
     kept = drawn[: max(_MIN_PARTIES, int(enough.sum()))].sort().values
     rows = torch.isin(problem.party, kept).nonzero().squeeze(-1)
-    some = problem.in_order(rows, tuple(problem.sizes[s] for s in kept.tolist()))
-    first = torch.tensor(some.sizes).cumsum(0) - torch.tensor(some.sizes)
-    mean = some.weights[first.to(some.weights.device)].mean()
-    return replace(some, weights=torch.where(mean > 0, some.weights / mean, 1.0)), rows
+    some = problem.in_order(rows, tuple(sizes[kept].tolist()))
+    mean = float(weights[kept].mean())
+    relative = some.weights / mean if mean > 0 else torch.ones_like(some.weights)
+    return replace(some, weights=relative), rows

@@ -293,13 +293,12 @@ class _Walk:
         if problem.pooling.tempers:  # only so sure as the scale was followed
             grid = sorted({max(t, math.exp(scale.dispersions[0])) for t in grid})
         path = follower.run(grid)
-        plateaus = []
+        plateaus, near = [], merges.nearness
         for groups, low, high in follower.stretches(path):
             first, last = max(scale.price(low), floor), min(scale.price(high), end)
             num_atoms = int(groups.max()) + 1
             length = max(1.0, last / first)
             alone = num_atoms == len(groups)
-            near = merges.nearness
             far = near >= _FAR and length * near >= _OVERCONFIDENT
             counts = first < cap and (not alone or near >= _UNSHARED or far)
             plateaus.append(Plateau(low, high, num_atoms, length, counts))

@@ -269,11 +269,9 @@ def _informed(f: Factor | Masked) -> float:
     mean = (w * location).sum(0) / count
     spread = (w * (location - mean).square()).sum(0) / (count - 1).clamp(min=1)
     share = spread / (spread + (w * variance).sum(0) / count)
-    return (
-        float((share * (w > 0).any(0)).sum())
-        if present is None
-        else _dimensions(f) * float((share * count).sum() / count.sum())
-    )
+    if present is None:
+        return float(share.sum())
+    return _dimensions(f) * float((share * count).sum() / count.sum())
 
 
 def _selection(mask: Tensor, dimensions: float) -> tuple[Tensor, Tensor]:
